@@ -1,0 +1,1 @@
+"""Learning: rollouts, advantages, losses, the PPO trainer, checkpoints and figures."""

@@ -1,0 +1,97 @@
+"""Advantages of a rollout: generalised advantage estimation over env steps, and their normalisation.
+
+Pure functions on (T, N) tensors: T steps of N environments. There is no "last value" argument: every step brings the
+value of the observation that it returned, so a truncated episode is bootstrapped from its own last frame, and the end
+of the rollout is no special case.
+"""
+
+import torch
+from torch import Tensor
+
+from agent.errors import TrainingError
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
+
+    Args:
+        rewards: (T, N) r_t, what the step paid.
+        values: (T, N) V(s_t), of the observation that the action was chosen on.
+        next_values: (T, N) V(s_{t+1}), of the observation that the step returned: an episode's last frame where it
+            ended, not the first frame of the next episode.
+        terminated: (T, N) bool; the episode ended in the environment's own terms, and nothing follows.
+        truncated: (T, N) bool; the episode was cut off, and `next_values` stands for what would have followed.
+        gamma: discount per step, in [0, 1].
+        gae_lambda: 0 for one-step advantages (low variance), 1 for the discounted return less the value (no bias).
+
+    Returns:
+        (T, N) float32 advantages, and (T, N) float32 returns (advantages + values), the value function's targets.
+
+    Raises:
+        TrainingError: the shapes differ, the flags are not bool, or a number is not finite.
+    """
+    _check(rewards=rewards, values=values, next_values=next_values, terminated=terminated, truncated=truncated)
+    rewards, values, next_values = rewards.float(), values.float(), next_values.float()
+    # delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
+    deltas = rewards + gamma * next_values * (~terminated) - values  # (T, N)
+    continues = ~(terminated | truncated)  # (T, N): the next row belongs to the same episode
+    advantages = torch.zeros_like(deltas)  # (T, N)
+    following = torch.zeros_like(deltas[0])  # (N,) A_{t+1}
+    for t in reversed(range(len(deltas))):
+        # A_t = delta_t + gamma lambda A_{t+1}, the chain broken where an episode ended
+        following = deltas[t] + gamma * gae_lambda * continues[t] * following
+        advantages[t] = following
+    return advantages, advantages + values
+
+
+def normalize(advantages: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the whole rollout.
+
+    Over the rollout and never over a minibatch: else gradient accumulation, which splits minibatches, would change the
+    result. Equal advantages (nothing to learn from) become zeros.
+
+    Args:
+        advantages: (T, N), at least one element.
+
+    Returns:
+        (T, N) float32.
+
+    Raises:
+        TrainingError: an advantage is not finite.
+    """
+    _check(advantages=advantages)
+    advantages = advantages.float()
+    if advantages.min() == advantages.max():  # not "std == 0": the mean of equal numbers is rounded
+        return torch.zeros_like(advantages)
+    return (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
+
+
+def _check(**tensors: Tensor) -> None:
+    """One shape for all, flags in bool, finite numbers."""
+    first_name, first = next(iter(tensors.items()))
+    if first.ndim != 2 or first.numel() == 0:
+        raise TrainingError(
+            f"{first_name} has shape {tuple(first.shape)}: expected (T, N), at least one step of one environment."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != first.shape:
+            raise TrainingError(
+                f"{name} has shape {tuple(tensor.shape)} and {first_name} {tuple(first.shape)}: "
+                "expected one (T, N) for all, so stack them over the same steps."
+            )
+        if name in ("terminated", "truncated"):
+            if tensor.dtype != torch.bool:
+                raise TrainingError(f"{name} is {tensor.dtype}: expected torch.bool, so convert it with .bool().")
+        elif not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{name} holds {int((~torch.isfinite(tensor)).sum())} values that are not finite (NaN or infinity): "
+                "expected numbers; look at the rewards and at the value head before this rollout."
+            )

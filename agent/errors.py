@@ -1,0 +1,5 @@
+"""What goes wrong in training, in one sentence: what came, what was expected, what to do."""
+
+
+class TrainingError(ValueError):
+    """A fault of a run that its owner can repair: bad settings, a damaged checkpoint, numbers that are not finite."""

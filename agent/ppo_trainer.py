@@ -1,0 +1,343 @@
+"""PPO for vision-language policies on TRL's trainer base: it stands where TRL's own PPO trainer stood until 1.13.
+
+transformers' Trainer brings optimizer, scheduler, accelerate, mixed precision, callbacks and resumable checkpoints. One PPO iteration
+is one Trainer epoch: the data loader's `__iter__` plays the environments, computes advantages, and yields
+num_ppo_epochs x (samples / minibatch) minibatches, shuffled anew in each PPO epoch. What is overridden: `compute_loss`,
+`get_train_dataloader`, `log`, `save_model`, and two private methods: `_load_from_checkpoint` (the original loads
+weights by name and says nothing where names differ) and `_send_telemetry` (off).
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+
+from agent.errors import TrainingError
+from agent.losses import (
+    approx_kl,
+    categorical_kl,
+    clip_fraction,
+    entropy,
+    explained_variance,
+    policy_loss,
+    value_loss,
+)
+from agent.rollout import SHUFFLES, Rollout, RolloutCollector, Samples, VectorEnv, stream, with_advantages
+from policies import PolicyInputs, VLMPolicy
+from policies.saving import load_weights, save_policy
+
+ROLLOUT_STATE = "rollout_state.json"
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class PPOConfig(_BaseConfig):
+    """Settings of `PPOTrainer`, beside all of transformers' TrainingArguments.
+
+    Args:
+        num_iterations: rollouts, each followed by an update.
+        num_steps: env steps of each environment in a rollout, T.
+        num_ppo_epochs: passes over a rollout's samples.
+        minibatch_size: samples of one optimizer step.
+        gamma: discount per env step.
+        gae_lambda: lambda of GAE.
+        clip_range: epsilon of the clipped surrogate.
+        clip_range_vf: epsilon of the clipped value loss, in units of the return; None leaves it unclipped.
+        vf_coef: weight of the value loss.
+        ent_coef: weight of the entropy bonus.
+        kl_coef: weight of KL(policy || reference); 0 needs no reference.
+        target_kl: an update stops once a minibatch's approx_kl exceeds 1.5 times this; None never stops.
+    """
+
+    num_iterations: int = 100
+    num_steps: int = 16
+    num_ppo_epochs: int = 4
+    minibatch_size: int = 256
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    clip_range_vf: float | None = 0.2
+    vf_coef: float = 0.5
+    ent_coef: float = 0.01
+    kl_coef: float = 0.0
+    target_kl: float | None = None
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradients are clipped to this norm."})
+    bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast in rollouts and updates."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations."})
+    # A NaN is an error here, never the average of earlier losses.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep off: NaN must be seen."})
+
+    def __post_init__(self) -> None:
+        self.num_train_epochs = self.num_iterations
+        self.logging_strategy = "epoch"
+        self.save_strategy = "no"  # CheckpointCallback decides
+        self.remove_unused_columns = False
+        self.disable_tqdm = True
+        if self.minibatch_size % self.gradient_accumulation_steps:
+            raise TrainingError(
+                f"minibatch_size {self.minibatch_size} is no multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}: expected equal micro-batches."
+            )
+        self.per_device_train_batch_size = self.minibatch_size // self.gradient_accumulation_steps
+        super().__post_init__()
+
+
+class _RolloutDataset(IterableDataset):
+    """One pass = one PPO iteration: collects a rollout, then yields its minibatches."""
+
+    def __init__(self, trainer: "PPOTrainer") -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return self.trainer.microbatches_per_iteration
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.trainer.iterate()
+
+
+class PPOTrainer(_BaseTrainer):
+    """Proximal policy optimisation (arXiv:1707.06347) of a VLM policy in environments.
+
+    Args:
+        policy: the policy; what of it learns is what requires gradients.
+        args: the settings.
+        env: N environments.
+        reference: for `kl_coef` > 0 the frozen reference: another policy, or None for the same with its LoRA off.
+        callbacks: transformers' TrainerCallbacks.
+
+    Raises:
+        TrainingError: sizes that do not divide, or a reference is missing.
+    """
+
+    _name = "PPO"
+    _tag_names = ["manako", "ppo"]
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        policy: VLMPolicy,
+        args: PPOConfig,
+        env: VectorEnv,
+        reference: VLMPolicy | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.num_samples = env.num_envs * args.num_steps
+        if self.num_samples % args.minibatch_size:
+            raise TrainingError(
+                f"A rollout has {env.num_envs} envs x {args.num_steps} steps = {self.num_samples} samples, which is no "
+                f"multiple of minibatch_size {args.minibatch_size}: change one of the three."
+            )
+        if args.kl_coef and reference is None:
+            if not policy.has_lora:
+                raise TrainingError(
+                    "kl_coef needs a reference policy: train LoRA (its off state is the reference) or pass `reference`."
+                )
+            reference = policy
+        self.microbatches_per_iteration = args.num_ppo_epochs * self.num_samples // args.per_device_train_batch_size
+        self.iteration = 0  # rollouts collected and learned from
+        self.policy = policy
+        super().__init__(model=policy, args=args, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_PPOStops(self))
+        self.collector = RolloutCollector(env, policy, args.num_steps, args.seed, reference)
+        self._reset_metrics()
+
+    # ---- one iteration -------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A loader whose every pass is one PPO iteration."""
+        return DataLoader(_RolloutDataset(self), batch_size=None)
+
+    def iterate(self) -> Iterator[Batch]:
+        """Collects a rollout and yields its micro-batches, reshuffled in each PPO epoch."""
+        args: PPOConfig = self.args
+        self._reset_metrics()
+        with self.compute_loss_context_manager():  # the same autocast as in updates
+            rollout = self.collector.collect(self.iteration)
+        samples = with_advantages(rollout, args.gamma, args.gae_lambda)
+        self._rollout_metrics(rollout, samples)
+        for epoch in range(args.num_ppo_epochs):
+            order = stream(args.seed, SHUFFLES, self.iteration, epoch).permutation(self.num_samples)
+            for rows in torch.from_numpy(order).split(args.per_device_train_batch_size):
+                yield _batch(samples, rows)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Clipped surrogate + vf_coef x value loss - ent_coef x entropy + kl_coef x KL(policy || reference)."""
+        args: PPOConfig = self.args
+        output = model(PolicyInputs(inputs["input_ids"], inputs["lengths"], inputs["frames"]))
+        logprobs = output.logprobs.gather(1, inputs["actions"][:, None])[:, 0]  # (B,)
+        actor, ratio = policy_loss(logprobs, inputs["logprobs"], inputs["advantages"], args.clip_range)
+        critic = value_loss(output.values, inputs["values"], inputs["returns"], args.clip_range_vf)
+        bonus = entropy(output.logprobs).mean()
+        loss = actor + args.vf_coef * critic - args.ent_coef * bonus
+        measured = {
+            "policy_loss": actor,
+            "value_loss": critic,
+            "entropy": bonus,
+            "approx_kl": approx_kl(logprobs, inputs["logprobs"]),
+            "clip_fraction": clip_fraction(ratio, args.clip_range),
+        }
+        if "reference" in inputs:
+            measured["reference_kl"] = categorical_kl(output.logprobs, inputs["reference"]).mean()
+            loss = loss + args.kl_coef * measured["reference_kl"]
+        measured["loss"] = loss
+        self._check_and_keep({name: value.detach() for name, value in measured.items()}, ratio.detach())
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds an iteration's PPO metrics to what the Trainer logs at the end of an epoch."""
+        if "grad_norm" in logs and self._measured:
+            logs = {**self._iteration_metrics(), "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+        super().log(logs, start_time)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the policy (weights, processor, value head, policy.json) and where the environments are."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_policy(self.policy, folder)
+        state = {"iteration": self.iteration, "env": self.collector.state_dict()}
+        (folder / ROLLOUT_STATE).write_text(json.dumps(state))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_weights(self.policy, folder)
+        state = json.loads((folder / ROLLOUT_STATE).read_text())
+        self.iteration = state["iteration"]
+        self.collector.load_state_dict(state["env"])
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent from here."""
+
+    # ---- metrics and stops ---------------------------------------------------------------------------------------
+
+    def _reset_metrics(self) -> None:
+        self._measured: list[dict[str, torch.Tensor]] = []
+        self._rollout: dict[str, float | None] = {}
+
+    def _rollout_metrics(self, rollout: Rollout, samples: Samples) -> None:
+        finished = rollout.episodes
+        self._rollout = {
+            "episodes": len(finished),
+            "success_rate": sum(e.success for e in finished) / len(finished) if finished else None,
+            "episode_return": sum(e.episode_return for e in finished) / len(finished) if finished else None,
+            "episode_length": sum(e.length for e in finished) / len(finished) if finished else None,
+            "explained_variance": explained_variance(samples.values, samples.returns).item(),
+            "rollout_steps_per_second": self.num_samples / rollout.seconds,
+            "rollout_seconds": rollout.seconds,
+        }
+
+    def _check_and_keep(self, measured: dict[str, torch.Tensor], ratio: torch.Tensor) -> None:
+        """Stops on NaN and on a first ratio other than 1; keeps the numbers for the log."""
+        if not torch.isfinite(measured["loss"]):
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in measured.items())
+            raise TrainingError(
+                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers; start again from the "
+                "last checkpoint with a smaller learning_rate."
+            )
+        if not self._measured:
+            self.first_ratio_error = (ratio - 1).abs().max().item()
+            tolerance = 1e-4 if ratio.dtype == torch.float32 and not self.args.bf16 and self._is_fp32() else 0.35
+            if self.first_ratio_error > tolerance:
+                raise TrainingError(
+                    f"The first minibatch of iteration {self.iteration} has a ratio {self.first_ratio_error:.2g} away from 1, "
+                    f"expected at most {tolerance:.0e}: the policy that learns is not the one that acted (dropout, another "
+                    "dtype, or weights changed in between)."
+                )
+        self._measured.append(measured)
+
+    def _is_fp32(self) -> bool:
+        return next(self.policy.base_vlm.parameters()).dtype == torch.float32
+
+    def _iteration_metrics(self) -> dict[str, Any]:
+        means = {name: torch.stack([step[name] for step in self._measured]).mean().item() for name in self._measured[0]}
+        return {
+            "iteration": self.iteration,
+            "env_steps": self.iteration * self.num_samples,
+            **self._rollout,
+            **means,
+            "first_ratio_error": self.first_ratio_error,
+            "updates": len(self._measured) // self.args.gradient_accumulation_steps,
+        }
+
+
+def _batch(samples: Samples, rows: torch.Tensor) -> Batch:
+    inputs = samples.inputs.select(rows)
+    batch = {
+        "input_ids": inputs.input_ids,
+        "lengths": inputs.lengths,
+        "frames": inputs.frames,
+        "actions": samples.actions[rows],
+        "logprobs": samples.logprobs[rows],
+        "values": samples.values[rows],
+        "advantages": samples.advantages[rows],
+        "returns": samples.returns[rows],
+    }
+    if samples.reference is not None:
+        batch["reference"] = samples.reference[rows]
+    return batch
+
+
+class _PPOStops(TrainerCallback):
+    """Ends an update at the target KL, refuses gradients that are not finite, and keeps the Trainer's step count whole.
+
+    A minibatch past the target is not learned from: its gradients are dropped before the optimizer steps. The steps
+    that a stopped update leaves out are counted as done, so that the learning rate and a resumed run know the iteration.
+    """
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+        self._stopped = False
+
+    def on_pre_optimizer_step(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called with the clipped gradients of one minibatch."""
+        trainer = self.trainer
+        gradients = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
+        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise TrainingError(
+                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers; start again from the last "
+                "checkpoint with a smaller learning_rate."
+            )
+        if args.target_kl is None:
+            return
+        last = trainer._measured[-args.gradient_accumulation_steps :]
+        if torch.stack([step["approx_kl"] for step in last]).mean().item() > 1.5 * args.target_kl:
+            self._stopped = True
+            trainer.policy.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
+
+    def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leaves the iteration after a stop."""
+        if self._stopped:
+            control.should_epoch_stop = True
+
+    def on_epoch_end(self, args: PPOConfig, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        """One iteration is done."""
+        self._stopped = False
+        self.trainer.iteration += 1
+        per_iteration = math.ceil(self.trainer.microbatches_per_iteration / args.gradient_accumulation_steps)
+        while state.global_step < self.trainer.iteration * per_iteration:
+            lr_scheduler.step()
+            state.global_step += 1
+        state.epoch = float(self.trainer.iteration)
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True

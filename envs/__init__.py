@@ -1,0 +1,51 @@
+"""Environments as a vision-language policy sees them: an image, an instruction, and actions with names.
+
+Importing this package registers ``manako/ColorMatch-v0`` and ``manako/GoTo-v0``, and settles two things with SDL, which
+draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow the signal that stops a run), and on
+a machine without a screen it does not look for one. Nothing here imports torch.
+"""
+
+import os
+import sys
+
+import gymnasium
+
+os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
+if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+from envs.check import check_vlm_env  # SDL reads the variables when it is loaded
+from envs.errors import EnvError
+from envs.making import make_env
+from envs.observation import VLMObservation
+from envs.tasks import TASKS, Task
+from envs.vector import (
+    HELD_OUT,
+    TRAINING,
+    EpisodeVectorEnv,
+    Observations,
+    StepResult,
+    episode_seed,
+)
+
+for _id, _entry_point in (
+    ("manako/ColorMatch-v0", "envs.color_match:ColorMatch"),
+    ("manako/GoTo-v0", "envs.goto:GoTo"),
+):
+    if _id not in gymnasium.registry:
+        gymnasium.register(_id, entry_point=_entry_point)
+
+__all__ = [
+    "HELD_OUT",
+    "TASKS",
+    "TRAINING",
+    "EnvError",
+    "EpisodeVectorEnv",
+    "Observations",
+    "StepResult",
+    "Task",
+    "VLMObservation",
+    "check_vlm_env",
+    "episode_seed",
+    "make_env",
+]

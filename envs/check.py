@@ -1,0 +1,383 @@
+"""What is wrong with an environment, in sentences: all of it, not only the first thing.
+
+``check_vlm_env`` plays an environment from outside, without the wrapper that would stop at its first fault: a few
+hundred steps in which every action comes up, then the same seeds again, in the same object and in a new one. It comes
+back with sentences, whatever the environment raises. A sentence that starts with "warning: " describes something that
+works and is rarely meant.
+
+Command: ``python experiments/check_env.py ID``.
+"""
+
+import contextlib
+import itertools
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+from envs.errors import EnvError, in_one_line
+from envs.making import find_spec, make_env, make_raw_env
+from envs.observation import (
+    MAX_INSTRUCTION_LENGTH,
+    ImageSource,
+    as_frame,
+    clean_text,
+    read_picture,
+    resolve_actions,
+    resolve_image,
+    resolve_instruction,
+)
+
+WARNING = "warning: "
+
+
+def check_vlm_env(
+    env_id: str,
+    *,
+    instruction: str | None = None,
+    action_names: Sequence[str] | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    image_source: ImageSource = "auto",
+    success_return: float | None = None,
+    steps: int = 200,
+) -> list[str]:
+    """List the faults of an environment.
+
+    Args:
+        env_id: See ``make_env``, as for the arguments up to ``success_return``.
+        instruction: Replaces the environment's own.
+        action_names: Replace the environment's own.
+        env_kwargs: For the environment's constructor.
+        image_source: "auto", "observation" or "render".
+        success_return: The lowest return of a successful episode.
+        steps: How many steps to play.
+
+    Returns:
+        One sentence a fault, empty if there is none; those that start with "warning: " do not keep it from running.
+    """
+    try:
+        name = find_spec(env_id).id
+        env = make_raw_env(env_id, env_kwargs)
+    except EnvError as error:
+        return [str(error)]
+    faults = _Faults(name)
+    with contextlib.closing(_Closing(env, faults)):
+        player = _prepare(env, name, instruction, action_names, image_source, faults)
+        if player is not None:
+            first = player.play(env, steps)
+            _judge(first, env, faults)
+            if not player.stopped and _compare(first, player.play(env, steps), "a second time in one object", faults):
+                with contextlib.suppress(EnvError):  # it could be made once; the last lines try again
+                    other = make_raw_env(env_id, env_kwargs)
+                    with contextlib.closing(_Closing(other, faults)):
+                        _compare(first, player.play(other, steps), "in a new object", faults)
+    if all(fault.startswith(WARNING) for fault in faults.sentences):
+        # Last, the real thing, so that this file cannot be more lenient than the wrapper.
+        try:
+            made = make_env(
+                env_id,
+                instruction=instruction,
+                action_names=action_names,
+                env_kwargs=env_kwargs,
+                image_source=image_source,
+                success_return=success_return,
+            )
+            with contextlib.closing(made):
+                made.reset(seed=0)
+                made.step(0)
+        except EnvError as error:
+            faults.sentences.append(str(error))
+    return faults.sentences
+
+
+class _Faults:
+    """Sentences about one environment, one for each kind of fault: a wrong value at every step is said once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.sentences: list[str] = []
+        self._kinds: set[str] = set()
+
+    def add(self, kind: str, what: str, warning: bool = False) -> None:
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            self.sentences.append(f"{WARNING if warning else ''}{self.name} {what}")
+
+
+class _Closing:
+    """Closes an environment, and takes an error in its ``close()`` for a fault."""
+
+    def __init__(self, env: gym.Env, faults: _Faults) -> None:
+        self._env, self._faults = env, faults
+
+    def close(self) -> None:
+        try:
+            self._env.close()
+        except Exception as error:
+            self._faults.add("close", f"broke in close() with {in_one_line(error)}")
+
+
+class _Moment(NamedTuple):
+    """One reset or step, as it was."""
+
+    seed: int
+    step: int  # 0 for a reset
+    frame: np.ndarray | None  # (H, W, 3) uint8
+    text: object
+    reward: object
+    terminated: bool
+    truncated: bool
+
+
+class _Player:
+    """Plays seeded episodes with a fixed sequence of actions, and notes what breaks the contract."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        start: int,
+        image_from: str | None,
+        instruction: Callable[[gym.Env, Any], object] | None,
+        faults: _Faults,
+    ) -> None:
+        self._names, self._start = names, start
+        self._image_from, self._instruction = image_from, instruction
+        self._faults = faults
+        self._frame_shape: tuple[int, int, int] | None = None
+        self.stopped = False  # an exception ended the play early
+
+    def play(self, env: gym.Env, steps: int) -> list[_Moment]:
+        """Play ``steps`` steps in episodes with the seeds 0, 1, 2, ..."""
+        draw = np.random.default_rng(0)
+        deck: list[int] = []  # every action once, shuffled: none is left untried
+        moments: list[_Moment] = []
+        seed, step, ended = -1, 0, True
+        for _ in range(steps):
+            if ended:
+                seed, step = seed + 1, 0
+                observation = self.reset(env, seed)
+                if self.stopped:
+                    return moments
+                moments.append(self._moment(env, seed, 0, observation))
+            deck = deck or draw.permutation(len(self._names)).tolist()
+            result = self._take(env, deck.pop())
+            if result is None:
+                return moments
+            step += 1
+            observation, reward, terminated, truncated = result
+            moments.append(self._moment(env, seed, step, observation, reward, terminated, truncated))
+            ended = terminated or truncated
+        return moments
+
+    def reset(self, env: gym.Env, seed: int) -> Any:
+        """Reset to a seed and return the observation; a fault in the result sets ``stopped``."""
+        try:
+            result: Any = env.reset(seed=seed)
+        except Exception as error:
+            self._stop(f"broke in reset(seed={seed}) with {in_one_line(error)}")
+            return None
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+            self._stop(f"returns {_kind(result)} from reset(), expected (observation, info dict)")
+            return None
+        return result[0]
+
+    def _take(self, env: gym.Env, action: int) -> tuple[Any, object, bool, bool] | None:
+        name = self._names[action]
+        try:
+            result: Any = env.step(action + self._start)
+        except Exception as error:
+            raw = _raw_step(env, action + self._start)
+            if raw is not None and (not isinstance(raw, tuple) or len(raw) != 5):
+                result = raw  # a wrapper of Gymnasium's stumbled over it
+            else:
+                self._stop(f"broke in step(), action {name!r}, with {in_one_line(error)}")
+                return None
+        if not isinstance(result, tuple) or len(result) != 5:
+            self._stop(
+                f"returns {_kind(result)} from step(), expected (observation, reward, terminated, truncated, info)"
+            )
+            return None
+        observation, reward, terminated, truncated, info = result
+        if not isinstance(reward, numbers.Real) or isinstance(reward, bool):
+            self._faults.add(
+                "reward type", f"gives the reward {reward!r} of type {type(reward).__name__}, expected a number"
+            )
+        elif not np.isfinite(float(reward)):
+            self._faults.add("reward value", f"gives the reward {reward}, expected a finite number")
+        for what, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, (bool, np.bool_)):
+                self._faults.add(what, f"gives {flag!r} as {what}, expected True or False")
+        if not isinstance(info, dict):
+            self._faults.add("info", f"gives {_kind(info)} as info from step(), expected a dict")
+        return observation, reward, bool(terminated), bool(truncated)
+
+    def _moment(
+        self,
+        env: gym.Env,
+        seed: int,
+        step: int,
+        observation: Any,
+        reward: object = 0.0,
+        terminated: bool = False,
+        truncated: bool = False,
+    ) -> _Moment:
+        frame = self._look(env, observation)
+        return _Moment(seed, step, frame, self._listen(env, observation), reward, terminated, truncated)
+
+    def _look(self, env: gym.Env, observation: Any) -> np.ndarray | None:
+        if self._image_from is None:
+            return None
+        try:
+            frame = as_frame(read_picture(env, observation, self._image_from), self._frame_shape)
+        except EnvError as error:
+            self._faults.add("image", f"{error}, from {self._image_from}")
+            return None
+        except Exception as error:
+            self._faults.add("image raises", f"broke in its image from {self._image_from} with {in_one_line(error)}")
+            return None
+        if self._frame_shape is None:
+            height, width, _ = frame.shape
+            self._frame_shape = (height, width, 3)
+        return frame
+
+    def _listen(self, env: gym.Env, observation: Any) -> object:
+        if self._instruction is None:
+            return None
+        try:
+            text = self._instruction(env, observation)
+        except Exception as error:
+            self._faults.add("instruction raises", f"broke in its instruction with {in_one_line(error)}")
+            return None
+        if not isinstance(text, str):
+            self._faults.add("instruction type", f"gives {text!r} as its instruction, expected a string")
+        elif not text.strip():
+            self._faults.add("instruction empty", "gives an empty instruction")
+        elif len(text) > MAX_INSTRUCTION_LENGTH:
+            self._faults.add(
+                "instruction length",
+                f"gives an instruction of {len(text)} characters, expected at most {MAX_INSTRUCTION_LENGTH}",
+            )
+        elif clean_text(text) != text:
+            self._faults.add(
+                "instruction characters", f"gives an instruction with control characters, {text!r}: they are dropped"
+            )
+        return text
+
+    def _stop(self, what: str) -> None:
+        self._faults.add("stop", what)
+        self.stopped = True
+
+
+def _prepare(
+    env: gym.Env,
+    name: str,
+    instruction: str | None,
+    action_names: Sequence[str] | None,
+    image_source: ImageSource,
+    faults: _Faults,
+) -> _Player | None:
+    """Find the actions, the image and the instruction; None where the environment cannot even be played."""
+    names, start, image_from = None, 0, None
+    try:
+        names, start, _ = resolve_actions(env, name, action_names)
+    except Exception as error:
+        faults.sentences.append(_sentence(name, "its action names", error))
+    try:
+        image_from = resolve_image(env, name, image_source)
+    except Exception as error:
+        faults.sentences.append(_sentence(name, "its image", error))
+    if names is None and isinstance(env.action_space, gym.spaces.Discrete):
+        start = int(env.action_space.start)
+        names = tuple(str(number) for number in range(start, start + int(env.action_space.n)))
+
+    probe = _Player((), 0, None, None, faults)
+    observation = probe.reset(env, 0)
+    if probe.stopped:
+        return None
+
+    def read_anew(env: gym.Env, observation: Any) -> object:
+        # A reader belongs to one object, and the play goes on in another.
+        return resolve_instruction(env, name, observation, instruction)[0](observation)
+
+    read: Callable[[gym.Env, Any], object] | None = read_anew
+    try:
+        resolve_instruction(env, name, observation, instruction)
+    except Exception as error:
+        faults.sentences.append(_sentence(name, "its instruction", error))
+        read = None
+    if names is None:
+        # Without actions there is still a first frame and a first instruction to look at.
+        _Player((), 0, image_from, read, faults)._moment(env, 0, 0, observation)
+        return None
+    return _Player(names, start, image_from, read, faults)
+
+
+def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:
+    """Warn of what an environment rarely means to do."""
+    frames = [moment.frame for moment in moments if moment.frame is not None]
+    blank = sum(bool((frame == frame[0, 0]).all()) for frame in frames)
+    if blank:
+        faults.add("blank", f"shows a single colour in {blank} of {len(frames)} frames", warning=True)
+    pairs = [(old, new) for old, new in itertools.pairwise(moments) if new.step > 0]
+    going_on = [(old, new) for old, new in pairs if not (new.terminated or new.truncated)]
+    if frames and going_on and all(_same_view(old, new) for old, new in pairs):
+        faults.add(
+            "still", f"changes neither its frame nor its instruction in {len(pairs)} steps of any action", warning=True
+        )
+    limit = env.spec.max_episode_steps if env.spec is not None else None
+    if pairs and limit is None and not any(new.terminated or new.truncated for _, new in pairs):
+        faults.add(
+            "endless",
+            f"ends no episode in {len(pairs)} steps and is registered without max_episode_steps: if it has no limit of "
+            "its own, set env_kwargs max_episode_steps",
+            warning=True,
+        )
+
+
+def _compare(first: list[_Moment], again: list[_Moment], how: str, faults: _Faults) -> bool:
+    """Hold a second play of the same seeds and actions against the first; False where they differ."""
+    for old, new in zip(first, again, strict=False):
+        for what, same in (
+            ("frame", _same_frame(old.frame, new.frame)),
+            ("instruction", old.text == new.text),
+            ("reward", old.reward == new.reward or old.reward != old.reward),
+            ("end", (old.terminated, old.truncated) == (new.terminated, new.truncated)),
+        ):
+            if not same:
+                faults.add(
+                    "seed",
+                    f"does not respect its seed: the {what} of step {old.step} of the episode with seed {old.seed} was "
+                    f"another when it was played {how}; draw everything random from self.np_random, after "
+                    "super().reset(seed=seed)",
+                )
+                return False
+    return True
+
+
+def _same_frame(old: np.ndarray | None, new: np.ndarray | None) -> bool:
+    if old is None or new is None:
+        return old is new
+    return np.array_equal(old, new)
+
+
+def _same_view(old: _Moment, new: _Moment) -> bool:
+    return _same_frame(old.frame, new.frame) and old.text == new.text
+
+
+def _raw_step(env: gym.Env, action: int) -> Any:
+    """What the unwrapped environment returns from a step after a reset, or None if it raises too."""
+    try:
+        env.unwrapped.reset(seed=0)
+        return env.unwrapped.step(action)
+    except Exception:
+        return None
+
+
+def _sentence(name: str, what: str, error: Exception) -> str:
+    return str(error) if isinstance(error, EnvError) else f"{name} broke in {what} with {in_one_line(error)}"
+
+
+def _kind(value: object) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else f"a value of type {type(value).__name__}"

@@ -1,0 +1,70 @@
+"""``manako/ColorMatch-v0``: name the colour of a square. One step, and no way to do it without looking.
+
+The square lies on a random cell of a dark board. The actions are the colours' names; the right one is worth 1, any
+other 0, and the episode ends. A blind policy scores 1 in K, so the frames are all that lifts it above that.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from envs.errors import EnvError
+from envs.observation import InstructionText
+from envs.tiles import COLORS, TILE, choose_colors
+
+
+class ColorMatch(gym.Env[dict[str, Any], Any]):
+    """One coloured square, one answer."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
+    instruction = "name the colour of the square"
+
+    def __init__(self, size: int = 3, colors: int | Sequence[str] = 4, render_mode: str | None = None) -> None:
+        """Make the environment.
+
+        Args:
+            size: Cells a side; a cell is 8 pixels.
+            colors: How many colours, or their names.
+            render_mode: None or "rgb_array".
+
+        Raises:
+            EnvError: A parameter is out of range.
+        """
+        if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+            raise EnvError(f"size is {size!r}, expected a whole number of cells from 2 on")
+        self.size = size
+        self.action_names = choose_colors(colors)
+        self.render_mode = render_mode
+        self._rgb = np.array([COLORS[name] for name in self.action_names], np.uint8)  # (K, 3)
+        self._color = 0
+        side = size * TILE
+        self._frame = np.zeros((side, side, 3), np.uint8)
+        self.observation_space = gym.spaces.Dict(
+            image=gym.spaces.Box(0, 255, (side, side, 3), np.uint8), instruction=InstructionText()
+        )
+        self.action_space = gym.spaces.Discrete(len(self.action_names))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Draw a colour and a cell."""
+        super().reset(seed=seed)
+        self._color, row, column = self.np_random.integers((len(self.action_names), self.size, self.size)).tolist()
+        top, left = row * TILE, column * TILE
+        self._frame[:] = 0
+        self._frame[top : top + TILE, left : left + TILE] = self._rgb[self._color]
+        return self._observe(), {"success": False}
+
+    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Answer with a colour's number; the frame stays."""
+        success = int(action) == self._color
+        return self._observe(), float(success), True, False, {"success": success}
+
+    def render(self) -> np.ndarray:
+        """Return the frame of the observation."""
+        return self._frame.copy()
+
+    def _observe(self) -> dict[str, Any]:
+        return {"image": self._frame.copy(), "instruction": self.instruction}

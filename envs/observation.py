@@ -1,0 +1,406 @@
+"""Any Gymnasium environment as what a vision-language policy sees: an image and an instruction.
+
+``VLMObservation`` turns whatever the environment observes into ``{"image", "instruction"}`` and numbers the actions
+from 0. Where each part comes from, first match first:
+
+image         ``image_source="observation"`` or ``"render"`` if given. Else ("auto") the observation, or its ``image``
+              key, where that is a picture: a ``Box`` of uint8 with bounds 0 and 255, of shape (H, W, 3), (H, W, 1) or
+              (H, W), at least 16 pixels on each side. Else ``render()``, an rgb_array. The 16 pixels keep symbolic
+              grids out: MiniGrid observes (7, 7, 3) uint8 object codes, which no encoder can see.
+instruction   the ``instruction`` argument; the observation's ``mission`` or ``instruction`` key; the attribute
+              ``mission`` or ``instruction`` of the unwrapped environment, read again after each reset and step; the
+              task description in ``envs/tasks.py``.
+action names  the ``action_names`` argument; ``get_action_meanings()``; an ``actions`` enum; an ``action_names``
+              attribute; the task description.
+
+Left out: action spaces other than ``Discrete`` (policies choose from a closed set of names), several pictures in one
+observation, and channel-first pictures (use ``image_source="render"``, or transpose them in a wrapper of yours).
+"""
+
+import enum
+import functools
+import math
+import operator
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+
+from envs.errors import EnvError, in_one_line
+from envs.tasks import TASKS, success_rule
+
+ImageSource = Literal["auto", "observation", "render"]
+IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
+
+MIN_IMAGE_SIDE = 16  # pixels; a smaller uint8 grid is taken for symbols
+MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, not an instruction
+
+
+class InstructionText(gym.spaces.Text):
+    """The space of instructions: any Unicode text without control characters, newline and tab excepted.
+
+    ``gymnasium.spaces.Text`` lists its characters one by one and knows only letters and digits by default.
+    Samples are short printable ASCII.
+    """
+
+    def __init__(self, seed: int | np.random.Generator | None = None) -> None:
+        """Make the space; ``seed`` is for its samples."""
+        printable = "".join(chr(code) for code in range(32, 127))
+        super().__init__(MAX_INSTRUCTION_LENGTH, min_length=0, charset=printable, seed=seed)
+
+    def contains(self, x: Any) -> bool:
+        """Whether ``x`` is a clean text of an allowed length."""
+        return isinstance(x, str) and len(x) <= self.max_length and clean_text(x) == x
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """Draw up to 64 characters of printable ASCII."""
+        if mask is not None or probability is not None:
+            return super().sample(mask, probability)
+        return super().sample(mask=(int(self.np_random.integers(0, 65)), None))
+
+    def __eq__(self, other: object) -> bool:
+        """All instances are the same space."""
+        return isinstance(other, InstructionText)
+
+    __hash__ = None  # type: ignore[assignment]  # as gymnasium.spaces.Text
+
+    def __repr__(self) -> str:
+        """Name the space without its characters."""
+        return f"InstructionText({self.max_length})"
+
+
+def clean_text(text: str) -> str:
+    r"""Drop control characters and lone surrogates, which no tokenizer should meet; ``\n`` and ``\t`` stay."""
+    if text.isprintable():
+        return text
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+
+
+def missing_package(error: Exception) -> str:
+    """Gymnasium's advice on a missing package; for pygame, ours (the maintained pygame-ce takes its place)."""
+    return 'pip install "manako[toy]"' if "pygame" in str(error) else str(error)
+
+
+def resolve_actions(
+    env: gym.Env, env_id: str, action_names: Sequence[str] | None = None
+) -> tuple[tuple[str, ...], int, str]:
+    """Find the names of a discrete environment's actions.
+
+    Args:
+        env: The environment; it need not have been reset.
+        env_id: Its id, for ``TASKS`` and for the messages.
+        action_names: The caller's names, which go first.
+
+    Returns:
+        The names, the number of the first action (``Discrete(n, start=k)`` starts at k) and where the names came from.
+
+    Raises:
+        EnvError: The action space is not ``Discrete``, there are no names, not one an action, or two alike.
+    """
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Discrete):
+        raise EnvError(
+            f"{env_id} has the action space {space}, and only Discrete spaces can be played: "
+            "wrap the environment so that it offers a closed set of actions"
+        )
+    n, start = int(space.n), int(space.start)
+    task = TASKS.get(env_id)
+    unwrapped = env.unwrapped
+    meanings = getattr(unwrapped, "get_action_meanings", None)
+    actions = getattr(unwrapped, "actions", None)
+    attribute = getattr(unwrapped, "action_names", None)
+    names: Iterable[Any]
+    if action_names is not None:
+        names, source = action_names, "the action_names argument"
+    elif callable(meanings):
+        names, source = meanings(), "get_action_meanings()"
+    elif isinstance(actions, enum.EnumMeta):
+        members: list[Any] = sorted(actions, key=lambda member: member.value)
+        numbers = [member.value for member in members]
+        if numbers != list(range(start, start + n)):
+            raise EnvError(
+                f"{env_id} has an 'actions' enum with the values {numbers}, and its action space runs from {start} to "
+                f"{start + n - 1}: give one member an action, or an 'action_names' attribute"
+            )
+        names, source = [member.name for member in members], "the 'actions' enum"
+    elif attribute is not None:
+        names, source = attribute, "the 'action_names' attribute"
+    elif task is not None and task.action_names is not None:
+        names, source = task.action_names, "the task description"
+    else:
+        raise EnvError(
+            f"{env_id} does not name its {n} actions: give them on the command line (action_names), or give the "
+            "environment an 'action_names' attribute"
+        )
+    names = names if isinstance(names, str) else tuple(names)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise EnvError(f"{env_id}: {source} is {names!r}, expected a sequence of {n} strings")
+    names = tuple(clean_text(name).strip() for name in names)
+    if len(names) != n:
+        raise EnvError(f"{env_id} has {n} actions, and {source} gives {len(names)} names {names}: give one an action")
+    if len(set(names)) != n or "" in names:
+        raise EnvError(f"{env_id}: {source} gives {names}, and each action needs a name of its own that is not empty")
+    return names, start, source
+
+
+def is_picture(space: gym.Space) -> bool:
+    """Whether values of this space are pictures: uint8 from 0 to 255, (H, W), (H, W, 1) or (H, W, 3), 16 px or more."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8:
+        return False
+    if len(space.shape) not in (2, 3) or (len(space.shape) == 3 and space.shape[2] not in (1, 3)):
+        return False
+    return min(space.shape[:2]) >= MIN_IMAGE_SIDE and int(space.low.max()) == 0 and int(space.high.min()) == 255
+
+
+def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto") -> str:
+    """Decide where the image comes from: ``"observation"``, ``"observation['image']"`` or ``"render()"``.
+
+    Raises:
+        EnvError: Neither the observation nor ``render()`` gives one, or not the one asked for.
+    """
+    if image_source not in IMAGE_SOURCES:
+        raise EnvError(f"image_source is {image_source!r}, expected one of {', '.join(IMAGE_SOURCES)}")
+    space = env.observation_space
+    if image_source != "render":
+        if isinstance(space, gym.spaces.Dict) and "image" in space.spaces and is_picture(space["image"]):
+            return "observation['image']"
+        if is_picture(space):
+            return "observation"
+        if image_source == "observation":
+            raise EnvError(
+                f"{env_id} was asked for the image in its observation, and its observation space {space} is no picture "
+                f"(uint8 from 0 to 255, (H, W, 3), (H, W, 1) or (H, W), {MIN_IMAGE_SIDE} pixels or more a side), nor "
+                "has it an 'image' key that is one: use image_source render"
+            )
+    if env.render_mode != "rgb_array":
+        raise EnvError(
+            f"{env_id} has no picture to show: its observation is none, and its render mode is {env.render_mode!r} "
+            "instead of 'rgb_array'; add 'rgb_array' to metadata['render_modes'], take a render_mode argument and "
+            "return (H, W, 3) uint8 from render()"
+        )
+    return "render()"
+
+
+def read_picture(env: gym.Env, observation: Any, image_from: str) -> Any:
+    """Fetch the picture from where ``resolve_image`` found it."""
+    if image_from == "render()":
+        return env.render()
+    return observation["image"] if image_from == "observation['image']" else observation
+
+
+def as_frame(picture: Any, shape: tuple[int, int, int] | None = None) -> np.ndarray:
+    """Copy a picture into a fresh frame (H, W, 3) uint8; grey values are repeated over the three channels.
+
+    Args:
+        picture: An array of uint8, (H, W, 3), (H, W, 1) or (H, W).
+        shape: What the frame must measure; None takes any size.
+
+    Raises:
+        EnvError: It is something else. The text lacks its subject: the caller names the environment.
+    """
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
+        got = f"an array of {picture.dtype}" if isinstance(picture, np.ndarray) else f"a {type(picture).__name__}"
+        raise EnvError(f"gave {got} as its image, expected a uint8 array of shape (H, W, 3)")
+    got_shape = picture.shape
+    if picture.ndim == 2:
+        picture = picture[:, :, None]
+    if picture.ndim == 3 and picture.shape[2] == 1:
+        picture = np.repeat(picture, 3, axis=2)
+    if picture.shape != shape:
+        if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+            raise EnvError(f"gave an image of shape {got_shape}, expected (H, W, 3)")
+        if shape is not None:
+            raise EnvError(
+                f"gave an image of shape {got_shape} after frames of shape {shape}, expected one size in every frame "
+                "of every episode"
+            )
+    return np.array(picture, order="C")  # a copy: the environment may draw into the same array again
+
+
+def resolve_instruction(
+    env: gym.Env, env_id: str, observation: Any, argument: str | None = None
+) -> tuple[Callable[[Any], object], str]:
+    """Find out where the instruction is.
+
+    Args:
+        env: The environment, after a reset.
+        env_id: Its id, for ``TASKS`` and for the messages.
+        observation: What the reset returned.
+        argument: The caller's instruction, which goes first.
+
+    Returns:
+        A function that reads it, given the newest observation, and its source in words.
+
+    Raises:
+        EnvError: There is none.
+    """
+    unwrapped = env.unwrapped
+    task = TASKS.get(env_id)
+    if argument is not None:
+        return (lambda _: argument), "the instruction argument"
+    if isinstance(observation, dict):
+        for key in ("mission", "instruction"):
+            if key in observation:
+                return operator.itemgetter(key), f"observation[{key!r}]"
+    for name in ("mission", "instruction"):
+        if getattr(unwrapped, name, None) is not None:
+            return functools.partial(_read_attribute, unwrapped, name), f"the {name!r} attribute"
+    if task is not None and task.instruction is not None:
+        text = task.instruction
+        return (lambda _: text), "the task description"
+    raise EnvError(
+        f"{env_id} says nowhere what to do: give an instruction on the command line, or give the environment a "
+        "'mission' key in its observation or an 'instruction' attribute"
+    )
+
+
+def _read_attribute(env: gym.Env, name: str, _: Any) -> object:
+    return getattr(env, name)
+
+
+class VLMObservation(gym.Wrapper):
+    """Observe ``Dict(image=Box uint8 (H, W, 3), instruction=InstructionText)``, act with ``Discrete(A)`` from 0.
+
+    The constructor resets the environment once, without a seed, to learn the size of its frames. Frames are always
+    fresh arrays. Whatever the environment raises, and every frame, text or reward that breaks the contract, becomes
+    an ``EnvError`` that names the environment, the episode's seed, the step and the action.
+
+    Attributes:
+        env_id: The registered id.
+        action_names: One name an action, (A,).
+        frame_shape: (H, W, 3).
+        success_return: The lowest return of a successful episode, or None (see ``success``).
+        success: The rule that judges an episode at its end.
+        image_from: Where the image comes from, in words; likewise ``instruction_from`` and ``action_names_from``.
+        slot: The number of this environment among several, for the messages; None for a single one.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        *,
+        instruction: str | None = None,
+        action_names: Sequence[str] | None = None,
+        image_source: ImageSource = "auto",
+        success_return: float | None = None,
+    ) -> None:
+        """Wrap ``env``; the arguments override what the environment says of itself.
+
+        Raises:
+            EnvError: It has no picture, no instruction, no action names or no discrete actions.
+        """
+        super().__init__(env)
+        spec = env.spec
+        self.env_id: str = spec.id if spec is not None else type(env.unwrapped).__name__
+        self.slot: int | None = None
+        self._seed: int | None = None
+        self._step = 0
+        self._action: int | None = None
+
+        self.action_names, self._first_action, self.action_names_from = resolve_actions(env, self.env_id, action_names)
+        self.action_space = gym.spaces.Discrete(len(self.action_names))
+        task = TASKS.get(self.env_id)
+        self.success = success_rule(task, spec.reward_threshold if spec is not None else None, success_return)
+        self.success_return = self.success.threshold
+        self.image_from = resolve_image(env, self.env_id, image_source)
+
+        observation, _ = self._reset_env(None, None)
+        self._read_instruction, self.instruction_from = resolve_instruction(env, self.env_id, observation, instruction)
+        self._raw_text: object = None
+        self._clean_text = ""
+        height, width, _ = self._frame(observation, None).shape
+        self.frame_shape: tuple[int, int, int] = (height, width, 3)
+        self.observation_space = gym.spaces.Dict(
+            image=gym.spaces.Box(0, 255, self.frame_shape, np.uint8), instruction=InstructionText()
+        )
+        self._observe(observation)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode."""
+        observation, info = self._reset_env(seed, options)
+        return self._observe(observation), info
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Take one of the actions 0 to A - 1."""
+        number = int(action)
+        self._step += 1
+        self._action = number
+        if not 0 <= number < len(self.action_names):
+            self._fail(f"got the action {number}, expected 0 to {len(self.action_names) - 1}")
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(number + self._first_action)
+            value = float(reward)
+        except Exception as error:
+            self._broke("step()", error)
+        if not math.isfinite(value):
+            self._fail(f"gave the reward {value}, expected a finite number")
+        return self._observe(observation), value, bool(terminated), bool(truncated), info
+
+    def alternative_instruction(self) -> str | None:
+        """Another instruction that would be valid now, from the environment's method of this name; None without one."""
+        method = getattr(self.unwrapped, "alternative_instruction", None)
+        if method is None:
+            return None
+        try:
+            text = method()
+        except Exception as error:
+            self._broke("alternative_instruction()", error)
+        return None if text is None else clean_text(str(text))
+
+    def close(self) -> None:
+        """Close the environment."""
+        try:
+            self.env.close()
+        except Exception as error:
+            self._broke("close()", error)
+
+    def _reset_env(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        self._seed, self._step, self._action = seed, 0, None
+        try:
+            observation, info = self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            self._broke("reset()", error)
+        return observation, info
+
+    def _observe(self, observation: Any) -> dict[str, Any]:
+        return {"image": self._frame(observation, self.frame_shape), "instruction": self._instruction(observation)}
+
+    def _frame(self, observation: Any, shape: tuple[int, int, int] | None) -> np.ndarray:
+        try:
+            picture = read_picture(self.env, observation, self.image_from)
+        except Exception as error:
+            self._broke(f"its image from {self.image_from}", error)
+        try:
+            return as_frame(picture, shape)
+        except EnvError as error:
+            self._fail(f"{error}, from {self.image_from}")
+
+    def _instruction(self, observation: Any) -> str:
+        try:
+            text = self._read_instruction(observation)
+        except Exception as error:
+            self._broke(f"its instruction from {self.instruction_from}", error)
+        if text is not self._raw_text:
+            if not isinstance(text, str):
+                self._fail(f"gave {text!r} as the instruction from {self.instruction_from}, expected a string")
+            if len(text) > MAX_INSTRUCTION_LENGTH:
+                self._fail(f"gave an instruction of {len(text)} characters, expected at most {MAX_INSTRUCTION_LENGTH}")
+            self._raw_text, self._clean_text = text, clean_text(str(text))
+        return self._clean_text
+
+    def _broke(self, where: str, error: Exception) -> NoReturn:
+        if isinstance(error, gym.error.DependencyNotInstalled):
+            self._fail(f"needs a package that is not installed: {missing_package(error)}", error)
+        self._fail(f"broke in {where} with {in_one_line(error)}", error)
+
+    def _fail(self, what: str, cause: Exception | None = None) -> NoReturn:
+        place = [] if self.slot is None else [f"slot {self.slot}"]
+        place += ["unseeded episode" if self._seed is None else f"episode seed {self._seed}", f"step {self._step}"]
+        if self._action is not None:
+            named = 0 <= self._action < len(self.action_names)
+            place.append(f"action {self.action_names[self._action]!r}" if named else f"action {self._action}")
+        raise EnvError(f"{self.env_id} {what} ({', '.join(place)})") from cause

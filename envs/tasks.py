@@ -1,0 +1,132 @@
+"""What to tell a policy about environments that do not say it themselves, and when an episode counts as a success.
+
+Gymnasium's classic environments have numbered actions and no text. ``TASKS`` gives each an instruction and
+action names, and a notion of success where "the return is above 0" is the wrong one. It is a table of data and
+nothing else: an environment of yours needs no row here, because an attribute of its own or the command line
+says the same (the order is in ``envs/observation.py``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """The description of one Gymnasium id.
+
+    Attributes:
+        instruction: What the policy reads.
+        action_names: One name an action, in the order of the action numbers.
+        success_return: An episode succeeds from this return on; None leaves the choice to the other rules.
+        success_terminated: True where an episode must also terminate to succeed: the goal ends it, and running out
+            of steps early would otherwise look like a good return.
+    """
+
+    instruction: str | None
+    action_names: tuple[str, ...] | None
+    success_return: float | None = None
+    success_terminated: bool = False
+
+
+_FROZEN_LAKE = Task(
+    "cross the frozen lake to the gift without falling into a hole",
+    ("left", "down", "right", "up"),
+)
+_CLIFF = Task(
+    "walk along the cliff to the cookie without falling off",
+    ("up", "right", "down", "left"),
+    success_return=-99.0,  # a fall costs 100
+    success_terminated=True,
+)
+
+TASKS: dict[str, Task] = {
+    "FrozenLake-v1": _FROZEN_LAKE,
+    "FrozenLake8x8-v1": _FROZEN_LAKE,
+    "CliffWalking-v1": _CLIFF,
+    "CliffWalkingSlippery-v1": _CLIFF,
+    "Taxi-v4": Task(
+        "drive the taxi to the passenger, pick them up and drop them off at the building",
+        ("south", "north", "east", "west", "pick up", "drop off"),
+        success_terminated=True,  # only a delivery terminates
+    ),
+    "Blackjack-v1": Task("beat the dealer without going over 21", ("stick", "hit")),
+    "CartPole-v1": Task("keep the pole upright on the cart", ("left", "right"), success_return=475.0),
+    "MountainCar-v0": Task("swing the car up the hill to the flag", ("left", "none", "right"), success_terminated=True),
+    "Acrobot-v1": Task(
+        "swing the tip of the two links above the line", ("left", "none", "right"), success_terminated=True
+    ),
+    "LunarLander-v3": Task(
+        "land the module on the pad between the flags",
+        ("none", "left", "main", "right"),
+        success_return=200.0,
+    ),
+    # Atari names its own actions. In the first three a score above 0 is a win; in the others it says little, and
+    # what counts as a success is for the command line to say (success_return).
+    "ALE/Pong-v5": Task("win the rally: hit the ball past the other paddle", None),
+    "ALE/Boxing-v5": Task("box: land more punches than the opponent", None),
+    "ALE/Freeway-v5": Task("bring the chicken across the road", None),
+    "ALE/Breakout-v5": Task("break the bricks with the ball", None),
+    "ALE/SpaceInvaders-v5": Task("shoot the invaders", None),
+    "ALE/MsPacman-v5": Task("eat the pellets and avoid the ghosts", None),
+    "ALE/Qbert-v5": Task("jump on every cube to change its colour", None),
+}
+
+
+@dataclass(frozen=True)
+class SuccessRule:
+    """Decides at the end of an episode whether it was a success.
+
+    In this order: a threshold that the caller gave; the environment's own ``info["is_success"]`` or
+    ``info["success"]``; the task description; the registered ``reward_threshold``; a return above 0.
+
+    Attributes:
+        sentence: The rule in words.
+        threshold: The lowest successful return; None asks for a return above 0, or for any where only
+            the termination counts.
+        needs_termination: Whether the episode must have terminated.
+        trusts_info: Whether the environment's own verdict, where it gives one, goes first.
+    """
+
+    sentence: str
+    threshold: float | None
+    needs_termination: bool
+    trusts_info: bool
+
+    def __call__(self, episode_return: float, terminated: bool, info: Mapping[str, Any]) -> bool:
+        """Judge one finished episode by its return, its last ``terminated`` and its last ``info``."""
+        if self.trusts_info:
+            for key in ("is_success", "success"):
+                if key in info:
+                    return bool(info[key])
+        if self.needs_termination and not terminated:
+            return False
+        if self.threshold is not None:
+            return bool(episode_return >= self.threshold)
+        return self.needs_termination or bool(episode_return > 0)
+
+
+def success_rule(task: Task | None, reward_threshold: float | None, success_return: float | None) -> SuccessRule:
+    """Build the rule for one environment.
+
+    Args:
+        task: Its description in ``TASKS``, if it has one.
+        reward_threshold: The threshold it is registered with, if any.
+        success_return: The caller's threshold, which overrides everything else.
+    """
+    if success_return is not None:
+        return SuccessRule(f"the episode's return is at least {success_return:g}", success_return, False, False)
+    needs_termination = task is not None and task.success_terminated
+    threshold = task.success_return if task is not None else None
+    if threshold is None and not needs_termination:
+        threshold = reward_threshold
+    if needs_termination:
+        by_return = "the episode terminates by itself"
+        if threshold is not None:
+            by_return += f" with a return of at least {threshold:g}"
+    elif threshold is not None:
+        by_return = f"the episode's return is at least {threshold:g}"
+    else:
+        by_return = "the episode's return is above 0"
+    sentence = f"info['is_success'] or info['success'] where the environment gives one, else {by_return}"
+    return SuccessRule(sentence, threshold, needs_termination, True)

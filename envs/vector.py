@@ -1,0 +1,385 @@
+"""N environments side by side, with every episode's seed ours, no dummy transitions and faults that name their place.
+
+Built on Gymnasium's ``SyncVectorEnv`` with ``AutoresetMode.DISABLED``: the observation that ends an episode is returned
+by ``step``, and the caller starts the next episode with ``reset_done``. Faults end the use of the object: after an
+``EnvError`` from ``reset``, ``reset_done`` or ``step`` some slots have moved and others have not, so close it, build
+it again and load the last ``state_dict``.
+
+Left out: ``AsyncVectorEnv``. In Gymnasium 1.4.0 it returns blank ``Text`` with shared memory, and a killed worker
+leaves it stuck.
+
+Seeds: slot k of a run's stream s plays episode e with ``episode_seed(seed, s, k, e)``, and k counts over all workers.
+So any split over workers plays the same episodes, and no training episode has a held-out seed.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from envs.errors import EnvError
+from envs.making import make_env
+from envs.observation import ImageSource, VLMObservation
+
+TRAINING, HELD_OUT = 0, 1  # streams
+
+STATE_FORMAT = 1
+_MAX_REMEMBERED = 256  # instructions kept for replaced_instructions
+
+
+class Observations(NamedTuple):
+    """What N slots see. The arrays are never written to again; treat them as read-only."""
+
+    images: np.ndarray  # (N, H, W, 3) uint8
+    instructions: tuple[str, ...]  # N
+
+
+class StepResult(NamedTuple):
+    """What N slots return from one step."""
+
+    observations: Observations
+    rewards: np.ndarray  # (N,) float64
+    terminated: np.ndarray  # (N,) bool
+    truncated: np.ndarray  # (N,) bool
+    success: np.ndarray  # (N,) bool, False where no episode ended
+
+
+def episode_seed(seed: int, stream: int, slot: int, episode: int) -> int:
+    """The seed of one episode, below 2^31 (some environments take no larger one).
+
+    The lowest bit is 1 for the held-out stream and 0 for any other, so the two never meet.
+
+    Args:
+        seed: The run's seed.
+        stream: ``TRAINING``, ``HELD_OUT`` or a further number.
+        slot: The slot, counted over all workers.
+        episode: How many episodes the slot has started before.
+    """
+    sequence = np.random.SeedSequence(entropy=seed, spawn_key=(stream, slot, episode))
+    return (int(sequence.generate_state(1)[0]) >> 2 << 1) | (stream == HELD_OUT)
+
+
+class EpisodeVectorEnv:
+    """N slots, each walking through its own sequence of seeded episodes.
+
+    Attributes:
+        num_envs: N.
+        action_names: One name an action, (A,).
+        frame_shape: (H, W, 3).
+        success_rule: How an episode's success is judged, in words.
+        episode_returns: (N,) float64, the current episodes' rewards so far.
+        episode_lengths: (N,) int64, their steps so far. Both may be read between ``step`` and ``reset_done``.
+        episode_seeds: The seeds of the current episodes, N.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        *,
+        seed: int = 0,
+        stream: int = TRAINING,
+        first_slot: int = 0,
+        instruction: str | None = None,
+        action_names: Sequence[str] | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+        image_source: ImageSource = "auto",
+        success_return: float | None = None,
+    ) -> None:
+        """Make the environments; nothing is started before ``reset``.
+
+        Args:
+            env_id: See ``make_env``, as for the last five arguments.
+            num_envs: N.
+            seed: The run's seed, from 0 on.
+            stream: ``TRAINING`` or ``HELD_OUT``.
+            first_slot: The number of the first slot among those of all workers.
+            instruction: Replaces the environment's own.
+            action_names: Replace the environment's own.
+            env_kwargs: For the environment's constructor.
+            image_source: "auto", "observation" or "render".
+            success_return: The lowest return of a successful episode.
+
+        Raises:
+            EnvError: The environment cannot be made, or a number is out of range.
+        """
+        for name, value, least in (
+            ("num_envs", num_envs, 1),
+            ("seed", seed, 0),
+            ("stream", stream, 0),
+            ("first_slot", first_slot, 0),
+        ):
+            if value < least:
+                raise EnvError(f"{name} is {value}, expected a whole number from {least} on")
+        self.env_id, self.num_envs = env_id, num_envs
+        self.seed, self.stream, self.first_slot = seed, stream, first_slot
+        self._envs: list[VLMObservation] = []
+
+        def make(index: int) -> gym.Env:
+            env = make_env(
+                env_id,
+                instruction=instruction,
+                action_names=action_names,
+                env_kwargs=env_kwargs,
+                image_source=image_source,
+                success_return=success_return,
+            )
+            env.slot = first_slot + index
+            self._envs.append(env)
+            return _SuccessInInfo(env)
+
+        try:
+            self._vector: SyncVectorEnv = SyncVectorEnv(
+                [functools.partial(make, index) for index in range(num_envs)],
+                copy=False,
+                autoreset_mode=AutoresetMode.DISABLED,
+            )
+        except RuntimeError as error:
+            kinds = sorted({f"frames of {env.frame_shape}, {len(env.action_names)} actions" for env in self._envs})
+            raise EnvError(
+                f"{env_id} makes environments that differ ({'; '.join(kinds)}): all frames must have one size, and all "
+                "slots the same actions"
+            ) from error
+
+        first = self._envs[0]
+        self.action_names = first.action_names
+        self.frame_shape = first.frame_shape
+        self.success_rule = first.success.sentence
+        self.episode_returns = np.zeros(num_envs, np.float64)
+        self.episode_lengths = np.zeros(num_envs, np.int64)
+        self.episode_seeds: list[int] = [0] * num_envs
+        self._episodes = [0] * num_envs  # episodes started
+        self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # of the current episodes
+        self._ended = np.zeros(num_envs, bool)
+        self._observations: Observations | None = None
+        self._known: dict[str, None] = {}  # instructions seen, oldest first
+        self._replacements: list[str | None] = [None] * num_envs
+
+    def reset(self, seeds: Sequence[int] | None = None) -> Observations:
+        """Start an episode in every slot.
+
+        Args:
+            seeds: The N episodes' seeds; None takes each slot's next.
+        """
+        return self._start(np.ones(self.num_envs, bool), seeds)
+
+    def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Observations:
+        """Start the next episode where ``mask`` (N,) is True; the other rows come back as they were.
+
+        Args:
+            mask: Usually ``terminated | truncated``.
+            seeds: One seed for each True in the mask, in slot order; None takes each slot's next.
+        """
+        mask = np.asarray(mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
+            raise EnvError(
+                f"got a mask of shape {mask.shape} and dtype {mask.dtype}, expected ({self.num_envs},) and bool"
+            )
+        if self._observations is None and not mask.all():
+            raise EnvError("reset_done came before any episode was started: call reset first")
+        return self._start(mask, seeds)
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Take one action (N,) of 0 to A - 1 in every slot.
+
+        Raises:
+            EnvError: An action is out of range, an episode has ended and was not restarted, or an environment broke.
+        """
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
+            raise EnvError(
+                f"got actions of shape {actions.shape} and dtype {actions.dtype}, expected ({self.num_envs},) integers"
+            )
+        if self._observations is None:
+            raise EnvError("step came before any episode was started: call reset first")
+        if self._ended.any():
+            slots = (np.flatnonzero(self._ended) + self.first_slot).tolist()
+            raise EnvError(f"the episodes of the slots {slots} have ended: call reset_done before the next step")
+        seen, rewards, terminated, truncated, infos = self._vector.step(actions)
+        self.episode_returns = self.episode_returns + rewards
+        self.episode_lengths = self.episode_lengths + 1
+        for past, action in zip(self._actions, actions.tolist(), strict=True):
+            past.append(action)
+        self._ended = terminated | truncated
+        success = infos["success"] if "success" in infos else np.zeros(self.num_envs, bool)
+        self._observations = Observations(seen["image"].copy(), seen["instruction"])
+        return StepResult(self._observations, rewards, terminated, truncated, success)
+
+    def replaced_instructions(self) -> tuple[str, ...]:
+        """For each slot an instruction that is valid and not its own, to test whether a policy reads.
+
+        It is the environment's ``alternative_instruction()`` where it offers one (another object on the same board),
+        else an instruction that this object has seen in another episode, the same throughout an episode as long as the
+        slot's own does not become it. Where all episodes read the same, it is the empty string.
+        """
+        if self._observations is None:
+            raise EnvError("there is no instruction to replace before reset")
+        return tuple(self._replacement(slot) for slot in range(self.num_envs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every slot, as JSON: its episode's seed and actions, and a digest of what it sees now."""
+        if self._observations is None:
+            return {**self._identity(), "episodes": list(self._episodes), "slots": None}
+        slots = [
+            {"seed": self.episode_seeds[slot], "actions": list(self._actions[slot]), "digest": self._digest(slot)}
+            for slot in range(self.num_envs)
+        ]
+        return {
+            **self._identity(),
+            "episodes": list(self._episodes),
+            "slots": slots,
+            "instructions": list(self._known),
+            "replacements": list(self._replacements),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Observations | None:
+        """Bring every slot back to where it was, by playing its actions again from its episode's seed.
+
+        Returns:
+            What the slots see; None where the saved object had not been reset.
+
+        Raises:
+            EnvError: The state is of another environment or number of slots, or the environment does not play the
+                same way again.
+        """
+        for key, mine in self._identity().items():
+            if state.get(key) != mine:
+                raise EnvError(
+                    f"the saved environment state has the {key} {state.get(key)!r}, expected {mine!r}: resume with the "
+                    "settings that the run was started with"
+                )
+        if len(state["episodes"]) != self.num_envs:
+            raise EnvError(
+                f"the saved environment state has {len(state['episodes'])} slots, and there are {self.num_envs}: "
+                "resume with the number of environments and workers that the run was started with"
+            )
+        self._episodes = [int(episode) for episode in state["episodes"]]
+        if state["slots"] is None:
+            self._observations = None
+            return None
+        self._start(np.ones(self.num_envs, bool), [slot["seed"] for slot in state["slots"]], counted=False)
+        assert self._observations is not None
+        images, instructions = self._observations.images.copy(), list(self._observations.instructions)
+        for index, (env, slot) in enumerate(zip(self._vector.envs, state["slots"], strict=True)):
+            self._actions[index] = [int(action) for action in slot["actions"]]
+            for action in self._actions[index]:
+                if self._ended[index]:
+                    raise EnvError(self._replay_failure(index, "its episode ends before the saved actions do"))
+                seen, reward, terminated, truncated, _ = env.step(action)
+                self.episode_returns[index] += reward
+                self.episode_lengths[index] += 1
+                self._ended[index] = terminated or truncated
+                images[index], instructions[index] = seen["image"], seen["instruction"]
+        self._observations = Observations(images, tuple(instructions))
+        self._known = dict.fromkeys(state["instructions"])
+        self._replacements = list(state["replacements"])
+        for index, slot in enumerate(state["slots"]):
+            if self._digest(index) != slot["digest"]:
+                raise EnvError(self._replay_failure(index, "it shows another frame or instruction than was saved"))
+        return self._observations
+
+    def close(self) -> None:
+        """Close the environments; a second call does nothing."""
+        self._vector.close()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same where a state is saved and where it is loaded."""
+        return {
+            "format": STATE_FORMAT,
+            "env_id": self.env_id,
+            "seed": self.seed,
+            "stream": self.stream,
+            "first_slot": self.first_slot,
+        }
+
+    def _start(self, mask: np.ndarray, seeds: Sequence[int] | None, counted: bool = True) -> Observations:
+        slots = np.flatnonzero(mask).tolist()
+        if seeds is not None and len(seeds) != len(slots):
+            raise EnvError(f"got {len(seeds)} seeds for {len(slots)} episodes, expected one each")
+        if not slots:
+            assert self._observations is not None
+            return self._observations
+        chosen: list[int | None] = [None] * self.num_envs
+        for index, slot in enumerate(slots):
+            own = episode_seed(self.seed, self.stream, self.first_slot + slot, self._episodes[slot])
+            chosen[slot] = self.episode_seeds[slot] = own if seeds is None else int(seeds[index])
+            self._episodes[slot] += counted
+            self._actions[slot] = []
+            self._replacements[slot] = None
+        before = self._observations
+        seen, _ = self._vector.reset(seed=chosen, options={"reset_mask": mask})
+        self.episode_returns = np.where(mask, 0.0, self.episode_returns)
+        self.episode_lengths = np.where(mask, 0, self.episode_lengths)
+        self._ended = self._ended & ~mask
+        images: np.ndarray = seen["image"].copy()
+        instructions = list(seen["instruction"])
+        if before is not None:
+            # After load_state_dict the vector env's own rows are older than ours.
+            images[~mask] = before.images[~mask]
+            instructions = [
+                new if row else old for row, new, old in zip(mask, instructions, before.instructions, strict=True)
+            ]
+        for slot in slots:
+            if len(self._known) < _MAX_REMEMBERED:
+                self._known[instructions[slot]] = None
+        self._observations = Observations(images, tuple(instructions))
+        return self._observations
+
+    def _replacement(self, slot: int) -> str:
+        assert self._observations is not None
+        own = self._observations.instructions[slot]
+        offered = self._envs[slot].alternative_instruction()
+        if offered is not None and offered != own:
+            return offered
+        if self._replacements[slot] is None or self._replacements[slot] == own:
+            others = [text for text in self._known if text != own]
+            if not others:
+                return ""
+            self._replacements[slot] = others[self.episode_seeds[slot] % len(others)]
+        return self._replacements[slot] or ""
+
+    def _digest(self, slot: int) -> str:
+        assert self._observations is not None
+        digest = hashlib.sha256(np.ascontiguousarray(self._observations.images[slot]).tobytes())
+        digest.update(json.dumps(self._observations.instructions[slot]).encode())
+        return digest.hexdigest()
+
+    def _replay_failure(self, slot: int, what: str) -> str:
+        return (
+            f"{self.env_id} does not play the same episode again (slot {self.first_slot + slot}, episode seed "
+            f"{self.episode_seeds[slot]}, {len(self._actions[slot])} actions): {what}; draw everything random from "
+            "self.np_random, and resume with the same versions and env_kwargs"
+        )
+
+
+class _SuccessInInfo(gym.Wrapper):
+    """Reduces ``info`` to ``{"success": bool}`` at the end of an episode.
+
+    ``SyncVectorEnv`` merges every key of every ``info`` into arrays: that fails where an array changes its shape, and
+    takes time for keys that nobody reads.
+    """
+
+    def __init__(self, env: VLMObservation) -> None:
+        super().__init__(env)
+        self._success = env.success
+        self._return = 0.0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._return = 0.0
+        observation, _ = self.env.reset(seed=seed, options=options)
+        return observation, {}
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._return += float(reward)
+        if not (terminated or truncated):
+            return observation, float(reward), terminated, truncated, {}
+        success = self._success(self._return, terminated, info)
+        return observation, float(reward), terminated, truncated, {"success": success}

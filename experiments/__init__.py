@@ -1,0 +1,1 @@
+"""Runners: train, evaluate, check an environment, and the configurations they read."""

@@ -1,0 +1,98 @@
+"""What of a VLM learns: one field, `trainable`.
+
+`full`: every weight. `adapter`: the adapter (projector, connector) alone. `lora`: low-rank updates of the language model's linear layers
+(PEFT) and the adapter; everything else stays as loaded. The value head always learns.
+"""
+
+from typing import Any, Literal
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from .errors import PolicyError
+
+Trainable = Literal["full", "adapter", "lora"]
+TRAINABLE = ("full", "adapter", "lora")
+
+# Where families of VLMs keep the module between encoder and language model.
+ADAPTER_NAMES = ("adapter", "multi_modal_projector", "connector", "modality_projection", "aligner", "mlp1", "merger")
+
+
+def adapter_name(vlm: nn.Module) -> str:
+    """The last part of the name of the VLM's adapter module; raises PolicyError where none is known."""
+    for name, _ in vlm.named_modules():
+        if name.split(".")[-1] in ADAPTER_NAMES:
+            return name.split(".")[-1]
+    raise PolicyError(
+        f"{type(vlm).__name__} has no module named {', '.join(ADAPTER_NAMES)}: its adapter is unknown, use trainable: full."
+    )
+
+
+def set_trainable(vlm: Any, trainable: Trainable, lora_rank: int = 16, lora_alpha: int = 32) -> Any:
+    """Marks what learns; with `lora`, returns the model wrapped by PEFT.
+
+    Raises:
+        PolicyError: an unknown mode, or a model whose adapter or decoder cannot be found.
+    """
+    if trainable not in TRAINABLE:
+        raise PolicyError(f"trainable is {trainable!r}: expected one of {', '.join(TRAINABLE)}.")
+    if trainable == "full":
+        vlm.requires_grad_(True)
+        return vlm
+    name = adapter_name(vlm)
+    if trainable == "adapter":
+        vlm.requires_grad_(False)
+        for module_name, module in vlm.named_modules():
+            if module_name.split(".")[-1] == name:
+                module.requires_grad_(True)
+        return vlm
+    config = LoraConfig(
+        r=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=0.0,
+        target_modules=_decoder_linears(vlm),
+        modules_to_save=[name],
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(vlm, config)
+
+
+def _decoder_linears(vlm: Any) -> list[str]:
+    """Full names of the linear layers inside the language model (the LM head and the encoder stay as they are)."""
+    decoder = vlm.get_decoder()
+    prefix = next((name for name, module in vlm.named_modules() if module is decoder), None)
+    if not prefix:
+        raise PolicyError(f"{type(vlm).__name__} names no decoder: LoRA needs one, use trainable: full or adapter.")
+    return [
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] != "lm_head"
+    ]
+
+
+def parameter_table(vlm: nn.Module, value_head: nn.Module) -> list[tuple[str, int, int]]:
+    """(part, parameters, of them learning) for encoder, adapter, language model, LoRA and value head."""
+    base = vlm.get_base_model() if hasattr(vlm, "peft_config") else vlm
+    adapter = adapter_name(base)
+    counts: dict[str, list[int]] = {part: [0, 0] for part in ("encoder", "adapter", "language model", "LoRA")}
+    seen: set[int] = set()
+    for name, parameter in base.named_parameters():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        pieces = name.split(".")
+        if any(piece.startswith("lora_") for piece in pieces):
+            part = "LoRA"
+        elif adapter in pieces:
+            if "original_module" in pieces:
+                continue  # PEFT's frozen copy of the adapter
+            part = "adapter"
+        elif any("vision" in piece for piece in pieces):
+            part = "encoder"
+        else:
+            part = "language model"
+        counts[part][0] += parameter.numel()
+        counts[part][1] += parameter.numel() * parameter.requires_grad
+    head = sum(parameter.numel() for parameter in value_head.parameters())
+    rows = [(part, total, learning) for part, (total, learning) in counts.items() if total]
+    return [*rows, ("value head", head, head)]
