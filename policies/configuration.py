@@ -1,7 +1,7 @@
 """Configuration of the composed vision-language model: three parts, one field each.
 
-`vision_config` and `text_config` are the configurations of any encoder that `AutoModel` loads and any language model that
-`AutoModelForCausalLM` loads; `adapter` names the module between them (see adapters.py).
+`vision_config` and `text_config` are the configurations of any encoder that `AutoModel` loads and any language model
+that `AutoModelForCausalLM` loads; `adapter` names the module between them (see adapters.py).
 """
 
 from typing import Any, ClassVar
@@ -37,4 +37,5 @@ class ManakoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
+        text_config: Any = self.text_config
+        self.tie_word_embeddings = bool(self.tie_word_embeddings or text_config.tie_word_embeddings)

@@ -1,4 +1,4 @@
-"""The composed VLM: any vision encoder -> adapter -> any causal language model, in the shape that Hugging Face tools expect.
+"""The composed VLM: vision encoder -> adapter -> causal language model, in the shape that Hugging Face tools expect.
 
 Frames become patches in `vision_tower`, visual tokens in `adapter`, and take the place of the image placeholders among the
 text embeddings; `language_model` decides. `generate`, PEFT, TRL's trainers and `save_pretrained` work on it unchanged.
@@ -47,9 +47,8 @@ class ManakoModel(ManakoPreTrainedModel):
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.adapter = build_adapter(
-            config.adapter, feature_width(config.vision_config), config.text_config.hidden_size
-        )
+        text_config: Any = config.text_config
+        self.adapter = build_adapter(config.adapter, feature_width(config.vision_config), text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -121,12 +120,14 @@ class ManakoModel(ManakoPreTrainedModel):
 class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
     """The composed VLM with its LM head: `generate`, PEFT and TRL's trainers use it like any other VLM."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
+        text_config: Any = config.text_config
         self.model = ManakoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        embeddings = self.get_input_embeddings()  # embed_tokens in a Llama, wte in a GPT-2
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -162,7 +163,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Token ids (B, L), pixels (images, 3, h, w) -> logits (B, L or `logits_to_keep`, V), loss where labels are given."""
+        """Token ids (B, L), pixels (images, 3, h, w) -> logits (B, L or `logits_to_keep`, V), loss with labels."""
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -178,9 +179,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

