@@ -6,6 +6,8 @@ run/checkpoints/checkpoint-<iteration>, so that a checkpoint is either whole or 
 
 import json
 import math
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from agent.checkpoint import finalize_folder
-from agent.errors import TrainingError
 from agent.ppo_trainer import PPOTrainer
 
 METRICS_FILE, CHECKPOINTS, STAGING = "metrics.jsonl", "checkpoints", ".staging"
@@ -23,6 +24,8 @@ METRICS_FILE, CHECKPOINTS, STAGING = "metrics.jsonl", "checkpoints", ".staging"
 
 class MetricsCallback(TrainerCallback):
     """Appends each iteration to metrics.jsonl and to TensorBoard; a value that is not finite is written as null.
+
+    TensorBoard forgets what an earlier start wrote past the last row of metrics.jsonl (see `cut_metrics`).
 
     Args:
         run_dir: the run folder.
@@ -32,11 +35,10 @@ class MetricsCallback(TrainerCallback):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / METRICS_FILE
-        self.board = SummaryWriter(str(run_dir / "tensorboard"))
+        rows = read_metrics(run_dir)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=rows[-1]["env_steps"] + 1 if rows else None)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One iteration's metrics."""
         if not logs or "iteration" not in logs:
             return
@@ -76,14 +78,46 @@ def cut_metrics(run_dir: Path, iteration: int) -> None:
     temporary.replace(run_dir / METRICS_FILE)
 
 
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, in the order of their iterations."""
+    found = [
+        path for path in (run_dir / CHECKPOINTS).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
+    return sorted(found, key=_iteration)
+
+
+def set_aside(run_dir: Path, iteration: int) -> list[Path]:
+    """Renames the checkpoints past `iteration`, which were found damaged, so that a resumed run can write them again.
+
+    Returns:
+        Their new places, damaged-checkpoint-<iteration>.
+    """
+    moved = []
+    for path in checkpoints(run_dir):
+        if _iteration(path) > iteration:
+            place = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            moved.append(path.rename(place))
+    return moved
+
+
+def _iteration(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
 class CheckpointCallback(TrainerCallback):
-    """Checkpoints every `every` iterations, at the end, and after Ctrl-C or SIGTERM, which end the run at its next iteration.
+    """Checkpoints every `every` iterations, at the end, and after Ctrl-C or SIGTERM.
+
+    A signal ends the run at the end of its iteration, a second one at once, with what the last checkpoint holds.
 
     Args:
         trainer: the trainer.
         run_dir: the run folder.
         every: iterations between checkpoints.
         keep: how many are kept, the newest ones.
+
+    Attributes:
+        interrupted: whether a signal came.
     """
 
     def __init__(self, trainer: PPOTrainer, run_dir: Path, every: int, keep: int = 2) -> None:
@@ -92,7 +126,7 @@ class CheckpointCallback(TrainerCallback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on a signal is answered at the end of the iteration; a second one at once."""
+        """From here on a signal is answered at the end of the iteration."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._interrupt)
 
@@ -116,11 +150,12 @@ class CheckpointCallback(TrainerCallback):
         """Seals what the Trainer wrote and moves it to its place; drops the oldest."""
         folder = self.run_dir / CHECKPOINTS / f"checkpoint-{self.trainer.iteration}"
         finalize_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}", folder)
-        every = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in every[: -self.keep]:
+        for old in checkpoints(self.run_dir)[: -self.keep]:
             shutil.rmtree(old)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
-            raise TrainingError("Stopped at once by a second signal; resume from the last checkpoint.")
+            raise KeyboardInterrupt
         self.interrupted = True
+        # not print: a handler may run in the middle of one
+        os.write(2, b"stopping at the end of this iteration; a second signal stops at once\n")

@@ -1,7 +1,8 @@
 """Evaluation on held-out seeds: success and return with 95 % intervals, beside a random policy and two controls.
 
-`blank_image` shows the policy a black frame, `replaced_instruction` another valid instruction than its own: a policy that looks and
-reads falls to what guessing gives. All four play the same episodes, so differences can be tested in pairs.
+`blank_image` shows the policy a black frame, `replaced_instruction` another valid instruction than its own: a policy
+that looks and reads falls to what guessing gives. All four play the same episodes, so differences can be tested in
+pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from agent.errors import TrainingError
 from agent.figures import Episode as RecordedEpisode
@@ -20,6 +20,7 @@ from policies import VLMPolicy
 Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
 CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
 RANDOM_ACTIONS = 13  # a random stream, see agent/rollout.py
+MAX_EPISODE_STEPS = 30_000  # an Atari game is cut off at 27,000
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Evaluation:
     episodes: list[Episode]
 
     def summary(self) -> dict[str, Any]:
-        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, number of episodes."""
+        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, episodes."""
         success = [episode.success for episode in self.episodes]
         returns = [episode.episode_return for episode in self.episodes]
         return {
@@ -61,14 +62,15 @@ def evaluate(
         seed: of drawn actions.
 
     Raises:
-        TrainingError: no seeds, or an unknown condition.
+        TrainingError: no seeds, an unknown condition, or an episode that does not end.
     """
     if condition not in CONDITIONS:
         raise TrainingError(f"condition is {condition!r}: expected one of {', '.join(CONDITIONS)}.")
     if not seeds:
         raise TrainingError("An evaluation needs at least one episode: give seeds.")
     draws = stream(seed, RANDOM_ACTIONS)
-    n, results = env.num_envs, [None] * len(seeds)  # type: int, list[Episode | None]
+    n = env.num_envs
+    results: list[Episode | None] = [None] * len(seeds)
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
     # slots beyond the last seed play its episodes again, uncounted, since all slots step together
@@ -80,6 +82,11 @@ def evaluate(
             result = env.step(actions)
             observations = result.observations
             ended = result.terminated | result.truncated
+            if (env.episode_lengths[~ended] >= MAX_EPISODE_STEPS).any():
+                raise TrainingError(
+                    f"An episode has not ended in {MAX_EPISODE_STEPS:,} steps: expected an environment that ends its "
+                    "episodes, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
+                )
             if not ended.any():
                 continue
             following = []
@@ -89,8 +96,8 @@ def evaluate(
                     results[index] = Episode(
                         float(env.episode_returns[slot]), int(env.episode_lengths[slot]), bool(result.success[slot])
                     )
-                playing[slot] = waiting.pop() if waiting else None
-                following.append(seeds[-1 if playing[slot] is None else playing[slot]])
+                playing[slot] = index = waiting.pop() if waiting else None
+                following.append(seeds[-1 if index is None else index])
             observations = env.reset_done(ended, seeds=following)
     return Evaluation([episode for episode in results if episode is not None])
 
@@ -125,7 +132,9 @@ def evaluate_all(
     return evaluations
 
 
-def record_episodes(policy: VLMPolicy, env: VectorEnv, seeds: Sequence[int], max_steps: int = 60) -> list[RecordedEpisode]:
+def record_episodes(
+    policy: VLMPolicy, env: VectorEnv, seeds: Sequence[int], max_steps: int = 60
+) -> list[RecordedEpisode]:
     """Greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
 
     Args:
@@ -136,7 +145,13 @@ def record_episodes(policy: VLMPolicy, env: VectorEnv, seeds: Sequence[int], max
     """
     observations = env.reset(seeds=list(seeds))
     tapes = [
-        {"frames": [observations.images[slot]], "instructions": [observations.instructions[slot]], "p": [], "a": [], "r": []}
+        {
+            "frames": [observations.images[slot]],
+            "instructions": [observations.instructions[slot]],
+            "p": [],
+            "a": [],
+            "r": [],
+        }
         for slot in range(env.num_envs)
     ]  # type: list[dict[str, Any]]
     success = [False] * env.num_envs

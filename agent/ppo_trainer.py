@@ -1,7 +1,7 @@
 """PPO for vision-language policies on TRL's trainer base: it stands where TRL's own PPO trainer stood until 1.13.
 
-transformers' Trainer brings optimizer, scheduler, accelerate, mixed precision, callbacks and resumable checkpoints. One PPO iteration
-is one Trainer epoch: the data loader's `__iter__` plays the environments, computes advantages, and yields
+transformers' Trainer brings optimizer, scheduler, accelerate, mixed precision, callbacks and resumable checkpoints. One
+PPO iteration is one Trainer epoch: the data loader's `__iter__` plays the environments, computes advantages, and yields
 num_ppo_epochs x (samples / minibatch) minibatches, shuffled anew in each PPO epoch. What is overridden: `compute_loss`,
 `get_train_dataloader`, `log`, `save_model`, and two private methods: `_load_from_checkpoint` (the original loads
 weights by name and says nothing where names differ) and `_send_telemetry` (off).
@@ -232,6 +232,7 @@ class PPOTrainer(_BaseTrainer):
     # ---- metrics and stops ---------------------------------------------------------------------------------------
 
     def _reset_metrics(self) -> None:
+        self._updates = 0
         self._measured: list[dict[str, torch.Tensor]] = []
         self._rollout: dict[str, float | None] = {}
 
@@ -252,17 +253,17 @@ class PPOTrainer(_BaseTrainer):
         if not torch.isfinite(measured["loss"]):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in measured.items())
             raise TrainingError(
-                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers; start again from the "
-                "last checkpoint with a smaller learning_rate."
+                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers; start again from "
+                "the last checkpoint with a smaller learning_rate."
             )
         if not self._measured:
             self.first_ratio_error = (ratio - 1).abs().max().item()
             tolerance = 1e-4 if ratio.dtype == torch.float32 and not self.args.bf16 and self._is_fp32() else 0.35
             if self.first_ratio_error > tolerance:
                 raise TrainingError(
-                    f"The first minibatch of iteration {self.iteration} has a ratio {self.first_ratio_error:.2g} away from 1, "
-                    f"expected at most {tolerance:.0e}: the policy that learns is not the one that acted (dropout, another "
-                    "dtype, or weights changed in between)."
+                    f"The first minibatch of iteration {self.iteration} has a ratio {self.first_ratio_error:.2g} away "
+                    f"from 1, expected at most {tolerance:.0e}: the policy that learns is not the one that acted, so "
+                    "look for dropout, another dtype, or weights that changed in between."
                 )
         self._measured.append(measured)
 
@@ -277,7 +278,7 @@ class PPOTrainer(_BaseTrainer):
             **self._rollout,
             **means,
             "first_ratio_error": self.first_ratio_error,
-            "updates": len(self._measured) // self.args.gradient_accumulation_steps,
+            "updates": self._updates,  # minibatches that were learned from
         }
 
 
@@ -302,7 +303,8 @@ class _PPOStops(TrainerCallback):
     """Ends an update at the target KL, refuses gradients that are not finite, and keeps the Trainer's step count whole.
 
     A minibatch past the target is not learned from: its gradients are dropped before the optimizer steps. The steps
-    that a stopped update leaves out are counted as done, so that the learning rate and a resumed run know the iteration.
+    that a stopped update leaves out are counted as done, so that the learning rate and a resumed run know the
+    iteration.
     """
 
     def __init__(self, trainer: PPOTrainer) -> None:
@@ -315,15 +317,16 @@ class _PPOStops(TrainerCallback):
         gradients = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             raise TrainingError(
-                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers; start again from the last "
-                "checkpoint with a smaller learning_rate."
+                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers; start again from "
+                "the last checkpoint with a smaller learning_rate."
             )
-        if args.target_kl is None:
-            return
-        last = trainer._measured[-args.gradient_accumulation_steps :]
-        if torch.stack([step["approx_kl"] for step in last]).mean().item() > 1.5 * args.target_kl:
-            self._stopped = True
-            trainer.policy.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
+        if args.target_kl is not None:
+            last = trainer._measured[-args.gradient_accumulation_steps :]
+            if torch.stack([step["approx_kl"] for step in last]).mean().item() > 1.5 * args.target_kl:
+                self._stopped = True
+                trainer.policy.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
+                return
+        trainer._updates += 1
 
     def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves the iteration after a stop."""

@@ -1,8 +1,8 @@
 """Rollouts: T steps of N environments played by the current policy, stored as the policy saw them.
 
-The order of the file is the order of events: what a rollout holds, how an action is drawn, how a rollout is collected. Nothing
-is rendered, prompted or tokenized again for training. Every random number is a function of (seed, slot, iteration), so a
-resumed run and any split of the slots over workers draw the same actions.
+The order of the file is the order of events: what a rollout holds, how an action is drawn, how a rollout is collected.
+Nothing is rendered, prompted or tokenized again for training. Every random number is a function of (seed, slot,
+iteration), so a resumed run and any split of the slots over workers draw the same actions.
 """
 
 import time
@@ -25,9 +25,12 @@ class Observations(Protocol):
     """What N environments show."""
 
     @property
-    def images(self) -> np.ndarray: ...  # (N, H, W, 3) uint8
+    def images(self) -> np.ndarray:
+        """(N, H, W, 3) uint8."""
+
     @property
-    def instructions(self) -> tuple[str, ...]: ...  # N
+    def instructions(self) -> tuple[str, ...]:
+        """N texts."""
 
 
 class VectorEnv(Protocol):
@@ -39,12 +42,23 @@ class VectorEnv(Protocol):
     episode_returns: np.ndarray  # (N,)
     episode_lengths: np.ndarray  # (N,)
 
-    def reset(self, seeds: Sequence[int] | None = None) -> Observations: ...
-    def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Observations: ...
-    def step(self, actions: np.ndarray) -> Any: ...
-    def replaced_instructions(self) -> tuple[str, ...]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Any) -> Observations | None: ...
+    def reset(self, seeds: Sequence[int] | None = None) -> Observations:
+        """Starts an episode in every slot."""
+
+    def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Observations:
+        """Starts the next episode where `mask` (N,) is True."""
+
+    def step(self, actions: np.ndarray) -> Any:
+        """One action (N,) in every slot: observations, rewards, terminated, truncated, success."""
+
+    def replaced_instructions(self) -> tuple[str, ...]:
+        """For each slot a valid instruction other than its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every slot, as JSON."""
+
+    def load_state_dict(self, state: Any) -> Observations | None:
+        """Brings every slot back to where it was."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +175,8 @@ class RolloutCollector:
                 logprobs = output.logprobs.cpu()  # (N, A)
                 if not torch.isfinite(logprobs).all():
                     raise TrainingError(
-                        f"The policy's probabilities are not finite in iteration {iteration}, step {t}: expected numbers; "
-                        "start again from the last checkpoint with a smaller learning_rate."
+                        f"The policy's probabilities are not finite in iteration {iteration}, step {t}: expected "
+                        "numbers; start again from the last checkpoint with a smaller learning_rate."
                     )
                 actions = choose(logprobs, uniforms[t])  # (N,)
                 steps.append((inputs, actions, logprobs.gather(1, actions[:, None])[:, 0], output.values.cpu()))
@@ -180,7 +194,7 @@ class RolloutCollector:
                                 result.observations.images[cut], [result.observations.instructions[i] for i in cut]
                             )
                         )
-                        final_at.extend((t, int(slot)) for slot in cut)
+                        final_at.extend((t, slot) for slot in cut.tolist())
                     for slot in np.flatnonzero(ended):
                         episodes.append(
                             Episode(
@@ -195,8 +209,8 @@ class RolloutCollector:
             # V of the observation that each step returned: the next row's, the last frame's where an episode was cut
             beyond = self._values([last, *final_inputs])
             next_values = torch.cat([values[1:], beyond[None, : env.num_envs]])  # (T, N)
-            for (t, slot), value in zip(final_at, beyond[env.num_envs :], strict=True):
-                next_values[t, slot] = value
+            for (row, slot), value in zip(final_at, beyond[env.num_envs :], strict=True):
+                next_values[row, slot] = value
             inputs = stack_inputs([step[0] for step in steps], policy.pad_id)
             reference = self._reference_logprobs(inputs)
         return Rollout(

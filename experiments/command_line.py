@@ -1,12 +1,14 @@
 """How the runners read settings and report bad input.
 
-One flat dataclass a runner; `trl.TrlParser` makes the flags of it; a YAML file (`--config`) gives other defaults; then every value
-is checked for type and range, since the parser lets `2.5`, `-3` and `true` of a YAML file through for a whole number.
-Anything wrong ends in one sentence on stderr and exit code 2. Nothing heavy is imported here: `--help` answers at once.
+One flat dataclass a runner; `trl.TrlParser` makes the flags of it; a YAML file (`--config`) gives other defaults; then
+every value is checked for type and range, since the parser lets `2.5`, `-3` and `true` of a YAML file through for a
+whole number. Anything wrong ends in one sentence on stderr and exit code 2. Nothing heavy is imported here: `--help`
+answers at once.
 """
 
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -45,42 +47,66 @@ def parse(kind: type[Settings], arguments: Sequence[str] | None = None, **parser
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(dataclass_types=kind, allow_abbrev=False, **parser_options)
+    hints = typing.get_type_hints(kind)
+    for action in parser._actions:
+        if action.dest in hints:
+            action.type = _reader(hints[action.dest])
     parser.add_argument("--config", metavar="FILE", help="YAML file with other defaults; flags go before it")
     file, rest = _take_config(words)
     if file is not None:
-        values = read_yaml(Path(file))
-        unknown = [key for key in values if key not in {field.name for field in dataclasses.fields(kind)}]  # type: ignore[arg-type]
-        if unknown:
-            raise UsageError(f"{file} has the unknown key {unknown[0]!r}{_hint(unknown[0], kind)}.")
-        check(kind, values, source=file)
-        parser.set_defaults_with_config(**values)
-    settings = parser.parse_args_into_dataclasses(args=rest)[0]
+        parser.set_defaults_with_config(**read_settings(kind, Path(file)))
+    settings = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)[0]
     check(kind, dataclasses.asdict(settings), source="")
     return settings
 
 
+def read_settings(kind: type, file: Path) -> dict[str, Any]:
+    """The settings in a YAML file, checked; those it does not name are left out.
+
+    Raises:
+        UsageError: the file cannot be read, an unknown key, a value of the wrong type or out of range.
+    """
+    values = read_yaml(file)
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise UsageError(f"{file} has the unknown key {key!r}{_hint(key, kind)}.")
+        if isinstance(values[key], str) and _plain(hints[key]) is float:  # YAML 1.1 takes 1e-4 for text
+            values[key] = _reader(float)(values[key])
+    check(kind, values, source=str(file))
+    return values
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; numbers such as 1e-4, which YAML 1.1 reads as text, are numbers.
+    """The mapping in a YAML file.
 
     Raises:
         UsageError: no such file, no YAML, or no mapping.
     """
+    name = repr(str(file))
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text file"
-        raise UsageError(f"The configuration {str(file)!r} cannot be read ({reason}): give a YAML file.") from error
+        raise UsageError(f"The configuration {name} cannot be read ({reason}): give a YAML file.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(f"The configuration {str(file)!r} is no YAML{place}: expected lines such as 'num_envs: 64'.") from error
+        raise UsageError(
+            f"The configuration {name} is no YAML{place}: expected lines such as 'num_envs: 64'."
+        ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"The configuration {str(file)!r} holds no mapping: expected lines such as 'num_envs: 64'.")
-    return {key: _number(value) if isinstance(value, str) else value for key, value in values.items()}
+        raise UsageError(f"The configuration {name} holds no mapping: expected lines such as 'num_envs: 64'.")
+    return values
 
 
 def check(kind: type, values: dict[str, Any], source: str) -> None:
     """Types and limits of the given values.
+
+    Args:
+        kind: the dataclass.
+        values: some or all of its fields.
+        source: the file that they come from; empty for the command line, whose settings are named as flags.
 
     Raises:
         UsageError: the first value that does not fit.
@@ -94,21 +120,25 @@ def check(kind: type, values: dict[str, Any], source: str) -> None:
         value, limits = values[field.name], dict(field.metadata["help"].limits)
         choices = limits.pop("choices", None)
         options = {**limits, "strict": True}
-        if float in (hints[field.name], *typing.get_args(hints[field.name])):
+        if _plain(hints[field.name]) is float:
             options["allow_inf_nan"] = False
         try:
             if not (value is None and type(None) in typing.get_args(hints[field.name])):
-                TypeAdapter(typing.Annotated[_plain(hints[field.name]), Field(**options)]).validate_python(value)
+                annotated: Any = typing.Annotated[_plain(hints[field.name]), Field(**options)]
+                TypeAdapter(annotated).validate_python(value)
             fits = choices is None or value is None or value in choices
         except ValidationError:
             fits = False
         if not fits:
-            where = f" in {source}" if source else ""
-            raise UsageError(f"{field.name} is {value!r}{where}: expected {_expected(hints[field.name], limits, choices)}.")
+            name = f"{field.name} in {source}" if source else f"--{field.name}"
+            raise UsageError(f"{name} is {value!r}: expected {_expected(hints[field.name], limits, choices)}.")
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback."""
+    """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback.
+
+    Ctrl-C ends it with exit code 130.
+    """
     try:
         code = main()
     except ValueError as error:
@@ -116,6 +146,9 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
     sys.stdout.flush()
     sys.exit(code or 0)
 
@@ -125,9 +158,10 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Raised in place of argparse's usage text and exit."""
-        raise UsageError(f"{message[:1].upper()}{message[1:].rstrip('.')}; --help lists the flags.")
+        message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message).rstrip(".")
+        raise UsageError(f"{message[:1].upper()}{message[1:]}; --help lists the flags.")
 
-    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> Any:  # noqa: D102
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> Any:
         known = {option for action in self._actions for option in action.option_strings}
         for word in args or ():
             name = word.split("=")[0]
@@ -135,7 +169,10 @@ class _Parser(TrlParser):
                 near = difflib.get_close_matches(name, sorted(known), 1)
                 hint = f", did you mean {near[0]}?" if near else "; --help lists the flags."
                 raise UsageError(f"There is no flag {name}{hint}")
-        return super().parse_args_into_dataclasses(args=args, **kwargs)
+        *settings, remaining = super().parse_args_into_dataclasses(args=args, return_remaining_strings=True, **kwargs)
+        if remaining:
+            raise UsageError(f"{remaining[0]!r} belongs to no flag: expected pairs such as --num_envs 64.")
+        return settings
 
 
 def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
@@ -155,11 +192,28 @@ def _hint(key: str, kind: Any) -> str:
     return f", did you mean {near[0]!r}?" if near else ": --help lists the settings"
 
 
-def _number(text: str) -> str | float:
-    try:
-        return float(text) if any(char.isdigit() for char in text) else text
-    except ValueError:
-        return text
+def _reader(hint: Any) -> Callable[[str], Any]:
+    """Text to a value of this type; text that is none stays text, which `check` then refuses by name.
+
+    `none` stands for None where a number may be left out.
+    """
+    plain, optional = _plain(hint), type(None) in typing.get_args(hint)
+
+    def read(text: str) -> Any:
+        if optional and plain is not str and text.lower() == "none":
+            return None
+        try:
+            return (_truth if plain is bool else plain)(text)
+        except ValueError:
+            return text
+
+    return read
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def _plain(hint: Any) -> Any:
@@ -172,6 +226,6 @@ def _plain(hint: Any) -> Any:
 def _expected(hint: Any, limits: dict[str, Any], choices: Any) -> str:
     if choices:
         return f"one of {', '.join(map(str, choices))}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(_plain(hint), "a mapping")
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[_plain(hint)]
     signs = {"ge": "from {} on", "gt": "above {}", "le": "up to {}", "lt": "below {}"}
     return " ".join([words, *(signs[name].format(limit) for name, limit in limits.items())])

@@ -3,11 +3,10 @@
     python experiments/evaluate.py --policy runs/.../final
     python experiments/evaluate.py --policy tiny --env FrozenLake-v1 --env_kwargs '{"is_slippery": false}'
 
-A run's folder, or a checkpoint in it, brings its environment and settings along. Prints the table of run_ppo.py and, with
---output, writes it as JSON; --gif draws episodes. An existing file is never overwritten.
+A run's folder, or a checkpoint in it, brings its environment and settings along. Prints the table of run_ppo.py and,
+with --output, writes it as JSON; --gif draws episodes. An existing file is never overwritten.
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -19,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from experiments.command_line import UsageError, check, parse, read_yaml, run_main, setting  # noqa: E402
+from experiments.command_line import UsageError, parse, read_settings, run_main, setting  # noqa: E402
 from experiments.settings import RunConfig  # noqa: E402
 
+OF_THE_POLICY = ("trainable", "action_format", "system", "dtype")  # likewise, and no flags here
 TAKEN = ("env", "instruction", "action_names", "env_kwargs", "image_source", "success_return")  # from the run
 
 
@@ -38,7 +38,7 @@ class EvaluateConfig:
     success_return: float | None = setting(None, "lowest return of a successful episode")
     episodes: int = setting(500, "held-out episodes of each row", ge=1)
     num_envs: int = setting(64, "environments side by side", ge=1)
-    seed: int = setting(0, "of the held-out episodes", ge=0, lt=2**31)
+    seed: int | None = setting(None, "of the held-out episodes; by default the run's, else 0", ge=0, lt=2**31)
     sample: bool = setting(False, "draw actions instead of taking the most probable one")
     output: str | None = setting(None, "JSON file for the results, must not exist")
     gif: str | None = setting(None, "GIF file for the first episodes, must not exist")
@@ -50,19 +50,18 @@ def main() -> int:
     given = parse(EvaluateConfig, description="Evaluates a policy on held-out seeds, with controls.")
     if not given.policy:
         raise UsageError("--policy is missing: give a run folder, a checkpoint, a model folder, a Hub id or a preset.")
-    for file in (given.output, given.gif):
+    for name, file in (("output", given.output), ("gif", given.gif)):
         if file and Path(file).exists():
-            raise UsageError(f"{file!r} exists and is not overwritten: give another file.")
+            raise UsageError(f"--{name} {file!r} exists and is not overwritten: give another file.")
         if file and not Path(file).resolve().parent.is_dir():
-            raise UsageError(f"The folder of {file!r} does not exist: make it or give another file.")
+            raise UsageError(f"The folder of --{name} {file!r} does not exist: make it or give another file.")
     config = _run_config(given)
     import torch
-    from rich.console import Console
     from transformers.utils import logging
 
     from agent.evaluation import evaluate_all, record_episodes
     from agent.figures import episode_gif
-    from experiments.progress import print_table
+    from experiments.progress import plain_console, print_table
     from experiments.setup import held_out_seeds, make_env, make_policy
 
     logging.set_verbosity_error()
@@ -71,7 +70,7 @@ def main() -> int:
     env = make_env(config, min(given.num_envs, given.episodes), held_out=True)
     policy = make_policy(config, env)
     seeds = held_out_seeds(config)
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     evaluations = evaluate_all(
         policy,
         env,
@@ -95,24 +94,23 @@ def _run_config(given: EvaluateConfig) -> RunConfig:
     """The run's settings where the policy lies in a run, with what the flags replace."""
     folder = Path(given.policy)
     policy = given.policy
-    if (folder / "config.yaml").is_file() and not (folder / "policy.json").is_file():
+    if _is_run(folder):
         if not (folder / "final").is_dir():
             raise UsageError(f"The run {given.policy!r} has no final policy yet: give one of its checkpoints.")
         policy = str(folder / "final")
-    values: dict = {}
-    for place in (folder, folder.parent, folder.parent.parent):
-        if folder.is_dir() and (place / "config.yaml").is_file():
-            values = read_yaml(place / "config.yaml")
-            check(RunConfig, values, str(place / "config.yaml"))
-            break
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    kept = {key: value for key, value in values.items() if key in (*TAKEN, "trainable", "action_format", "system", "dtype") and key in names}
-    replaced = {key: getattr(given, key) for key in TAKEN if getattr(given, key) is not None}
+    run = next((place for place in (folder, folder.parent, folder.parent.parent) if _is_run(place)), None)
+    values = read_settings(RunConfig, run / "config.yaml") if folder.is_dir() and run else {}
+    kept = {key: value for key, value in values.items() if key in (*TAKEN, *OF_THE_POLICY, "seed")}
+    replaced = {key: getattr(given, key) for key in (*TAKEN, "seed") if getattr(given, key) is not None}
     if "env" in replaced and replaced["env"] != kept.get("env"):
         kept = {key: value for key, value in kept.items() if key not in TAKEN}
     return RunConfig(
-        **{**kept, **replaced, "policy": policy, "seed": given.seed, "eval_episodes": given.episodes, "gif_episodes": given.gif_episodes}
+        **{**kept, **replaced, "policy": policy, "eval_episodes": given.episodes, "gif_episodes": given.gif_episodes}
     )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "run.json").is_file()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a run prints: a header, a line that lives while it trains, and the evaluation's table."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,11 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from policies import parameter_table
+
+
+def plain_console() -> Console:
+    """Prints what it is given: an action named [left] is no markup."""
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class Progress(TrainerCallback):
@@ -29,7 +35,7 @@ class Progress(TrainerCallback):
     def __init__(self, run_dir: Path, config: Any, policy: Any, iterations: int, samples: int, started: float) -> None:
         self.run_dir, self.config, self.policy = run_dir, config, policy
         self.iterations, self.samples, self.started = iterations, samples, started
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = plain_console()
         self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         self._train_start = 0.0
         self._first_iteration = 0
@@ -38,13 +44,25 @@ class Progress(TrainerCallback):
     def header(self, env: Any, checkpoint: Path | None) -> None:
         """What is about to run."""
         config, policy = self.config, self.policy
-        parts = ", ".join(f"{name} {learning:,} of {total:,}" for name, total, learning in parameter_table(policy.vlm, policy.value_head))
+        parts = ", ".join(
+            f"{name} {learning:,} of {total:,}"
+            for name, total, learning in parameter_table(policy.vlm, policy.value_head)
+        )
         instruction_from = "replaced" if config.instruction else "the env's own"
         self.console.print(f"run          {self.run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
-        self.console.print(f"environment  {config.env}, {config.num_envs} side by side, frames {env.frame_shape}, instruction {instruction_from}")
-        self.console.print(f"actions      {', '.join(env.action_names)} (as {policy.codec.format}); success: {env.success_rule}")
+        self.console.print(
+            f"environment  {config.env}, {config.num_envs} side by side, frames {env.frame_shape}, "
+            f"instruction {instruction_from}"
+        )
+        self.console.print(
+            f"actions      {', '.join(env.action_names)} (as {policy.codec.format}); success: {env.success_rule}"
+        )
         self.console.print(f"policy       {config.policy}, {config.trainable}; learning: {parts}")
-        prefix = f"{len(policy.prefix_ids)} tokens shared by all prompts" if policy.uses_prefix else "whole prompts (no shared prefix)"
+        prefix = (
+            f"{len(policy.prefix_ids)} tokens shared by all prompts"
+            if policy.uses_prefix
+            else "whole prompts (no shared prefix)"
+        )
         pixels = "table" if policy.pipeline.is_table else "the library's processor"
         self.console.print(f"forward      {prefix}; pixels by {pixels}; {policy.device}, {config.dtype}")
 
@@ -66,8 +84,9 @@ class Progress(TrainerCallback):
         success = "   -" if logs["success_rate"] is None else f"{logs['success_rate']:4.0%}"
         returned = "     -" if logs["episode_return"] is None else f"{logs['episode_return']:6.2f}"
         line = (
-            f"iteration {logs['iteration']:4d}/{self.iterations}  steps {logs['env_steps']:8,d}  success {success}  return {returned}  "
-            f"entropy {logs['entropy']:5.2f}  kl {logs['approx_kl']:6.4f}  {rate:6,.0f} steps/s  {_clock(left)} left"
+            f"iteration {logs['iteration']:4d}/{self.iterations}  steps {logs['env_steps']:8,d}  success {success}  "
+            f"return {returned}  entropy {logs['entropy']:5.2f}  kl {logs['approx_kl']:6.4f}  {rate:6,.0f} steps/s  "
+            f"{_clock(left)} left"
         )
         if done == 1:
             self.console.print(f"first update {now - self.started:.1f} s after the start")
@@ -92,24 +111,23 @@ class Progress(TrainerCallback):
     def table(self, summary: dict[str, dict[str, Any]]) -> None:
         """The evaluation, and where everything lies."""
         print_table(self.console, summary, f"{self.config.env}, held-out seeds")
-        self.console.print(f"written to {self.run_dir}: {', '.join(sorted(path.name for path in self.run_dir.iterdir()))}")
+        self.console.print(
+            f"written to {self.run_dir}: {', '.join(sorted(path.name for path in self.run_dir.iterdir()))}"
+        )
         self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
 
 
-def print_table(console: Console, summary: dict[str, dict[str, Any]], title: str) -> None:
+def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:
     """One row a condition, with 95 % intervals."""
     table = Table(title=title, title_justify="left")
-    for column in ("", "success", "95 % interval", "mean return", "95 % interval", "length", "episodes"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "success (95 % interval)", "return (95 % interval)", "steps", "episodes"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():
-        low, high = row["success_ci95"]
-        return_low, return_high = row["return_ci95"]
+        (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
         table.add_row(
             name.replace("_", " "),
-            f"{row['success']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{row['return_mean']:.3f}",
-            f"{return_low:.3f} to {return_high:.3f}",
+            f"{row['success']:.1%} ({low:.1%} to {high:.1%})",
+            f"{row['return_mean']:.2f} ({return_low:.2f} to {return_high:.2f})",
             f"{row['length_mean']:.1f}",
             str(row["episodes"]),
         )

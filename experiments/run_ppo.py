@@ -5,8 +5,9 @@
     python experiments/run_ppo.py --env my_module:MyEnv-v0 --policy smollm2 --trainable lora
     python experiments/run_ppo.py --resume runs/...
 
-In order: environments, policy, before.gif, training, evaluation beside a random policy and two controls, after.gif. All of it lands in
-a run folder (see the README); an existing one is never overwritten.
+In order: environments, policy, before.gif, training, evaluation beside a random policy and two controls, after.gif. All
+of it lands in a run folder (see the README); an existing one is never overwritten. Ctrl-C or SIGTERM saves a checkpoint
+at the end of the iteration and prints the command that goes on from it.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from experiments.command_line import UsageError, parse, read_yaml, run_main  # noqa: E402
-from experiments.settings import RunConfig  # noqa: E402
+from experiments.command_line import UsageError, parse, read_settings, run_main  # noqa: E402
+from experiments.settings import RunConfig, check_together  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow")
 
@@ -36,104 +38,117 @@ def main() -> int:
     """One run, new or resumed; returns the exit code."""
     started = time.perf_counter()
     given = parse(RunConfig, description="Trains a VLM policy with PPO on the frames of an environment.")
-    config, run_dir = _resume_config(given) if given.resume else (given, None)
-    # Heavy imports come after the flags, so that --help and a wrong flag answer at once.
+    # What can be refused is refused before anything is written, and before the heavy imports where it can be.
+    config, run_dir, checkpoint = _resumed(given) if given.resume else (given, _new_run_dir(given), None)
+    check_together(config)
     import torch
     from transformers.utils import logging
 
-    from agent.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics
-    from agent.checkpoint import latest_checkpoint, verify_folder
+    from agent.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
     from agent.ppo_trainer import PPOTrainer
     from experiments.progress import Progress
-    from experiments.setup import held_out_seeds, make_env, make_policy, make_trainer_args
+    from experiments.setup import held_out_seeds, make_env, make_policy, make_trainer_args, try_out
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(config.torch_threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     env = make_env(config, config.num_envs)
-    checkpoint = None
-    if run_dir is not None:
-        checkpoint = latest_checkpoint(run_dir)
-        if checkpoint is None:
-            raise UsageError(f"{run_dir} holds no whole checkpoint: start a new run without --resume.")
-        verify_folder(checkpoint)
     policy = make_policy(config, env)
-    resumed = run_dir is not None
-    run_dir = run_dir or _new_run_dir(config)
     staging = run_dir / ".staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    args = make_trainer_args(config, staging)
-    trainer = PPOTrainer(policy, args, env)
-    if not resumed:
+    if checkpoint is None:
+        try_out(config, policy)
+    else:
+        shutil.rmtree(staging, ignore_errors=True)
+    try:
+        args = make_trainer_args(config, staging)
+        trainer = PPOTrainer(policy, args, env)  # makes the run folder
+    except OSError as error:
+        raise UsageError(
+            f"The run folder {str(run_dir)!r} cannot be made ({error.strerror}): give another --output_dir."
+        ) from error
+    if checkpoint is None:
         _write_description(run_dir, config)
+    else:
+        iteration = int(checkpoint.name.split("-")[1])
+        cut_metrics(run_dir, iteration)
+        set_aside(run_dir, iteration)
+    metrics = MetricsCallback(run_dir)
     saver = CheckpointCallback(trainer, run_dir, config.save_every, config.keep_checkpoints)
     progress = Progress(run_dir, config, policy, args.num_iterations, trainer.num_samples, started)
-    trainer.add_callback(MetricsCallback(run_dir))
-    trainer.add_callback(saver)
-    trainer.add_callback(progress)
+    for callback in (metrics, saver, progress):
+        trainer.add_callback(callback)
     progress.header(env, checkpoint)
     seeds = held_out_seeds(config)
-    if not resumed:
-        _gif(config, policy, env, seeds, run_dir / "before.gif")
-    else:
-        cut_metrics(run_dir, int(checkpoint.name.split("-")[1]))  # type: ignore[union-attr]
+    if checkpoint is None:
+        _gif(config, policy, seeds, run_dir / "before.gif")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not saver.interrupted:
+            _finish(config, policy, run_dir, seeds, read_metrics(run_dir), progress)
+            return 0
+    except KeyboardInterrupt:  # a second signal, or one during the evaluation
+        pass
     finally:
         saver.restore_signals()
         progress.stop()
+        metrics.board.close()
         env.close()
         shutil.rmtree(staging, ignore_errors=True)
-    if trainer.iteration < args.num_iterations:
-        print(f"Stopped after iteration {trainer.iteration}. Go on with:\n  python experiments/run_ppo.py --resume {run_dir}")
-        return 130
-    return _finish(config, policy, run_dir, seeds, read_metrics(run_dir), progress)
+    command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+    print(f"Stopped after iteration {trainer.iteration} of {args.num_iterations}. Go on with:\n  {command}")
+    return 130
 
 
-def _finish(config: RunConfig, policy: Any, run_dir: Path, seeds: list[int], rows: list[dict], progress: Any) -> int:
-    """Evaluation with controls, learning curve, after.gif and the final policy folder."""
+def _finish(config: RunConfig, policy: Any, run_dir: Path, seeds: list[int], rows: list[dict], progress: Any) -> None:
+    """The final policy folder, evaluation with controls, learning curve, after.gif; evaluation.json ends the run."""
     from agent.checkpoint import write_folder
     from agent.evaluation import evaluate_all
     from agent.figures import learning_curve
     from experiments.setup import make_env
     from policies import save_policy
 
+    if not (run_dir / "final").exists():  # else a former start wrote it and was stopped in what follows
+        write_folder(run_dir / "final", lambda folder: save_policy(policy, folder))
     env = make_env(config, min(config.num_envs, config.eval_episodes), held_out=True)
-    evaluations = evaluate_all(policy, env, seeds)
+    evaluations = evaluate_all(policy, env, seeds[: config.eval_episodes])
     env.close()
     summary: dict[str, Any] = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     random = summary["random"]
-    write_folder(run_dir / "final", lambda folder: save_policy(policy, folder)) if not (run_dir / "final").exists() else None
-    _write(run_dir / "evaluation.json", json.dumps(summary, indent=2))
     learning_curve(
         rows,
         run_dir / "learning_curve.png",
         f"{config.policy} on {config.env}, seed {config.seed}",
         baselines={"random policy": (random["success"], tuple(random["success_ci95"]))},
     )
-    _gif(config, policy, None, seeds, run_dir / "after.gif")
+    _gif(config, policy, seeds, run_dir / "after.gif")
+    _write(run_dir / "evaluation.json", json.dumps(summary, indent=2))
     progress.table(summary)
-    return 0
 
 
-def _gif(config: RunConfig, policy: Any, env: Any, seeds: list[int], path: Path) -> None:
+def _gif(config: RunConfig, policy: Any, seeds: list[int], path: Path) -> None:
     from agent.evaluation import record_episodes
     from agent.figures import episode_gif
     from experiments.setup import make_env
 
     shown = seeds[: config.gif_episodes]
     if shown:
-        own = make_env(config, len(shown), held_out=True)
-        episode_gif(record_episodes(policy, own, shown), own.action_names, path)
-        own.close()
+        env = make_env(config, len(shown), held_out=True)
+        episode_gif(record_episodes(policy, env, shown), env.action_names, path)
+        env.close()
 
 
-def _resume_config(given: RunConfig) -> tuple[RunConfig, Path]:
-    """The settings of the run to go on with; other flags beside --resume are refused."""
+def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
+    """The settings of the run to go on with, its folder and its last whole checkpoint.
+
+    Raises:
+        UsageError: no run there, a finished one, no whole checkpoint, or other flags beside --resume.
+    """
+    from agent.checkpoint import latest_checkpoint
+
     run_dir = Path(str(given.resume))
     if not (run_dir / "config.yaml").is_file():
-        raise UsageError(f"There is no run to resume in {str(run_dir)!r}: expected a folder with config.yaml and checkpoints.")
+        raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
     changed = [
         field.name
         for field in dataclasses.fields(RunConfig)
@@ -142,15 +157,29 @@ def _resume_config(given: RunConfig) -> tuple[RunConfig, Path]:
     if changed:
         raise UsageError(f"--resume goes on with the run's own settings, but --{changed[0]} came too: leave it out.")
     if (run_dir / "evaluation.json").exists():
-        raise UsageError(f"The run in {str(run_dir)!r} is finished: start a new one, with --policy {run_dir}/final if you like.")
-    from experiments.command_line import check
-
-    values = read_yaml(run_dir / "config.yaml")
-    check(RunConfig, values, str(run_dir / "config.yaml"))
-    return RunConfig(**values), run_dir
+        raise UsageError(
+            f"The run in {str(run_dir)!r} is finished: start a new one, with --policy {run_dir}/final if you like."
+        )
+    config = RunConfig(**read_settings(RunConfig, run_dir / "config.yaml"))
+    with warnings.catch_warnings(record=True) as faults:
+        warnings.simplefilter("always")
+        checkpoint = latest_checkpoint(run_dir)
+    found = "; ".join(str(fault.message) for fault in faults)
+    if checkpoint is None:
+        raise UsageError(
+            f"{run_dir} holds no whole checkpoint ({found or 'none was written'}): start a new run without --resume."
+        )
+    if found:
+        print(f"warning: {found}", file=sys.stderr)
+    return config, run_dir, checkpoint
 
 
 def _new_run_dir(config: RunConfig) -> Path:
+    """The place of a new run's folder, which is made later.
+
+    Raises:
+        UsageError: it exists, or cannot be made.
+    """
     name = config.output_dir
     if name is None:
         env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-") for text in (config.env, config.policy))
@@ -158,10 +187,12 @@ def _new_run_dir(config: RunConfig) -> Path:
     path = Path(name)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{name!r} exists: a run is never overwritten, give another --output_dir or --resume {name}.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"The run folder {name!r} cannot be made ({error.strerror}): give another --output_dir.") from error
+    above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UsageError(
+            f"The run folder {name!r} cannot be made, since {str(above)!r} is no folder that can be written to: give "
+            "another --output_dir."
+        )
     return path
 
 

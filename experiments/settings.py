@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from experiments.command_line import setting
+from experiments.command_line import UsageError, setting
 
 
 @dataclass
@@ -20,10 +20,14 @@ class RunConfig:
     policy: str = setting("tiny", "preset (tiny, smollm2), model folder, run checkpoint or Hub id")
     vision_encoder: str | None = setting(None, "replaces a preset's encoder: vit, clip_vit, convnext, folder or Hub id")
     adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp")
-    language_model: str | None = setting(None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id")
+    language_model: str | None = setting(
+        None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id"
+    )
     image_size: int | None = setting(None, "side in pixels that a small random encoder sees", ge=8)
     patch_size: int | None = setting(None, "side in pixels of its patches", ge=2)
-    trainable: str = setting("full", "what learns: full, adapter or lora (with the adapter)", choices=("full", "adapter", "lora"))
+    trainable: str = setting(
+        "full", "what learns: full, adapter or lora (with the adapter)", choices=("full", "adapter", "lora")
+    )
     lora_rank: int = setting(16, "rank of LoRA", ge=1)
     lora_alpha: int = setting(32, "LoRA is scaled by lora_alpha / lora_rank", ge=1)
     dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"))
@@ -57,3 +61,28 @@ class RunConfig:
     eval_episodes: int = setting(500, "held-out episodes of each evaluation row", ge=1)
     gif_episodes: int = setting(4, "episodes in before.gif and after.gif, 0 for none", ge=0)
     torch_threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
+
+
+def check_together(config: RunConfig) -> None:
+    """What holds between settings; each alone is checked by `command_line.check`.
+
+    Raises:
+        UsageError: sizes that do not divide, or a reference that does not exist.
+    """
+    samples, size = config.num_envs * config.num_steps, config.minibatch_size
+    if samples % size:
+        fits = max(divisor for divisor in range(1, min(size, samples) + 1) if samples % divisor == 0)
+        raise UsageError(
+            f"--minibatch_size is {size}, but a rollout has --num_envs {config.num_envs} x --num_steps "
+            f"{config.num_steps} = {samples} samples: expected a size that divides them, such as {fits}."
+        )
+    if size % config.gradient_accumulation_steps:
+        raise UsageError(
+            f"--gradient_accumulation_steps is {config.gradient_accumulation_steps}: expected a number that divides "
+            f"--minibatch_size {size}, so that the parts are equal."
+        )
+    if config.kl_coef and config.trainable != "lora":
+        raise UsageError(
+            f"--kl_coef is {config.kl_coef}, and --trainable {config.trainable} keeps no reference policy to stay "
+            "close to: expected --trainable lora (its off state is the reference), or --kl_coef 0."
+        )

@@ -12,6 +12,27 @@ from experiments.settings import RunConfig
 from policies import PolicySource, VLMPolicy, load_policy
 from policies.prompts import SYSTEM
 
+# settings of a run that are PPOConfig's by the same name
+SHARED = (
+    "num_steps",
+    "num_ppo_epochs",
+    "minibatch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "gamma",
+    "gae_lambda",
+    "clip_range",
+    "clip_range_vf",
+    "vf_coef",
+    "ent_coef",
+    "kl_coef",
+    "target_kl",
+    "max_grad_norm",
+    "bf16",
+    "seed",
+)
+
 
 def make_env(config: RunConfig, num_envs: int, held_out: bool = False) -> EpisodeVectorEnv:
     """`num_envs` environments of the run, for training or for held-out episodes."""
@@ -31,7 +52,10 @@ def make_env(config: RunConfig, num_envs: int, held_out: bool = False) -> Episod
 
 def held_out_seeds(config: RunConfig) -> list[int]:
     """The evaluation's episode seeds, none of which a training episode has."""
-    return [episode_seed(config.seed, HELD_OUT, 0, episode) for episode in range(max(config.eval_episodes, config.gif_episodes))]
+    return [
+        episode_seed(config.seed, HELD_OUT, 0, episode)
+        for episode in range(max(config.eval_episodes, config.gif_episodes))
+    ]
 
 
 def make_policy(config: RunConfig, env: EpisodeVectorEnv) -> VLMPolicy:
@@ -54,25 +78,40 @@ def make_policy(config: RunConfig, env: EpisodeVectorEnv) -> VLMPolicy:
         seed=config.seed,
     )
     policy = load_policy(source, env.action_names, env.frame_shape)
-    if config.instruction is not None and policy.prompts.clean(config.instruction) != " ".join(config.instruction.split()):
+    if config.instruction is not None and policy.prompts.clean(config.instruction) != " ".join(
+        config.instruction.split()
+    ):
         raise UsageError(
-            f"The instruction {config.instruction!r} holds special tokens or control characters, or is too long: expected plain "
-            f"text such as {policy.prompts.clean(config.instruction)!r}."
+            f"--instruction {config.instruction!r} holds special tokens or control characters, or is too long: "
+            f"expected plain text such as {policy.prompts.clean(config.instruction)!r}."
         )
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def try_out(config: RunConfig, policy: VLMPolicy) -> None:
+    """Plays one step of a held-out episode: what is wrong with environment, prompt or model shows before a run begins.
+
+    Raises:
+        EnvError: the environment breaks.
+        PolicyError: the policy cannot read what the environment shows.
+    """
+    import numpy as np
+
+    env = make_env(config, 1, held_out=True)
+    observations = env.reset()
+    with policy.frozen_weights():
+        policy(policy.prepare(observations.images, observations.instructions).to(policy.device))
+    env.step(np.zeros(1, dtype=np.int64))
+    env.close()
+
+
 def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
     """Arguments of PPOTrainer; the Trainer writes its checkpoints into `output_dir`."""
-    shared = (
-        "num_steps num_ppo_epochs minibatch_size gradient_accumulation_steps learning_rate lr_scheduler_type gamma "
-        "gae_lambda clip_range clip_range_vf vf_coef ent_coef kl_coef target_kl max_grad_norm bf16 seed"
-    ).split()
     return PPOConfig(
         output_dir=str(output_dir),
         num_iterations=math.ceil(config.total_steps / (config.num_envs * config.num_steps)),
         report_to="none",
-        **{name: getattr(config, name) for name in shared},
+        **{name: getattr(config, name) for name in SHARED},
     )
 
 
@@ -82,7 +121,9 @@ def _json_object(text: str | None) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"env_kwargs is no JSON ({error}): expected an object such as '{{\"size\": 4}}'.") from error
+        raise UsageError(
+            f"--env_kwargs {text!r} is no JSON ({error}): expected an object such as '{{\"size\": 4}}'."
+        ) from error
     if not isinstance(value, dict):
-        raise UsageError(f"env_kwargs is {text!r}: expected a JSON object such as '{{\"size\": 4}}'.")
+        raise UsageError(f"--env_kwargs is {text!r}: expected a JSON object such as '{{\"size\": 4}}'.")
     return value

@@ -1,10 +1,11 @@
 """The action codec: a closed set of action names as tokens of the language model, with exact probabilities.
 
-Three formats. `token`: each name is one token; its probability is read off that row of the LM head. `choice`: the names are
-listed in the prompt as labelled choices ("A: move up") and the label is the one token. `trie`: names of several tokens; at
-each node of the token trie the probabilities are renormalised over the node's children, and a name's log-probability is the sum
-along its path, so the A probabilities add up to 1 whatever the names. `auto` takes the first of the three that the tokenizer
-allows. Nothing here can produce a special token: a name that holds one is refused.
+Three formats. `token`: each name is one token; its probability is read off that row of the LM head. `choice`: the names
+are listed in the prompt as labelled choices ("A: move up") and the label is the one token. `trie`: names of several
+tokens; at each node of the token trie the probabilities are renormalised over the node's children, and a name's
+log-probability is the sum along its path, so the A probabilities add up to 1 whatever the names. `auto` takes the first
+of the three that the tokenizer allows. No answer holds a special token: such a name is refused. Where one name begins
+another ("go", "go on"), the end token closes each, as it would in a chat.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from typing import Any, Literal
 import torch
 
 from .errors import PolicyError
+from .processing import special_vocabulary
 
 ActionFormat = Literal["auto", "token", "choice", "trie"]
+FORMATS = ("token", "choice", "trie")  # in the order that `auto` tries
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -60,7 +63,9 @@ class ActionCodec:
         self.names = tuple(names)
         self.lead = lead
         self._check_names()
-        formats = ("token", "choice", "trie") if action_format == "auto" else (action_format,)
+        if action_format not in ("auto", *FORMATS):
+            raise PolicyError(f"action_format is {action_format!r}: expected one of auto, {', '.join(FORMATS)}.")
+        formats = FORMATS if action_format == "auto" else (action_format,)
         problems = []
         for self.format in formats:
             self.answers = tuple(LABELS[: len(self.names)]) if self.format == "choice" else self.names
@@ -110,27 +115,29 @@ class ActionCodec:
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
             raise PolicyError(f"Action names must differ, got {', '.join(map(repr, repeated))} more than once.")
-        special = set(self.tokenizer.all_special_tokens)
+        special = special_vocabulary(self.tokenizer)
         for name in self.names:
             held = [token for token in special if token in name]
             if held:
                 raise PolicyError(
-                    f"Action name {name!r} holds the special token {held[0]!r}: expected plain words, rename the action."
+                    f"Action name {name!r} holds the special token {held[0]!r}: expected plain words, rename the "
+                    "action."
                 )
 
     def _tokenize(self) -> str | None:
         """Fills `token_ids`; returns what is wrong with this format, or None."""
         if len(self.answers) < len(self.names):
             return f"{len(self.names)} actions but only {len(LABELS)} labels"
-        special = set(self.tokenizer.all_special_ids)
+        special = set(special_vocabulary(self.tokenizer).values())
         self.token_ids = [
             tuple(self.tokenizer.encode(self.lead + answer, add_special_tokens=False)) for answer in self.answers
         ]
         for answer, ids in zip(self.answers, self.token_ids, strict=True):
             if not ids or special.intersection(ids):
                 return f"{answer!r} becomes a special or unknown token"
-            if "".join(self.tokenizer.decode(list(ids)).split()) != "".join(answer.split()):
-                return f"{answer!r} does not survive the tokenizer (it comes back as {self.tokenizer.decode(list(ids))!r})"
+            back = self.tokenizer.decode(list(ids))
+            if "".join(back.split()) != "".join(answer.split()):
+                return f"{answer!r} does not survive the tokenizer (it comes back as {back!r})"
             if self.format != "trie" and len(ids) != 1:
                 return f"{answer!r} takes {len(ids)} tokens"
         if len(set(self.token_ids)) < len(self.token_ids):

@@ -1,8 +1,8 @@
 """The composed VLM: vision encoder -> adapter -> causal language model, in the shape that Hugging Face tools expect.
 
-Frames become patches in `vision_tower`, visual tokens in `adapter`, and take the place of the image placeholders among the
-text embeddings; `language_model` decides. `generate`, PEFT, TRL's trainers and `save_pretrained` work on it unchanged.
-Left out on purpose: several images a prompt of different sizes, video, and cross-attention adapters.
+Frames become patches in `vision_tower`, visual tokens in `adapter`, and take the place of the image placeholders among
+the text embeddings; `language_model` decides. `generate`, PEFT, TRL's trainers and `save_pretrained` work on it
+unchanged. Left out on purpose: several images a prompt of different sizes, video, and cross-attention adapters.
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
 """Frames to pixels: the library's image processor, split so that the hot path is a table look-up.
 
 transformers' PIL processors work image by image in float64-friendly NumPy; 32 frames cost some 26 ms. Rescaling and
-normalising act on each of the 256 values of a channel alone, so the processor is asked once for its 3 x 256 answers, and
-frames (already resized, uint8) are looked up in that table: the same float32 numbers, bit for bit. Resizing and cropping stay
-with Pillow, once a frame, before the frames are stored. A processor that does more (image splitting, padding masks) is
-recognised by comparing the two on a random frame, and is then called as it is.
+normalising act on each of the 256 values of a channel alone, so the processor is asked once for its 3 x 256 answers,
+and frames (already resized, uint8) are looked up in that table: the same float32 numbers, bit for bit. Resizing and
+cropping stay with Pillow, once a frame, before the frames are stored. A processor that does more (image splitting,
+padding masks) is recognised by comparing the two on a random frame, and is then called as it is.
 """
 
 from typing import Any
@@ -33,13 +33,11 @@ class PixelPipeline:
         expected = dict(image_processor(images=list(probe), return_tensors="pt", input_data_format="channels_last"))
         self.extra_keys = tuple(sorted(key for key in expected if key != "pixel_values"))
         if not self.extra_keys and expected["pixel_values"].ndim == 4:
-            self._resizes = tuple(expected["pixel_values"].shape[-2:]) != tuple(frame_shape[:2])
-            table = self._ask_table()
-            if table is not None:
-                self.table = table
+            self.table = self._ask_table()
+            if self.table is not None:
                 stored = self.geometry(probe)
-                same_size = stored.shape[1:3] == expected["pixel_values"].shape[-2:]
-                if not same_size or not torch.equal(self.pixels(stored)["pixel_values"], expected["pixel_values"]):
+                self._resizes = not torch.equal(stored, torch.from_numpy(probe))  # a resize can keep the size
+                if not torch.equal(self.pixels(stored)["pixel_values"], expected["pixel_values"].float()):
                     self.table = None
 
     @property

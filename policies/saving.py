@@ -1,32 +1,44 @@
 """Policies on disk: what transformers and PEFT write, plus value_head.safetensors and policy.json.
 
 A folder written by `save_policy` is a model folder: `AutoModelForImageTextToText.from_pretrained` (all weights) or
-`PeftModel.from_pretrained` (LoRA) load it, and `load_policy` makes a policy of it again. policy.json holds SHA-256 digests, of
-what learns and, with LoRA, of the base it belongs to, so that weights that silently did not load are an error.
+`PeftModel.from_pretrained` (LoRA) load it, and `load_policy` makes a policy of it again. policy.json holds SHA-256
+digests, of what learns and, with LoRA, of the base it belongs to, so that weights that silently did not load are an
+error.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
 
 from .actions import ActionFormat
 from .errors import PolicyError
 from .policy import PolicySpec, VLMPolicy
-from .presets import PRESETS, build_vlm
+from .presets import LOADING_ERRORS, PRESETS, build_vlm, check_complete, first_line, quietly
 from .prompts import SYSTEM
 from .training import Trainable, set_trainable
 
 POLICY_FILE, VALUE_HEAD_FILE = "policy.json", "value_head.safetensors"
+LORA_CONFIG_FILE, LORA_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FORMAT = 1
+DESCRIPTION = {  # what policy.json holds beside its format
+    "action_names": list,
+    "frame_shape": list,
+    "action_format": str,
+    "system": str,
+    "learned_sha256": str,
+    "source": dict,
+    "base_sha256": str | None,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -64,53 +76,69 @@ class PolicySource:
     seed: int = 0
 
 
-def load_policy(
-    source: PolicySource, action_names: tuple[str, ...], frame_shape: tuple[int, int, int]
-) -> VLMPolicy:
+def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> VLMPolicy:
     """The policy of a preset, a folder or a Hub id, for these actions and frames.
+
+    A folder of `save_policy` also brings its value head, and its system text and action format where the source leaves
+    them at their defaults.
 
     Raises:
         PolicyError: nothing loadable there, damaged files, or parts that do not fit.
     """
-    spec = PolicySpec(tuple(action_names), tuple(frame_shape), source.action_format, source.system)
+    if source.dtype not in DTYPES:
+        raise PolicyError(f"dtype is {source.dtype!r}: expected one of {', '.join(DTYPES)}.")
+    dtype, base_sha, head = DTYPES[source.dtype], None, None
     folder = Path(source.policy)
-    own = (folder / POLICY_FILE).is_file()
     if source.policy in PRESETS:
         vlm, processor = _build_preset(source, frame_shape)
     else:
         replaced = [name for name in ("vision_encoder", "adapter", "language_model") if getattr(source, name)]
         if replaced:
             raise PolicyError(
-                f"{', '.join(replaced)} can replace a part of a preset ({', '.join(PRESETS)}), not of {source.policy!r}."
+                f"{', '.join(replaced)} came, but only a preset ({', '.join(PRESETS)}) has parts that can be replaced, "
+                f"not {source.policy!r}: leave it out, or start from a preset."
             )
-        vlm, processor = _load_own(folder, source) if own else _load_any(source)
-    vlm = vlm.to(getattr(torch, source.dtype))
-    if hasattr(vlm, "peft_config") and source.trainable != "lora":
-        vlm = vlm.merge_and_unload()
-    base_sha = None
-    if not hasattr(vlm, "peft_config"):
+        if (folder / POLICY_FILE).is_file():
+            saved, description = _read_description(folder)
+            source = _fill_in(source, action_names, description)
+            vlm, processor, head = _load_own(folder, saved, description)
+            if isinstance(vlm, PeftModel) and source.trainable == "lora":
+                if source.dtype != saved.dtype:
+                    raise PolicyError(
+                        f"dtype is {source.dtype}, but the LoRA weights in {folder} belong to a {saved.dtype} model: "
+                        f"expected dtype: {saved.dtype}, or trainable: full, which merges them."
+                    )
+                # from here on it is what it was: LoRA on the same base
+                source = replace(saved, system=source.system, action_format=source.action_format)
+                base_sha = description["base_sha256"]
+            elif isinstance(vlm, PeftModel):
+                vlm = vlm.float().merge_and_unload()
+        else:
+            vlm, processor = _load_any(source.policy, dtype)
+        if folder.is_dir() and base_sha is None:
+            source = replace(source, policy=str(folder.resolve()))
+    if base_sha is None:
+        vlm = vlm.to(dtype)
         base_sha = digest(vlm.state_dict()) if source.trainable == "lora" else None
         vlm = set_trainable(vlm, source.trainable, source.lora_rank, source.lora_alpha)
-    else:
-        base_sha = json.loads((folder / POLICY_FILE).read_text())["base_sha256"]
-        source = PolicySource(**{**asdict(source), **json.loads((folder / POLICY_FILE).read_text())["source"]})
-    policy = VLMPolicy(vlm, processor, spec)
-    if own:
-        policy.value_head.load_state_dict(_read(folder / VALUE_HEAD_FILE))
-    if folder.is_dir():
-        source = PolicySource(**{**asdict(source), "policy": str(folder.resolve()) if not own else source.policy})
+    height, width, channels = frame_shape
+    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
+    with quietly():
+        policy = VLMPolicy(vlm, processor, spec)
+    if head is not None:
+        _fill(policy.value_head, head, folder)
     policy.origin = {"source": asdict(source), "base_sha256": base_sha}
     return policy
 
 
 def save_policy(policy: VLMPolicy, folder: Path) -> None:
     """Writes the policy into a folder that exists."""
-    # save_original_format=False: else a ViT's keys are written under their old names and do not load strictly
-    if policy.has_lora:
-        policy.vlm.save_pretrained(folder, save_embedding_layers=False)
-    else:
-        policy.vlm.save_pretrained(folder, save_original_format=False)
-    policy.processor.save_pretrained(folder)
+    with quietly():
+        if policy.has_lora:
+            policy.vlm.save_pretrained(folder, save_embedding_layers=False)
+        else:  # False: else a ViT's keys are written under their old names, which do not load strictly
+            policy.vlm.save_pretrained(folder, save_original_format=False)
+        policy.processor.save_pretrained(folder)
     safetensors.torch.save_file(policy.value_head.state_dict(), folder / VALUE_HEAD_FILE)
     description = {
         "format": FORMAT,
@@ -130,43 +158,53 @@ def load_weights(policy: VLMPolicy, folder: Path) -> None:
     Raises:
         PolicyError: files missing or damaged, or weights that differ from the saved ones.
     """
+    _, description = _read_description(folder)
     if policy.has_lora:
+        lora = _read(folder / LORA_FILE)
         try:
-            result = set_peft_model_state_dict(policy.vlm, load_peft_weights(str(folder), device="cpu"))
-        except (OSError, SafetensorError) as error:
-            raise PolicyError(f"The LoRA weights in {folder} cannot be read ({error}): use another checkpoint.") from error
-        if result.unexpected_keys:
-            raise PolicyError(f"{folder} holds weights that this policy lacks, such as {result.unexpected_keys[0]}.")
+            unexpected = set_peft_model_state_dict(policy.vlm, lora).unexpected_keys
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise PolicyError(
+                f"The LoRA weights in {folder} do not fit this policy ({detail(error)}): use the settings of its run."
+            ) from error
+        if unexpected:
+            raise PolicyError(
+                f"{folder} holds weights that this policy lacks, such as {unexpected[0]}: use the settings of its run."
+            )
     else:
         state: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("model*.safetensors")):
             state.update(_read(file))
-        unexpected = policy.vlm.load_state_dict(state, strict=False).unexpected_keys
-        if unexpected:
-            raise PolicyError(f"{folder} holds weights that this policy lacks, such as {unexpected[0]}.")
-        policy.vlm.tie_weights()
-    policy.value_head.load_state_dict(_read(folder / VALUE_HEAD_FILE))
-    saved = json.loads((folder / POLICY_FILE).read_text())["learned_sha256"]
-    if digest(learned(policy)) != saved:
+        # a tied LM head is not written: it is the embedding matrix
+        tied = policy.vlm.all_tied_weights_keys
+        state |= {name: state[source] for name, source in tied.items() if name not in state and source in state}
+        _fill(policy.vlm, state, folder)
+    _fill(policy.value_head, _read(folder / VALUE_HEAD_FILE), folder)
+    if digest(learned(policy)) != description["learned_sha256"]:
         raise PolicyError(
-            f"The weights loaded from {folder} are not the saved ones: the folder belongs to another model or trainable "
-            "setting; use the settings of its run."
+            f"The weights loaded from {folder} are not the saved ones: the folder belongs to another model or "
+            "trainable setting; use the settings of its run."
         )
 
 
 def learned(policy: VLMPolicy) -> dict[str, torch.Tensor]:
     """Every tensor that learns, by name."""
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return _learned(policy.vlm, policy.value_head.state_dict())
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names and bytes, in the order of names."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
         total.update(name.encode())
-        total.update(tensor.view(torch.uint8).numpy().data if tensor.ndim else tensor[None].view(torch.uint8).numpy().data)
+        total.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _learned(vlm: torch.nn.Module, value_head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What learns of a model, and the value head, which always does."""
+    of_model = {f"vlm.{name}": parameter for name, parameter in vlm.named_parameters() if parameter.requires_grad}
+    return of_model | {f"value_head.{name}": tensor for name, tensor in value_head.items()}
 
 
 def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> tuple[Any, Any]:
@@ -182,67 +220,125 @@ def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> tu
     )
 
 
-def _load_own(folder: Path, source: PolicySource) -> tuple[Any, Any]:
-    """A folder of `save_policy`: all weights, or LoRA on a base that is built again and compared."""
+def _read_description(folder: Path) -> tuple[PolicySource, dict[str, Any]]:
+    """The source in policy.json, and all of it."""
     try:
         description = json.loads((folder / POLICY_FILE).read_text())
-        saved_source = PolicySource(**description["source"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise PolicyError(f"{folder / POLICY_FILE} is damaged ({error}): use another checkpoint.") from error
-    if not (folder / "adapter_config.json").is_file():
-        return _load_any(source)
-    plain = PolicySource(**{**asdict(saved_source), "trainable": "full"})
-    if saved_source.policy in PRESETS:
-        base, processor = _build_preset(plain, tuple(description["frame_shape"]))
+        if description["format"] != FORMAT:
+            raise ValueError(f"format {description['format']!r}, this version reads {FORMAT}")
+        for key, kind in DESCRIPTION.items():
+            if not isinstance(description[key], kind):
+                raise ValueError(f"{key} is {description[key]!r}")
+        saved = PolicySource(**description["source"])
+        if saved.dtype not in DTYPES:
+            raise ValueError(f"dtype is {saved.dtype!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PolicyError(
+            f"{folder / POLICY_FILE} is damaged ({first_line(error)}): use another checkpoint."
+        ) from error
+    return saved, description
+
+
+def _fill_in(source: PolicySource, action_names: Sequence[str], description: dict[str, Any]) -> PolicySource:
+    """What the source leaves at its defaults is as it was when the folder was written."""
+    if source.system == SYSTEM:
+        source = replace(source, system=description["system"])
+    if source.action_format == "auto" and list(action_names) == description["action_names"]:
+        source = replace(source, action_format=description["action_format"])
+    return source
+
+
+def _load_own(
+    folder: Path, saved: PolicySource, description: dict[str, Any]
+) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Model, processor and value head of a folder of `save_policy`, checked against its digests."""
+    if (folder / LORA_CONFIG_FILE).is_file():
+        base, processor = _build_base(folder, saved, description)
+        try:
+            with quietly():
+                vlm = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise PolicyError(
+                f"The LoRA weights in {folder} cannot be read ({detail(error)}): use another checkpoint."
+            ) from error
     else:
-        base, processor = _load_any(plain)
-    base = base.to(getattr(torch, saved_source.dtype))
+        vlm, processor = _load_any(str(folder), DTYPES[saved.dtype])
+        vlm = set_trainable(vlm, saved.trainable)
+    head = _read(folder / VALUE_HEAD_FILE)
+    if digest(_learned(vlm, head)) != description["learned_sha256"]:
+        raise PolicyError(
+            f"The weights in {folder} are not the ones that policy.json names: files were changed or mixed up; use "
+            "another checkpoint."
+        )
+    return vlm, processor, head
+
+
+def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) -> tuple[Any, Any]:
+    """The model that the LoRA weights in `folder` belong to, built again and compared."""
+    try:
+        if saved.policy in PRESETS:
+            base, processor = _build_preset(saved, tuple(description["frame_shape"]))
+            base = base.to(DTYPES[saved.dtype])
+        else:
+            base, processor = _load_any(saved.policy, DTYPES[saved.dtype])
+    except PolicyError as error:
+        raise PolicyError(f"The base of the LoRA weights in {folder} cannot be loaded: {error}") from error
     if digest(base.state_dict()) != description["base_sha256"]:
         raise PolicyError(
-            f"The LoRA weights in {folder} belong to another base model than {saved_source.policy!r} gives here: install "
-            "the versions of its run, or merge the weights there."
+            f"The LoRA weights in {folder} belong to another base model than {saved.policy!r} gives here: install the "
+            "versions of its run, or merge the weights there."
         )
-    try:
-        return PeftModel.from_pretrained(base, folder, is_trainable=True), processor
-    except (OSError, ValueError, SafetensorError) as error:
-        raise PolicyError(f"The LoRA weights in {folder} cannot be read ({error}): use another checkpoint.") from error
+    return base, processor
 
 
-def _load_any(source: PolicySource) -> tuple[Any, Any]:
+def _load_any(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Any folder or Hub id that AutoModelForImageTextToText and AutoProcessor load."""
-    name = source.policy
     if ("/" in name or name.startswith(".")) and not Path(name).exists() and name.count("/") != 1:
-        raise PolicyError(f"There is no folder {name!r}: expected a preset ({', '.join(PRESETS)}), a folder or a Hub id.")
+        raise PolicyError(
+            f"There is no folder {name!r}: expected a preset ({', '.join(PRESETS)}), a model folder or a Hub id."
+        )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise PolicyError(f"The folder {name!r} holds no config.json: expected a model folder or a run's checkpoint.")
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        vlm = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, source.dtype))
+        with quietly():
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            vlm, loading = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
     except ImportError as error:
         raise PolicyError(
-            f"The processor of {name!r} needs a package that is not installed ({_sentence(error)}); processors with a video "
-            "part (SmolVLM, Qwen-VL, InternVL) need torchvision."
+            f"The processor of {name!r} needs a package that is not installed ({first_line(error)}); processors with a "
+            "video part (SmolVLM, Qwen-VL, InternVL) need torchvision."
         ) from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise PolicyError(
-            f"No vision-language model at {name!r}: expected a preset ({', '.join(PRESETS)}), a model folder or a Hub id "
-            f"({_sentence(error)})."
+            f"No vision-language model at {name!r}: expected a preset ({', '.join(PRESETS)}), a model folder or a Hub "
+            f"id ({first_line(error)})."
         ) from error
-    finally:
-        logging.set_verbosity(level)
+    check_complete(name, loading)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise PolicyError(f"{name!r} has no processor for images and text: expected a vision-language model's folder.")
     return vlm.eval(), processor
+
+
+def _fill(module: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Loads every weight of `module`; raises PolicyError where names or sizes differ."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise PolicyError(
+            f"The weights in {folder} do not fit this policy ({detail(error)}): use the settings of its run."
+        ) from error
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except (OSError, SafetensorError) as error:
-        raise PolicyError(f"{file} cannot be read ({error}): use another checkpoint.") from error
+        raise PolicyError(f"{file} cannot be read ({first_line(error)}): use another checkpoint.") from error
 
 
-def _sentence(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+def detail(error: Exception) -> str:
+    """The line of an error's message that says which weight: torch and PEFT put it second."""
+    lines = [line.strip().rstrip(".:") for line in str(error).strip().splitlines()]
+    return (lines[1] if len(lines) > 1 else first_line(error))[:160]

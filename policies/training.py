@@ -1,13 +1,14 @@
 """What of a VLM learns: one field, `trainable`.
 
-`full`: every weight. `adapter`: the adapter (projector, connector) alone. `lora`: low-rank updates of the language model's linear layers
-(PEFT) and the adapter; everything else stays as loaded. The value head always learns.
+`full`: every weight. `adapter`: the adapter (projector, connector) alone. `lora`: low-rank updates of the language
+model's linear layers (PEFT) and the adapter; everything else stays as loaded. The value head always learns.
 """
 
 from typing import Any, Literal
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import PolicyError
 
@@ -24,7 +25,8 @@ def adapter_name(vlm: nn.Module) -> str:
         if name.split(".")[-1] in ADAPTER_NAMES:
             return name.split(".")[-1]
     raise PolicyError(
-        f"{type(vlm).__name__} has no module named {', '.join(ADAPTER_NAMES)}: its adapter is unknown, use trainable: full."
+        f"{type(vlm).__name__} has no module named {', '.join(ADAPTER_NAMES)}: its adapter is unknown, use trainable: "
+        "full."
     )
 
 
@@ -32,7 +34,7 @@ def set_trainable(vlm: Any, trainable: Trainable, lora_rank: int = 16, lora_alph
     """Marks what learns; with `lora`, returns the model wrapped by PEFT.
 
     Raises:
-        PolicyError: an unknown mode, or a model whose adapter or decoder cannot be found.
+        PolicyError: an unknown mode, a rank below 1, or a model whose adapter or decoder cannot be found.
     """
     if trainable not in TRAINABLE:
         raise PolicyError(f"trainable is {trainable!r}: expected one of {', '.join(TRAINABLE)}.")
@@ -46,11 +48,15 @@ def set_trainable(vlm: Any, trainable: Trainable, lora_rank: int = 16, lora_alph
             if module_name.split(".")[-1] == name:
                 module.requires_grad_(True)
         return vlm
+    if lora_rank < 1 or lora_alpha < 1:
+        raise PolicyError(f"lora_rank is {lora_rank}, lora_alpha {lora_alpha}: expected 1 or more.")
+    targets = _decoder_linears(vlm)
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=lora_alpha,
         lora_dropout=0.0,
-        target_modules=_decoder_linears(vlm),
+        target_modules=targets,
+        fan_in_fan_out=isinstance(vlm.get_submodule(targets[0]), Conv1D),
         modules_to_save=[name],
         task_type="CAUSAL_LM",
     )
@@ -63,14 +69,19 @@ def _decoder_linears(vlm: Any) -> list[str]:
     prefix = next((name for name, module in vlm.named_modules() if module is decoder), None)
     if not prefix:
         raise PolicyError(f"{type(vlm).__name__} names no decoder: LoRA needs one, use trainable: full or adapter.")
-    return [
+    linears = [
         f"{prefix}.{name}"
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[-1] != "lm_head"
+        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[-1] != "lm_head"
     ]
+    if not linears:
+        raise PolicyError(
+            f"The language model of {type(vlm).__name__} has no linear layers for LoRA: use trainable: full or adapter."
+        )
+    return linears
 
 
-def parameter_table(vlm: nn.Module, value_head: nn.Module) -> list[tuple[str, int, int]]:
+def parameter_table(vlm: Any, value_head: nn.Module) -> list[tuple[str, int, int]]:
     """(part, parameters, of them learning) for encoder, adapter, language model, LoRA and value head."""
     base = vlm.get_base_model() if hasattr(vlm, "peft_config") else vlm
     adapter = adapter_name(base)
@@ -87,7 +98,7 @@ def parameter_table(vlm: nn.Module, value_head: nn.Module) -> list[tuple[str, in
             if "original_module" in pieces:
                 continue  # PEFT's frozen copy of the adapter
             part = "adapter"
-        elif any("vision" in piece for piece in pieces):
+        elif any("vision" in piece or "visual" in piece for piece in pieces):
             part = "encoder"
         else:
             part = "language model"

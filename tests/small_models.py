@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
     CLIPVisionConfig,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
@@ -22,20 +32,27 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
-from transformers import CLIPImageProcessorPil
 
 from policies.presets import TINY_TEMPLATE
 
 LOUD = 0.5
 FRAME = (32, 32, 3)
 NAMES = ("up", "down", "left", "right")
+TURNS = ("turn left", "turn right", "go", "go on")  # shared first tokens, one name that begins another
+INSTRUCTIONS = ("go", "go to the far end of the room and wait there", "")  # prompts of unequal length
 CHATML = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
-TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-VISION = dict(**TEXT, image_size=32, patch_size=8)
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {**TEXT, "image_size": 32, "patch_size": 8, "initializer_range": LOUD}
+CROP = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
 
 
 def frames(count: int, shape: tuple[int, int, int] = FRAME, seed: int = 0) -> np.ndarray:
@@ -58,21 +75,64 @@ def byte_tokenizer(special: tuple[str, ...] = (), **roles: str) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(special), **roles)
 
 
+def text_model(kind: str, tokens: int, **options: Any) -> Any:
+    """A random language model of a family."""
+    torch.manual_seed(0)
+    shared = {**TEXT, "vocab_size": tokens, "num_key_value_heads": 2, "initializer_range": LOUD, **options}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=tokens, n_embd=32, n_layer=2, n_head=4, n_positions=300, initializer_range=LOUD)
+        )
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**shared, tie_word_embeddings=True))
+    if kind == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**shared, head_dim=8, final_logit_softcapping=1.0))
+    return LlamaForCausalLM(LlamaConfig(**shared))
+
+
+def text_folder(folder: Path, kind: str, template: str | None = CHATML, **options: Any) -> Path:
+    """A language model and its tokenizer, which has no image token and may have no chat template."""
+    tokenizer = byte_tokenizer(("<|im_start|>", "<|im_end|>"), eos_token="<|endoftext|>")
+    tokenizer.chat_template = template
+    text_model(kind, len(tokenizer), **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def vision_folder(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A vision encoder and its image processor: `clip` has two towers, `dinov2` register tokens."""
+    torch.manual_seed(0)
+    if kind == "clip":
+        text = {**TEXT, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        model, processor = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION)), CLIPImageProcessorPil(**CROP)
+    elif kind == "siglip":
+        model = SiglipVisionModel(SiglipVisionConfig(**VISION))
+        processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    else:
+        config = {key: value for key, value in VISION.items() if key != "intermediate_size"}
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config, mlp_ratio=2, num_register_tokens=4))
+        processor = BitImageProcessorPil(**CROP)
+    model.to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def llava_folder(folder: Path, **text: Any) -> Path:
+    """A LLaVA: CLIP encoder whose class token is dropped, projector, Llama."""
     special = ("<|system|>", "<|user|>", "<|assistant|>", "<image>")
     tokenizer = byte_tokenizer(special, pad_token="<pad>", eos_token="<|end|>")
-    tokens = len(tokenizer)
     torch.manual_seed(0)
+    shared = {**TEXT, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": LOUD, **text}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, initializer_range=LOUD),
-        text_config=LlamaConfig(**{**TEXT, **text}, vocab_size=tokens, num_key_value_heads=2, initializer_range=LOUD),
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**shared),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
         vision_feature_layer=-1,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        CLIPImageProcessorPil(**CROP),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
@@ -84,12 +144,15 @@ def llava_folder(folder: Path, **text: Any) -> Path:
 
 
 def idefics3_folder(folder: Path) -> Path:
-    special = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|system|>", "<|user|>", "<|assistant|>")
+    """An Idefics3, whose processor cuts each frame into parts and adds the whole frame."""
+    parts = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    special = (*parts, "<|system|>", "<|user|>", "<|assistant|>")
     tokenizer = byte_tokenizer(special, pad_token="<pad>", eos_token="<|end|>")
     torch.manual_seed(0)
+    shared = {**TEXT, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": LOUD}
     config = Idefics3Config(
-        vision_config=dict(**VISION, initializer_range=LOUD),
-        text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=LOUD, pad_token_id=0),
+        vision_config=VISION,
+        text_config=LlamaConfig(**shared, pad_token_id=0),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
     )
