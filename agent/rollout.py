@@ -209,8 +209,8 @@ class RolloutCollector:
             # V of the observation that each step returned: the next row's, the last frame's where an episode was cut
             beyond = self._values([last, *final_inputs])
             next_values = torch.cat([values[1:], beyond[None, : env.num_envs]])  # (T, N)
-            for (row, slot), value in zip(final_at, beyond[env.num_envs :], strict=True):
-                next_values[row, slot] = value
+            for (row, place), value in zip(final_at, beyond[env.num_envs :], strict=True):
+                next_values[row, place] = value
             inputs = stack_inputs([step[0] for step in steps], policy.pad_id)
             reference = self._reference_logprobs(inputs)
         return Rollout(

@@ -253,7 +253,7 @@ def where_time_goes(bench: "Bench", args: "PPOConfig") -> dict[str, dict[str, fl
 
 
 def peak_memory(values: dict[str, Any]) -> dict[str, Any]:
-    """Peak resident memory in MiB of a fresh process that loads the policy, and then does a rollout step or an update."""
+    """Peak resident memory in MiB of a fresh process after loading the policy, and after a rollout or an update."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
         peaks = {name: pool.submit(_peak_of, values, name).result() for name in MEMORY}
@@ -351,7 +351,8 @@ def print_rest(console: "Console", results: dict[str, Any]) -> None:
     trainer = results["trainer"]
     console.print(
         f"trainer overhead over a bare loop: {_range(trainer['percent'], '.1f')} % of "
-        f"{trainer['bare_seconds']['median']:.2f} s, {_range(trainer['cpu_percent'], '.1f')} % of its CPU time; weights afterwards differ by {trainer['weight_difference']:.1e}"
+        f"{trainer['bare_seconds']['median']:.2f} s, {_range(trainer['cpu_percent'], '.1f')} % of its CPU time; "
+        f"weights afterwards differ by {trainer['weight_difference']:.1e}"
     )
     _table(
         console,

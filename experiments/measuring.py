@@ -459,11 +459,12 @@ class FlopCounter(TorchFunctionMode):
 
     Linear, x (M, K) times w (K, N): 2 M K N forward, as much again backward for x if it needs a gradient, and for w if
     it does. Attention: 4 x pairs x head width forward (Q K^T and A V), twice that backward; only pairs of a query and a
-    key that the mask allows are counted. Recomputation, norms, activations and softmax are not counted.
+    key that the mask allows are counted. Recomputation, norms, activations and softmax are not counted. Backward is
+    counted when a gradient arrives, so what a loss does not depend on is not.
 
     Attributes:
         forward: FLOPs by kind: "linear", "attention", "convolution".
-        backward: FLOPs that the backward pass will run, by kind.
+        backward: FLOPs of the backward pass, by kind.
         shapes: how often each (M, K, N) of a linear layer was run forward.
     """
 
@@ -477,12 +478,12 @@ class FlopCounter(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is F.linear:
-            self._linear(*args[:2])
+            self._linear(result, *args[:2])
         elif func is F.scaled_dot_product_attention:
             query, key, value = args[:3]
-            self._attention(query, key, value, kwargs.get("attn_mask"), kwargs.get("is_causal", False))
+            self._attention(result, query, key, value, kwargs.get("attn_mask"), kwargs.get("is_causal", False))
         elif func is F.conv2d:
-            self._weighted("convolution", 2 * result.numel() * args[1][0].numel(), args[0], args[1])
+            self._count("convolution", result, 2 * result.numel() * args[1][0].numel(), *args[:2])
         return result
 
     @property
@@ -490,18 +491,26 @@ class FlopCounter(TorchFunctionMode):
         """All of it."""
         return sum(self.forward.values()) + sum(self.backward.values())
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+    def _linear(self, result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
         (n, k), m = weight.shape, x.numel() // x.shape[-1]
         self.shapes[m, k, n] += 1
-        self._weighted("linear", 2 * m * k * n, x, weight)
+        self._count("linear", result, 2 * m * k * n, x, weight)
 
-    def _weighted(self, kind: str, flops: int, x: torch.Tensor, weight: torch.Tensor) -> None:
+    def _count(self, kind: str, result: torch.Tensor, flops: int, *factors: torch.Tensor) -> None:
+        """Forward now; backward once for each factor that needs a gradient, when the result's arrives."""
         self.forward[kind] += flops
-        if torch.is_grad_enabled():
-            self.backward[kind] += flops * (x.requires_grad + weight.requires_grad)
+        if result.requires_grad:
+            backward = Counter({kind: flops * sum(factor.requires_grad for factor in factors)})
+            result.register_hook(lambda gradient: self.backward.update(backward))
 
     def _attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
+        self,
+        result: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
     ) -> None:
         batch, heads, queries, width = query.shape
         allowed = torch.ones(queries, key.shape[2], dtype=torch.bool)
@@ -510,10 +519,8 @@ class FlopCounter(TorchFunctionMode):
         elif is_causal:
             allowed = allowed.tril()
         pairs = int(allowed.expand(batch, heads, queries, key.shape[2]).sum())
-        flops = 2 * pairs * (width + value.shape[-1])
-        self.forward["attention"] += flops
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            self.backward["attention"] += 2 * flops
+        # its backward is one kernel that gives all three gradients: twice the forward
+        self._count("attention", result, 2 * pairs * (width + value.shape[-1]), result, result)
 
 
 def count_flops(work: Work) -> tuple[FlopCounter, float]:

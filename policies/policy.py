@@ -259,6 +259,8 @@ class VLMPolicy(nn.Module):
         columns = zip(*prompts, strict=False)  # the tokens of all prompts at the same place
         same = list(itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
         end = min(len(same), *(prompt.index(self.image_token_id) for prompt in prompts))
+        if end and prompts[0][end - 1] not in self.processor.tokenizer.all_special_ids:
+            end = max(0, end - 2)  # other instructions may be joined with the last of the text before them
         return torch.tensor(prompts[0][:end], dtype=torch.long)
 
     def _check_prompt(self, tokens: tuple[int, ...], instruction: str) -> None:

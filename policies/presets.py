@@ -16,6 +16,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,12 +165,14 @@ def build_vlm(
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Inside: transformers shows neither warnings nor progress bars; what matters in them is checked by the caller."""
+    """Inside: transformers and PEFT show neither warnings nor progress bars; what matters in them the caller checks."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -314,7 +317,10 @@ def _language_model(name: str) -> tuple[Any, Any, str]:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return LlamaForCausalLM(config), tokenizer, TINY_TEMPLATE
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.1)  # the first policy is nearly uniform, so that PPO explores
+        return model, tokenizer, TINY_TEMPLATE
     folder = str(smollm2_folder()) if name == "smollm2" else name
     try:
         with quietly():

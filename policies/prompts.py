@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from .errors import PolicyError
 from .processing import special_vocabulary
 
-SYSTEM = "You act in an environment. Look at the image and follow the instruction. Actions: {actions}."
+SYSTEM = "Follow the instruction. Actions: {actions}."
 MAX_INSTRUCTION_CHARS = 2000
 
 
@@ -81,7 +81,7 @@ class PromptBuilder:
             )
         self._special_ids = {*special.values(), tokenizer.convert_tokens_to_ids(image_token)} - {tokenizer.unk_token_id}
         self._ids: dict[str, tuple[int, ...]] = {}
-        self.lead = " " if re.search(r"[\w:,.]$", self.render("x")) else ""
+        self.lead = " " if re.search(r"[\w:,.]\Z", self.render("x")) else ""
         self._special_count = self._count_special(self._tokenize("x"))
 
     def clean(self, instruction: str) -> str:

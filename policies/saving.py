@@ -2,8 +2,7 @@
 
 A folder written by `save_policy` is a model folder: `AutoModelForImageTextToText.from_pretrained` (all weights) or
 `PeftModel.from_pretrained` (LoRA) load it, and `load_policy` makes a policy of it again. policy.json holds SHA-256
-digests, of what learns and, with LoRA, of the base it belongs to, so that weights that silently did not load are an
-error.
+digests, of what learns and of the base that does not, so that weights that silently did not load are an error.
 """
 
 import hashlib
@@ -92,11 +91,12 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     if source.policy in PRESETS:
         vlm, processor = _build_preset(source, frame_shape)
     else:
-        replaced = [name for name in ("vision_encoder", "adapter", "language_model") if getattr(source, name)]
-        if replaced:
+        of_presets = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")
+        given = [name for name in of_presets if getattr(source, name) is not None]
+        if given:
             raise PolicyError(
-                f"{', '.join(replaced)} came, but only a preset ({', '.join(PRESETS)}) has parts that can be replaced, "
-                f"not {source.policy!r}: leave it out, or start from a preset."
+                f"{', '.join(given)} came, but only a preset ({', '.join(PRESETS)}) has parts to choose, not "
+                f"{source.policy!r}: leave it out, or start from a preset."
             )
         if (folder / POLICY_FILE).is_file():
             saved, description = _read_description(folder)
@@ -119,8 +119,12 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
             source = replace(source, policy=str(folder.resolve()))
     if base_sha is None:
         vlm = vlm.to(dtype)
-        base_sha = digest(vlm.state_dict()) if source.trainable == "lora" else None
-        vlm = set_trainable(vlm, source.trainable, source.lora_rank, source.lora_alpha)
+        if source.trainable == "lora":
+            base_sha = digest(vlm.state_dict())
+        with quietly():
+            vlm = set_trainable(vlm, source.trainable, source.lora_rank, source.lora_alpha)
+        if source.trainable == "adapter":
+            base_sha = digest(_frozen(vlm))
     height, width, channels = frame_shape
     spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
     with quietly():
@@ -180,7 +184,8 @@ def load_weights(policy: VLMPolicy, folder: Path) -> None:
         state |= {name: state[source] for name, source in tied.items() if name not in state and source in state}
         _fill(policy.vlm, state, folder)
     _fill(policy.value_head, _read(folder / VALUE_HEAD_FILE), folder)
-    if digest(learned(policy)) != description["learned_sha256"]:
+    whole = policy.has_lora or description["base_sha256"] in (None, digest(_frozen(policy.vlm)))
+    if not whole or digest(learned(policy)) != description["learned_sha256"]:
         raise PolicyError(
             f"The weights loaded from {folder} are not the saved ones: the folder belongs to another model or "
             "trainable setting; use the settings of its run."
@@ -199,6 +204,11 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
         total.update(name.encode())
         total.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _frozen(vlm: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What does not learn of a model."""
+    return {name: parameter for name, parameter in vlm.named_parameters() if not parameter.requires_grad}
 
 
 def _learned(vlm: torch.nn.Module, value_head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -265,7 +275,8 @@ def _load_own(
         vlm, processor = _load_any(str(folder), DTYPES[saved.dtype])
         vlm = set_trainable(vlm, saved.trainable)
     head = _read(folder / VALUE_HEAD_FILE)
-    if digest(_learned(vlm, head)) != description["learned_sha256"]:
+    whole = isinstance(vlm, PeftModel) or description["base_sha256"] in (None, digest(_frozen(vlm)))
+    if not whole or digest(_learned(vlm, head)) != description["learned_sha256"]:
         raise PolicyError(
             f"The weights in {folder} are not the ones that policy.json names: files were changed or mixed up; use "
             "another checkpoint."
@@ -339,6 +350,8 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def detail(error: Exception) -> str:
-    """The line of an error's message that says which weight: torch and PEFT put it second."""
+    """The part of an error's message that says which weight: torch and PEFT put it into the second line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
     lines = [line.strip().rstrip(".:") for line in str(error).strip().splitlines()]
     return (lines[1] if len(lines) > 1 else first_line(error))[:160]

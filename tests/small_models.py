@@ -71,7 +71,8 @@ def byte_tokenizer(special: tuple[str, ...] = (), **roles: str) -> PreTrainedTok
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["go to the red ball turn up down left right on"] * 3, trainer)
+    words = " go to the red ball turn up down left right on A B C D"
+    tokenizer.train_from_iterator([words, *words.split()] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(special), **roles)
 
 
@@ -117,15 +118,15 @@ def vision_folder(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -
     return folder
 
 
-def llava_folder(folder: Path, **text: Any) -> Path:
-    """A LLaVA: CLIP encoder whose class token is dropped, projector, Llama."""
+def llava_folder(folder: Path, kind: type = LlamaConfig, **text: Any) -> Path:
+    """A LLaVA: CLIP encoder whose class token is dropped, projector, Llama or another language model."""
     special = ("<|system|>", "<|user|>", "<|assistant|>", "<image>")
     tokenizer = byte_tokenizer(special, pad_token="<pad>", eos_token="<|end|>")
     torch.manual_seed(0)
     shared = {**TEXT, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": LOUD, **text}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(**shared),
+        text_config=kind(**shared),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
         vision_feature_layer=-1,

@@ -147,7 +147,7 @@ def test_log_probabilities_against_brute_force(model, action_format, names, llav
         assert torch.allclose(output.logprobs.exp().sum(-1), torch.ones(3), atol=1e-5)
     entropy = -(output.logprobs.exp() * output.logprobs).sum(-1)
     assert torch.allclose(entropy, -(expected.exp() * expected).sum(-1), atol=1e-4)
-    assert expected.std() > 0.1  # the names do differ
+    assert expected.std() > 1e-3  # the names do differ
 
 
 @pytest.mark.parametrize("action_format", ["token", "choice", "trie"])
