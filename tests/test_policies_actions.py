@@ -74,7 +74,7 @@ def test_choices_are_labelled(tokenizer):
 
 
 def test_a_trie_by_hand(tokenizer):
-    """turn -> {left, right}, go -> {end, on}: three nodes with two children each."""
+    """Turn left or right, go, go on: three nodes with two children each."""
     codec = ActionCodec(tokenizer, TURNS, "trie")
     (turn, left, *_), (_, right, *_), (go, end), (_, on, _) = codec.token_ids
     assert end == tokenizer.eos_token_id
@@ -100,8 +100,15 @@ def test_a_trie_whose_names_all_share_the_first_token(tokenizer):
     assert torch.allclose(codec.action_logprobs([logits]), logits.log_softmax(-1))
 
 
+def test_only_the_longest_paths_of_a_trie_are_run(tokenizer):
+    codec = ActionCodec(tokenizer, ("turn left up", "turn left down", "turn right"), "trie")
+    (turn, left, _), *_ = codec.token_ids
+    assert {branch.path for branch in codec.branches} == {(turn,), (turn, left)}
+    assert codec.path_tokens == ((turn, left),)
+
+
 @pytest.mark.parametrize("action_format", ["choice", "trie", "auto"])
-@pytest.mark.parametrize("names", [NAMES, TURNS, ("a", "ab", "abc", "abcd", "b"), tuple(f"step {i}" for i in range(23))])
+@pytest.mark.parametrize("names", [NAMES, TURNS, ("a", "ab", "abc", "abcd", "b"), [f"step {i}" for i in range(23)]])
 def test_probabilities_add_up_to_one(names, action_format, tokenizer):
     codec = ActionCodec(tokenizer, names, action_format)
     logprobs = codec.action_logprobs(logits_of(codec))
@@ -113,7 +120,7 @@ def test_probabilities_add_up_to_one(names, action_format, tokenizer):
 
 
 def brute_force(policy, inputs, row):
-    """log p of each action: the plain model on prompt + answer so far, renormalised over what may follow, token by token."""
+    """Each action's log-probability, token by token: the plain model, renormalised over the tokens that may follow."""
     prompt = inputs.input_ids[row, : inputs.lengths[row]].tolist()
     pixels = policy.pipeline.pixels(inputs.frames[row : row + 1])
     answers = [tuple(ids) for ids in policy.codec.token_ids]
@@ -192,7 +199,8 @@ def test_unknown_words_are_refused(roles):
     """Whether or not the tokenizer declares its unknown token."""
     tokenizer = word_tokenizer("up", "down", **roles)
     assert ActionCodec(tokenizer, ("up", "down")).format == "token"
-    with pytest.raises(PolicyError, match="The tokenizer cannot hold these actions .*'left'.* Give other names"):
+    reason = "becomes a special or unknown token" if roles else "does not survive the tokenizer .it comes back as"
+    with pytest.raises(PolicyError, match=f"cannot hold these actions .*'left' {reason}.* Give other names"):
         ActionCodec(tokenizer, ("up", "left"))
 
 

@@ -68,9 +68,8 @@ def test_the_output_depends_on_the_image_and_on_the_instruction(vision_encoder):
     model, processor = tiny(vision_encoder)
     left, right = np.zeros((2, *FRAME), dtype=np.uint8)
     left[8:16, :8], right[8:16, 24:] = (255, 0, 0), (255, 0, 0)
-    here, there, other = last_hidden(
-        model, encode(processor, [left, right, left], ["go to the red ball", "go to the red ball", "go to the blue ball"])
-    )
+    red, blue = "go to the red ball", "go to the blue ball"
+    here, there, other = last_hidden(model, encode(processor, [left, right, left], [red, red, blue]))
     for changed in (there, other):
         assert (changed - here).norm() / here.norm() > 0.1
 
@@ -241,7 +240,10 @@ def test_a_wrong_number_of_placeholders_is_an_error():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"vision_encoder": "vitt"}, "No vision encoder at 'vitt': expected vit, clip_vit, convnext, a folder or a Hub id"),
+        (
+            {"vision_encoder": "vitt"},
+            "No vision encoder at 'vitt': expected vit, clip_vit, convnext, a folder or a Hub",
+        ),
         ({"language_model": "lama"}, "No language model at 'lama': expected tiny-llama, smollm2, a folder or a Hub id"),
         ({"adapter": "conv"}, "Unknown adapter 'conv': expected one of linear, mlp"),
         ({"image_size": 30, "patch_size": 8}, "image_size 30 is no multiple of patch_size 8"),
@@ -353,7 +355,8 @@ def test_supervised_fine_tuning(tmp_path):
     model, processor = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dataset = image_dataset(completion=[say(name) for name in NAMES])
-    trainer = SFTTrainer(model, args=SFTConfig(**trainer_settings(tmp_path)), train_dataset=dataset, processing_class=processor)
+    settings = SFTConfig(**trainer_settings(tmp_path))
+    trainer = SFTTrainer(model, args=settings, train_dataset=dataset, processing_class=processor)
     batch = next(iter(trainer.get_train_dataloader()))
     answers = {processor.tokenizer.decode(row[row != -100]).removesuffix("<|end|>") for row in batch["labels"]}
     assert answers == set(NAMES)

@@ -1,7 +1,7 @@
 """The policy: one forward for acting and learning, the same by its short way and by the model's own.
 
-The short way (shared prefix, action rows) is compared with the whole forward in log-probabilities, values and the gradient
-of every parameter, for the models of this project and for foreign ones.
+The short way (shared prefix, action rows) is compared with the whole forward in log-probabilities, values and the
+gradient of every parameter, for the models of this project and for foreign ones.
 """
 
 import numpy as np
@@ -257,7 +257,7 @@ def test_half_precision():
 
 def test_frames_of_another_shape():
     policy = load_policy(PolicySource(), NAMES, FRAME)
-    with pytest.raises(PolicyError, match=r"Frames of shape \(40, 40, 3\) came, but this policy was built for \(32, 32"):
+    with pytest.raises(PolicyError, match=r"shape \(40, 40, 3\) came, but this policy was built for \(32, 32, 3\)"):
         policy.prepare(np.zeros((2, 40, 40, 3), dtype=np.uint8), ["go", "go"])
 
 

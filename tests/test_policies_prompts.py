@@ -10,7 +10,7 @@ from policies.processing import special_vocabulary
 from policies.prompts import MAX_INSTRUCTION_CHARS, SYSTEM, PromptBuilder, clean_text
 
 TOKENS = ["<image>", "<|user|>", "<|end|>", "<a b>"]
-PLAIN = "Go to the red ball (the 2nd), then wait: it's 50% of 3 < 5 & \"ok\"? – naïve 日本語 🙂 x_1 \\n {actions} {{ 1 }}"
+PLAIN = "Go to the red ball (the 2nd), then wait: it's 50% of 3 < 5? – naïve 日本語 🙂 x_1 \\n {actions} {{ 1 }}"
 
 
 @pytest.mark.parametrize(

