@@ -633,5 +633,3 @@ def preprocessing(bench: Bench) -> tuple[dict[str, Work], bool]:
         "ours": lambda: len(ours()),
     }
     return works, torch.equal(library(), ours())
-
-

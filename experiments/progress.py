@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -119,15 +121,15 @@ class Progress(TrainerCallback):
 
 def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:
     """One row a condition, with 95 % intervals."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", "success (95 % interval)", "return (95 % interval)", "steps", "episodes"):
+    table = Table(title=f"{title}; [95 % intervals]", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("", "success", "return", "steps", "episodes"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():
         (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
         table.add_row(
             name.replace("_", " "),
-            f"{row['success']:.1%} ({low:.1%} to {high:.1%})",
-            f"{row['return_mean']:.2f} ({return_low:.2f} to {return_high:.2f})",
+            escape(f"{row['success']:.1%} [{low:.1%}, {high:.1%}]"),
+            escape(f"{row['return_mean']:.2f} [{return_low:.2f}, {return_high:.2f}]"),
             f"{row['length_mean']:.1f}",
             str(row["episodes"]),
         )

@@ -34,7 +34,7 @@ class RunConfig:
     action_format: str = setting("auto", "how actions are named", choices=("auto", "token", "choice", "trie"))
     system: str | None = setting(None, "system text of the prompt; {actions} stands for the list of actions")
     # PPO
-    total_steps: int = setting(130_000, "env steps to collect, rounded up to whole rollouts", ge=1)
+    total_steps: int = setting(160_000, "env steps to collect, rounded up to whole rollouts", ge=1)
     num_envs: int = setting(64, "environments side by side", ge=1)
     num_steps: int = setting(16, "env steps of each environment in a rollout", ge=1)
     num_ppo_epochs: int = setting(3, "passes over a rollout", ge=1)

@@ -60,10 +60,13 @@ def frames(count: int, shape: tuple[int, int, int] = FRAME, seed: int = 0) -> np
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-def byte_tokenizer(special: tuple[str, ...] = (), **roles: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that knows a few words; `roles` are eos_token and the like."""
+def byte_tokenizer(special: tuple[str, ...] = (), split: bool = True, **roles: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that knows a few words; `roles` are eos_token and the like.
+
+    Without `split` it may join a line's end with the word after it.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=450,
@@ -72,7 +75,8 @@ def byte_tokenizer(special: tuple[str, ...] = (), **roles: str) -> PreTrainedTok
         show_progress=False,
     )
     words = " go to the red ball turn up down left right on A B C D"
-    tokenizer.train_from_iterator([words, *words.split()] * 3, trainer)
+    corpus = [words, *words.split()] if split else ["\ngo"]
+    tokenizer.train_from_iterator(corpus * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(special), **roles)
 
 

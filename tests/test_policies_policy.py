@@ -20,9 +20,18 @@ from small_models import (
 )
 from transformers import MistralConfig
 
-from policies import PolicyError, PolicyInputs, PolicySource, PolicySpec, VLMPolicy, build_vlm, load_policy
+from policies import (
+    ManakoProcessor,
+    PolicyError,
+    PolicyInputs,
+    PolicySource,
+    PolicySpec,
+    VLMPolicy,
+    build_vlm,
+    load_policy,
+)
 from policies.policy import PROBES
-from policies.processing import special_vocabulary
+from policies.processing import special_vocabulary, vlm_chat_template
 
 MODELS = ("tiny", "convnext", "llava", "idefics3", "gpt2", "plain")
 
@@ -125,6 +134,21 @@ def test_every_instruction_follows_the_same_prefix(source):
     odd = [*PROBES, "...", "\n\n", "0", "?!", "  x", "Answer", "go", "é", "🙂", "'", "user", ":", "</s>"]
     inputs = policy.prepare(frames(len(odd)), odd)
     assert (inputs.input_ids[:, : len(policy.prefix_ids)] == policy.prefix_ids).all()
+    assert torch.allclose(policy(inputs).logprobs, policy.whole_forward(inputs).logprobs, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prefix_ends_before_what_a_tokenizer_may_join():
+    model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
+    special = ("<|system|>", "<|user|>", "<|assistant|>", "<image>")
+    tokenizer = byte_tokenizer(special, split=False, pad_token="<|pad|>", eos_token="<|end|>")
+    assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+    processor = ManakoProcessor(processor.image_processor, tokenizer, 16, vlm_chat_template(None))
+    policy = VLMPolicy(model, processor, PolicySpec(NAMES, FRAME))
+    inputs = policy.prepare(frames(3), ["go", "red", ""])
+    joined = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
+    assert any(token.endswith("go") and len(token) > 2 for token in joined)  # the line's end and the instruction
+    assert policy.uses_prefix
     assert torch.allclose(policy(inputs).logprobs, policy.whole_forward(inputs).logprobs, atol=1e-5)
 
 

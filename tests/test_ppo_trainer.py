@@ -53,9 +53,7 @@ def test_an_iteration_equals_a_bare_pytorch_loop(tmp_path, clip_range_vf):
     env = corridor_env(8, seed=3)
     trainer = PPOTrainer(tiny_policy(env), args, env)
     at_the_end_of_an_iteration = []
-    trainer.add_callback(
-        AtStep(lambda step: step == 6 and at_the_end_of_an_iteration.append(weights(trainer.policy)))
-    )
+    trainer.add_callback(AtStep(lambda step: step == 6 and at_the_end_of_an_iteration.append(weights(trainer.policy))))
     trainer.train()
 
     policy = tiny_policy(env)
@@ -192,7 +190,8 @@ def test_without_a_target_every_minibatch_is_learned_from(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "last"), [("linear", 1e-3 / 8), ("constant", 1e-3), ("cosine", 1e-3 * (1 + math.cos(math.pi * 7 / 8)) / 2)]
+    ("schedule", "last"),
+    [("linear", 1e-3 / 8), ("constant", 1e-3), ("cosine", 1e-3 * (1 + math.cos(math.pi * 7 / 8)) / 2)],
 )
 def test_learning_rate_decays(tmp_path, schedule, last):
     trainer = make_trainer(tmp_path, lr_scheduler_type=schedule)
@@ -246,7 +245,9 @@ def test_gradients_that_are_not_finite_stop_the_run_before_the_weights_change(tm
     trainer = make_trainer(tmp_path)
     start = weights(trainer.policy)
     trainer.policy.value_head.out.bias.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(TrainingError, match=r"The gradients are not finite in iteration 0: expected numbers; start again"):
+    with pytest.raises(
+        TrainingError, match=r"The gradients are not finite in iteration 0: expected numbers; start again"
+    ):
         trainer.train()
     assert difference(start, weights(trainer.policy)) == 0
 
@@ -265,7 +266,9 @@ def test_metrics_that_are_not_defined_are_null(tmp_path):
     assert row["explained_variance"] is None
     assert row["success_rate"] is row["episode_return"] is row["episode_length"] is None and row["episodes"] == 0
     assert math.isnan(rows_of(trainer)[0]["explained_variance"])
-    assert all(isinstance(row[key], float) for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm"))
+    assert all(
+        isinstance(row[key], float) for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm")
+    )
 
 
 # LoRA and the reference
@@ -327,7 +330,9 @@ def test_kl_coef_with_another_policy_as_the_reference(tmp_path):
 
 
 def test_sizes_that_do_not_divide_are_errors(tmp_path):
-    with pytest.raises(TrainingError, match=r"8 envs x 4 steps = 32 samples, which is no multiple of minibatch_size 24"):
+    with pytest.raises(
+        TrainingError, match=r"8 envs x 4 steps = 32 samples, which is no multiple of minibatch_size 24"
+    ):
         make_trainer(tmp_path, minibatch_size=24)
     with pytest.raises(TrainingError, match=r"minibatch_size 16 is no multiple of gradient_accumulation_steps 3"):
         ppo_config(tmp_path, gradient_accumulation_steps=3)
