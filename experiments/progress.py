@@ -121,8 +121,9 @@ class Progress(TrainerCallback):
 
 def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:
     """One row a condition, with 95 % intervals."""
-    table = Table(title=f"{title}; [95 % intervals]", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("", "success", "return", "steps", "episodes"):
+    episodes = next(iter(summary.values()))["episodes"]
+    table = Table(title=f"{title}, {episodes} episodes a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("", "success \\[95 %]", "return \\[95 %]", "steps"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():
         (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
@@ -131,7 +132,6 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
             escape(f"{row['success']:.1%} [{low:.1%}, {high:.1%}]"),
             escape(f"{row['return_mean']:.2f} [{return_low:.2f}, {return_high:.2f}]"),
             f"{row['length_mean']:.1f}",
-            str(row["episodes"]),
         )
     console.print(table)
 
