@@ -122,7 +122,9 @@ class Progress(TrainerCallback):
 def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:
     """One row a condition, with 95 % intervals."""
     episodes = next(iter(summary.values()))["episodes"]
-    table = Table(title=f"{title}, {episodes} episodes a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"{title}, {episodes} episodes a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
     for column in ("", "success \\[95 %]", "return \\[95 %]", "steps"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():

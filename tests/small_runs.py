@@ -1,7 +1,7 @@
 """Small real runs for the tests of agent/ and experiments/: the tiny policy, this project's environments, no mocks.
 
-Two short environments are registered here for what the project's own do not do: `Corridor` truncates quickly and changes
-its instruction (and with it the prompt's length) at every step, `Poison` pays NaN.
+Two short environments are registered here for what the project's own do not do: `Corridor` truncates quickly and
+changes its instruction (and with it the prompt's length) at every step, `Poison` pays NaN.
 """
 
 from pathlib import Path
@@ -21,8 +21,8 @@ NAMES = ("left", "right")
 class Corridor(gym.Env):
     """A bright column that moves; the instruction counts the steps left, in words of different lengths.
 
-    An episode terminates at either end, with success at the right one, and is truncated after `limit` steps; with `both`
-    it does both at once where they meet.
+    An episode terminates at either end, with success at the right one, and is truncated after `limit` steps; with
+    `both` it does both at once where they meet.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
