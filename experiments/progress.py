@@ -113,9 +113,8 @@ class Progress(TrainerCallback):
     def table(self, summary: dict[str, dict[str, Any]]) -> None:
         """The evaluation, and where everything lies."""
         print_table(self.console, summary, f"{self.config.env}, held-out seeds")
-        self.console.print(
-            f"written to {self.run_dir}: {', '.join(sorted(path.name for path in self.run_dir.iterdir()))}"
-        )
+        written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
+        self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
         self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
 
 
@@ -125,7 +124,7 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
     table = Table(
         title=f"{title}, {episodes} episodes a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
     )
-    for column in ("", "success \\[95 %]", "return \\[95 %]", "steps"):
+    for column in ("", "success [95 %]", "return [95 %]", "steps"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():
         (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
