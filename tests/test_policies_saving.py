@@ -208,6 +208,8 @@ def test_the_library_loads_the_folder(trainable, tmp_path):
 def test_loading_and_saving_are_silent(base, trainable, tmp_path, capfd, caplog, recwarn):
     from transformers.utils import logging as library
 
+    library.enable_progress_bar()  # a runner in this process may have turned them off
+    library.set_verbosity_warning()
     source = PolicySource(policy=base, trainable=trainable)
     folder = saved(load_policy(source, NAMES, FRAME), tmp_path)
     load_policy(PolicySource(policy=str(folder), trainable=trainable), NAMES, FRAME)
