@@ -45,7 +45,9 @@ class CompareConfig:
     success: float = setting(0.95, "share of held-out episodes to reach", gt=0, le=1)
     episodes: int = setting(200, "held-out episodes of an evaluation", ge=1)
     eval_every: int = setting(4, "updates between evaluations", ge=1)
-    torch_threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
+    torch_threads: int | None = setting(
+        None, "CPU threads of torch; by default 1 for ours, torch's own choice for the CNN", ge=1
+    )
     output: str | None = setting(None, "JSON file for the results, must not exist")
 
 
@@ -64,19 +66,26 @@ def main() -> int:
     from experiments import sb3_ppo
     from experiments.setup import held_out_seeds
 
-    torch.set_num_threads(given.torch_threads or torch.get_num_threads())
+    threads = given.torch_threads or torch.get_num_threads()
     console = Console(soft_wrap=True, highlight=False)
     load = os.getloadavg()
     runs: dict[str, list[dict[str, Any]]] = {OURS: [], SB3: []}
     for seed in range(given.seeds):
-        config = RunConfig(env=given.env, seed=seed, total_steps=given.total_steps, eval_episodes=given.episodes)
+        config = RunConfig(
+            env=given.env,
+            seed=seed,
+            total_steps=given.total_steps,
+            eval_episodes=given.episodes,
+            torch_threads=given.torch_threads,
+        )
         episodes = held_out_seeds(config)[: given.episodes]
         ours, theirs = Curve(given.success), Curve(given.success)
         train_ours(config, episodes, given.eval_every, ours)
-        console.print(f"{OURS}, seed {seed}: {ours}")
+        print(f"{OURS}, seed {seed}: {ours}", flush=True)
+        torch.set_num_threads(threads)
         sb3_config = dataclasses.replace(config, total_steps=given.total_steps_sb3)
         sb3_ppo.train(sb3_config, episodes, given.eval_every, theirs)
-        console.print(f"{SB3}, seed {seed}: {theirs}")
+        print(f"{SB3}, seed {seed}: {theirs}", flush=True)
         runs[OURS].append(ours.result(seed))
         runs[SB3].append(theirs.result(seed))
     print_table(console, runs, given)

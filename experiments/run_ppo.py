@@ -51,7 +51,6 @@ def main() -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(config.torch_threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     env = make_env(config, config.num_envs)
     policy = make_policy(config, env)

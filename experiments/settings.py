@@ -60,7 +60,9 @@ class RunConfig:
     keep_checkpoints: int = setting(2, "checkpoints kept, the newest", ge=1)
     eval_episodes: int = setting(500, "held-out episodes of each evaluation row", ge=1)
     gif_episodes: int = setting(4, "episodes in before.gif and after.gif, 0 for none", ge=0)
-    torch_threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
+    torch_threads: int | None = setting(
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+    )
 
 
 def check_together(config: RunConfig) -> None:

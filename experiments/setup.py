@@ -34,6 +34,9 @@ SHARED = (
 )
 
 
+SMALL_MODEL = 10_000_000  # parameters
+
+
 def make_env(config: RunConfig, num_envs: int, held_out: bool = False) -> EpisodeVectorEnv:
     """`num_envs` environments of the run, for training or for held-out episodes."""
     names = None if config.action_names is None else [name.strip() for name in config.action_names.split(",")]
@@ -85,6 +88,9 @@ def make_policy(config: RunConfig, env: EpisodeVectorEnv) -> VLMPolicy:
             f"--instruction {config.instruction!r} holds special tokens or control characters, or is too long: "
             f"expected plain text such as {policy.prompts.clean(config.instruction)!r}."
         )
+    # The small matrices of a small model lose more to handing work to threads than they gain.
+    small = sum(parameter.numel() for parameter in policy.parameters()) < SMALL_MODEL
+    torch.set_num_threads(config.torch_threads or (1 if small else torch.get_num_threads()))
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
