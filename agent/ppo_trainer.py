@@ -76,7 +76,9 @@ class PPOConfig(_BaseConfig):
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradients are clipped to this norm."})
     bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast in rollouts and updates."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Keep off: the model is in evaluation mode."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Keep off: the model is never in training mode."}
+    )
     # A NaN is an error here, never the average of earlier losses.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep off: NaN must be seen."})
 

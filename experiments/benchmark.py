@@ -30,19 +30,21 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from experiments.settings import RunConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from experiments.measuring import Bench, PPOConfig, Spread, Work
 
+RUN = RunConfig()  # tiny is measured as run_ppo.py trains it
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "trainable": "full",
-        "num_steps": 16,
-        "minibatch_size": 256,
-        "overhead_steps": 16,
-        "overhead_epochs": 4,
+        "trainable": RUN.trainable,
+        "num_steps": RUN.num_steps,
+        "minibatch_size": RUN.minibatch_size,
+        "overhead_steps": RUN.num_steps,
+        "overhead_epochs": RUN.num_ppo_epochs,
         "answer": "{action}",
         "repeats": 5,
     },

@@ -8,7 +8,6 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -130,8 +129,8 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
         (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
         table.add_row(
             name.replace("_", " "),
-            escape(f"{row['success']:.1%} [{low:.1%}, {high:.1%}]"),
-            escape(f"{row['return_mean']:.2f} [{return_low:.2f}, {return_high:.2f}]"),
+            f"{row['success']:.1%} [{low:.1%}, {high:.1%}]",
+            f"{row['return_mean']:.2f} [{return_low:.2f}, {return_high:.2f}]",
             f"{row['length_mean']:.1f}",
         )
     console.print(table)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.checkpoint import write_folder
 from experiments import evaluate, run_ppo
 from experiments.command_line import run_main
+from tests.small_models import text_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = """
@@ -70,9 +72,14 @@ FLAGS = {
     "abbreviated flag": (["--total", "5"], "no flag --total"),
     "steps no whole number": (["--total_steps", "2.5"], "2.5"),
     "steps negative": (["--total_steps=-3"], "total_steps is -3: expected a whole number from 1 on"),
+    "a word of no flag": (["FrozenLake-v1"], "'FrozenLake-v1' belongs to no flag"),
+    "a short flag": (["-e", "FrozenLake-v1"], "'-e' belongs to no flag"),
+    "flag without a value": (["--env"], "--env: expected one argument"),
+    "switch": (["--bf16", "maybe"], "--bf16 is 'maybe': expected true or false"),
     "steps text": (["--total_steps", "many"], "many"),
     "rate nan": (["--learning_rate", "nan"], "learning_rate is nan: expected a number"),
     "rate infinite": (["--learning_rate", "inf"], "learning_rate is inf: expected a number"),
+    "rate negative": (["--learning_rate=-1"], "learning_rate is -1.0: expected a number above 0"),
     "rate zero": (["--learning_rate", "0"], "learning_rate is 0.0: expected a number above 0"),
     "gamma above 1": (["--gamma", "1.5"], "gamma is 1.5"),
     "seed too large": (["--seed", "2147483648"], "seed is 2147483648"),
@@ -103,6 +110,7 @@ FLAGS = {
     "instruction with tokens": (["--instruction", "go <image> <|user|> home"], "special tokens"),
     "policy misspelt": (["--policy", "tinny"], "tinny"),
     "policy folder missing": (["--policy", "./nowhere/model"], "nowhere"),
+    "policy folder of text alone": (["--policy", "text_only"], "'text_only'"),
     "policy folder empty": (["--policy", "empty"], "config.json"),
     "adapter unknown": (["--adapter", "qformer"], "linear, mlp"),
     "encoder unknown": (["--vision_encoder", "no_encoder"], "no_encoder"),
@@ -115,6 +123,8 @@ FLAGS = {
     "run folder under a file": (["--output_dir", "full/note.txt/run"], "cannot be made"),
     "resume of nothing": (["--resume", "nowhere"], "is no run"),
     "resume without checkpoints": (["--resume", "unfinished"], "no whole checkpoint"),
+    "resume with damaged checkpoints": (["--resume", "damaged"], "model.safetensors is cut short, 10 bytes where 18"),
+    "resume with a strange configuration": (["--resume", "strange"], "unknown key 'sed', did you mean 'seed'"),
     "resume with settings": (["--resume", "unfinished", "--seed", "3"], "--seed"),
     "resume of a finished run": (["--resume", "finished"], "finished"),
 }
@@ -125,14 +135,18 @@ FILES = {
     "true for a number": ("num_envs: true", "is True"),
     "a negative number": ("num_envs: -3", "is -3"),
     "text for a number": ("num_envs: many", "is 'many'"),
+    "nothing": ("", "no mapping"),
+    "rate of infinity": ("learning_rate: .inf", "learning_rate in settings.yaml is inf: expected a number above 0"),
+    "a whole number with an exponent": ("total_steps: 1e5", "total_steps in settings.yaml is '1e5'"),
     "unknown key": ("num_env: 4", "did you mean 'num_envs'"),
     "a mapping for text": ("env: {a: 1}", "expected text"),
 }
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    ours = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in ours}
+    """Every folder and file, with its content."""
+    ours = [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in ours}
 
 
 @pytest.fixture
@@ -143,13 +157,17 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("keep me")
     (tmp_path / "empty").mkdir()
-    for name in ("unfinished", "finished"):
+    for name in ("unfinished", "finished", "damaged", "strange"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text("seed: 1\n")
+        (tmp_path / name / "config.yaml").write_text("sed: 1\n" if name == "strange" else "seed: 1\n")
     (tmp_path / "finished" / "evaluation.json").write_text("{}")
+    for iteration in (2, 4):
+        folder = tmp_path / "damaged" / "checkpoints" / f"checkpoint-{iteration}"
+        write_folder(folder, lambda path: path.joinpath("model.safetensors").write_text("all of the weights"))
+        (folder / "model.safetensors").write_text("all of the")
+    text_folder(tmp_path / "text_only", "llama")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "bad_plugin", raising=False)
     return tmp_path
 
 
