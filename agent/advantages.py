@@ -19,6 +19,7 @@ def gae(
     truncated: Tensor,
     gamma: float,
     gae_lambda: float,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
 
@@ -31,25 +32,36 @@ def gae(
         truncated: (T, N) bool; the episode was cut off, and `next_values` stands for what would have followed.
         gamma: discount per step, in [0, 1].
         gae_lambda: 0 for one-step advantages (low variance), 1 for the discounted return less the value (no bias).
+        importance: (T, N) rho_t = min(1, pi(a_t|s_t) / pi_behaviour(a_t|s_t)) where an older policy acted: later steps
+            count as far as pi would have taken them, as in V-trace (https://arxiv.org/abs/1802.01561); None is 1.
 
     Returns:
-        (T, N) float32 advantages, and (T, N) float32 returns (advantages + values), the value function's targets.
+        (T, N) float32 advantages A, and (T, N) float32 targets of the value function, values + rho A: without
+        `importance` the returns.
 
     Raises:
         TrainingError: the shapes differ, the flags are not bool, or a number is not finite.
     """
-    _check(rewards=rewards, values=values, next_values=next_values, terminated=terminated, truncated=truncated)
+    rho = torch.ones_like(values, dtype=torch.float32) if importance is None else importance.float()  # (T, N)
+    _check(
+        rewards=rewards,
+        values=values,
+        next_values=next_values,
+        terminated=terminated,
+        truncated=truncated,
+        importance=rho,
+    )
     rewards, values, next_values = rewards.float(), values.float(), next_values.float()
     # delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
     deltas = rewards + gamma * next_values * (~terminated) - values  # (T, N)
     continues = ~(terminated | truncated)  # (T, N): the next row belongs to the same episode
     advantages = torch.zeros_like(deltas)  # (T, N)
-    following = torch.zeros_like(deltas[0])  # (N,) A_{t+1}
+    following = torch.zeros_like(deltas[0])  # (N,) rho_{t+1} A_{t+1}
     for t in reversed(range(len(deltas))):
-        # A_t = delta_t + gamma lambda A_{t+1}, the chain broken where an episode ended
-        following = deltas[t] + gamma * gae_lambda * continues[t] * following
-        advantages[t] = following
-    return advantages, advantages + values
+        # A_t = delta_t + gamma lambda rho_{t+1} A_{t+1}, the chain broken where an episode ended
+        advantages[t] = deltas[t] + gamma * gae_lambda * continues[t] * following
+        following = rho[t] * advantages[t]
+    return advantages, rho * advantages + values
 
 
 def normalize(advantages: Tensor) -> Tensor:

@@ -143,15 +143,21 @@ class CheckpointCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decides whether this iteration is saved."""
         last = self.trainer.iteration >= args.num_iterations
+        if self.trainer.failure is not None:
+            control.should_save = self.trainer.iteration > 0 and not self._path().exists()
+            return
         control.should_save = self.interrupted or last or self.trainer.iteration % self.every == 0
         control.should_training_stop = control.should_training_stop or self.interrupted
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seals what the Trainer wrote and moves it to its place; drops the oldest."""
-        folder = self.run_dir / CHECKPOINTS / f"checkpoint-{self.trainer.iteration}"
-        finalize_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}", folder)
+        finalize_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._path())
         for old in checkpoints(self.run_dir)[: -self.keep]:
             shutil.rmtree(old)
+
+    def _path(self) -> Path:
+        """Where the checkpoint of this iteration is."""
+        return self.run_dir / CHECKPOINTS / f"checkpoint-{self.trainer.iteration}"
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:

@@ -3,3 +3,7 @@
 
 class TrainingError(ValueError):
     """A fault of a run that its owner can repair: bad settings, a damaged checkpoint, numbers that are not finite."""
+
+
+class WorkersError(TrainingError):
+    """Rollout workers, or the environments in them, are lost for good; what was learned so far can still be saved."""

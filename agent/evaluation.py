@@ -7,7 +7,7 @@ pairs.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +21,13 @@ Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
 CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
 RANDOM_ACTIONS = 13  # a random stream, see agent/rollout.py
 MAX_EPISODE_STEPS = 30_000  # an Atari game is cut off at 27,000
+
+
+class EvaluationEnv(VectorEnv, Protocol):
+    """Environments that can also say what another instruction would be."""
+
+    def replaced_instructions(self) -> tuple[str, ...]:
+        """For each slot a valid instruction other than its own."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Evaluation:
 
 def evaluate(
     policy: VLMPolicy,
-    env: VectorEnv,
+    env: EvaluationEnv,
     seeds: Sequence[int],
     condition: Condition = "policy",
     sample: bool = False,
@@ -103,7 +110,7 @@ def evaluate(
 
 
 def _act(
-    policy: VLMPolicy, env: VectorEnv, observations: Any, condition: Condition, sample: bool, uniforms: np.ndarray
+    policy: VLMPolicy, env: EvaluationEnv, observations: Any, condition: Condition, sample: bool, uniforms: np.ndarray
 ) -> np.ndarray:
     if condition == "random":
         return (uniforms * len(env.action_names)).astype(np.int64)
@@ -118,7 +125,7 @@ def _act(
 
 def evaluate_all(
     policy: VLMPolicy,
-    env: VectorEnv,
+    env: EvaluationEnv,
     seeds: Sequence[int],
     sample: bool = False,
     done: Callable[[Condition, Evaluation], None] | None = None,
@@ -133,7 +140,7 @@ def evaluate_all(
 
 
 def record_episodes(
-    policy: VLMPolicy, env: VectorEnv, seeds: Sequence[int], max_steps: int = 60
+    policy: VLMPolicy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 60
 ) -> list[RecordedEpisode]:
     """Greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
 

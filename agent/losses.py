@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The clipped surrogate (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7), to be minimised.
 
     Args:
         logprobs: (B,) log pi(a|s) of the policy being trained.
-        old_logprobs: (B,) log pi_old(a|s), stored when the action was sampled.
+        old_logprobs: (B,) log pi_old(a|s) of the policy that the update starts from, which usually drew the action.
         advantages: (B,).
         clip_range: epsilon; beyond 1 ± epsilon a ratio earns nothing more.
+        importance: (B,) pi_old / pi_behaviour where an older policy drew the action, truncated: the decoupled
+            objective of Hilton et al. 2021 (https://arxiv.org/abs/2110.00641); None is 1.
 
     Returns:
         The loss, (), and the ratio pi / pi_old, (B,).
@@ -23,7 +27,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     ratio = (logprobs - old_logprobs).exp()  # (B,)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     # L^CLIP = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
-    return -torch.min(ratio * advantages, clipped * advantages).mean(), ratio
+    surrogate = torch.min(ratio * advantages, clipped * advantages)  # (B,)
+    return -(surrogate if importance is None else importance * surrogate).mean(), ratio
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_vf: float | None) -> Tensor:

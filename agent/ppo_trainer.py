@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from agent.errors import TrainingError
+from agent.errors import TrainingError, WorkersError
 from agent.losses import (
     approx_kl,
     categorical_kl,
@@ -31,11 +32,21 @@ from agent.losses import (
     policy_loss,
     value_loss,
 )
-from agent.rollout import SHUFFLES, Rollout, RolloutCollector, Samples, VectorEnv, stream, with_advantages
+from agent.rollout import (
+    SHUFFLES,
+    Rollout,
+    RolloutCollector,
+    Rollouts,
+    Samples,
+    VectorEnv,
+    refreshed,
+    stream,
+    with_advantages,
+)
 from policies import PolicyInputs, VLMPolicy
 from policies.saving import load_weights, save_policy
 
-ROLLOUT_STATE = "rollout_state.json"
+ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
 Batch = dict[str, torch.Tensor]
 
 
@@ -116,12 +127,17 @@ class PPOTrainer(_BaseTrainer):
     Args:
         policy: the policy; what of it learns is what requires gradients.
         args: the settings.
-        env: N environments.
+        env: N environments, played in this process; None where `rollouts` is given.
         reference: for `kl_coef` > 0 the frozen reference: another policy, or None for the same with its LoRA off.
         callbacks: transformers' TrainerCallbacks.
+        rollouts: where rollouts come from instead, such as workers.
+
+    Attributes:
+        iteration: rollouts collected and learned from.
+        failure: what ended the run at the start of an iteration, with everything learned so far kept; None if nothing.
 
     Raises:
-        TrainingError: sizes that do not divide, or a reference is missing.
+        TrainingError: sizes that do not divide, a reference is missing, or neither or both of env and rollouts came.
     """
 
     _name = "PPO"
@@ -132,15 +148,19 @@ class PPOTrainer(_BaseTrainer):
         self,
         policy: VLMPolicy,
         args: PPOConfig,
-        env: VectorEnv,
+        env: VectorEnv | None = None,
         reference: VLMPolicy | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
-        self.num_samples = env.num_envs * args.num_steps
+        source = env if rollouts is None else rollouts
+        if source is None or (env is not None and rollouts is not None):
+            raise TrainingError("PPOTrainer plays `env` itself or takes `rollouts`: expected exactly one of them.")
+        self.num_samples = source.num_envs * args.num_steps
         if self.num_samples % args.minibatch_size:
             raise TrainingError(
-                f"A rollout has {env.num_envs} envs x {args.num_steps} steps = {self.num_samples} samples, which is no "
-                f"multiple of minibatch_size {args.minibatch_size}: change one of the three."
+                f"A rollout has {source.num_envs} envs x {args.num_steps} steps = {self.num_samples} samples, which is "
+                f"no multiple of minibatch_size {args.minibatch_size}: change one of the three."
             )
         if args.kl_coef and reference is None:
             if not policy.has_lora:
@@ -149,12 +169,16 @@ class PPOTrainer(_BaseTrainer):
                 )
             reference = policy
         self.microbatches_per_iteration = args.num_ppo_epochs * self.num_samples // args.per_device_train_batch_size
-        self.iteration = 0  # rollouts collected and learned from
+        self.iteration = 0
+        self.failure: WorkersError | None = None
         self.policy = policy
         super().__init__(model=policy, args=args, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.add_callback(_PPOStops(self))
-        self.collector = RolloutCollector(env, policy, args.num_steps, args.seed, reference)
+        if env is not None:
+            rollouts = RolloutCollector(env, policy, args.num_steps, args.seed, reference)
+        assert rollouts is not None
+        self.collector: Rollouts = rollouts
         self._reset_metrics()
 
     # ---- one iteration -------------------------------------------------------------------------------------------
@@ -168,9 +192,19 @@ class PPOTrainer(_BaseTrainer):
         args: PPOConfig = self.args
         self._reset_metrics()
         with self.compute_loss_context_manager():  # the same autocast as in updates
-            rollout = self.collector.collect(self.iteration)
-        samples = with_advantages(rollout, args.gamma, args.gae_lambda)
+            try:
+                rollout = self.collector.collect(self.iteration)
+            except WorkersError as error:  # no weight has changed since the last iteration: it can still be saved
+                self.failure = error
+                return
+            lag = self.iteration - rollout.version
+            importance = None
+            if lag:
+                rollout, importance = refreshed(rollout, self.policy)
+        samples = with_advantages(rollout, args.gamma, args.gae_lambda, importance)
         self._rollout_metrics(rollout, samples)
+        if importance is not None:
+            self._rollout |= {"policy_lag": float(lag), "importance": importance.mean().item()}
         for epoch in range(args.num_ppo_epochs):
             order = stream(args.seed, SHUFFLES, self.iteration, epoch).permutation(self.num_samples)
             for rows in torch.from_numpy(order).split(args.per_device_train_batch_size):
@@ -187,7 +221,9 @@ class PPOTrainer(_BaseTrainer):
         args: PPOConfig = self.args
         output = model(PolicyInputs(inputs["input_ids"], inputs["lengths"], inputs["frames"]))
         logprobs = output.logprobs.gather(1, inputs["actions"][:, None])[:, 0]  # (B,)
-        actor, ratio = policy_loss(logprobs, inputs["logprobs"], inputs["advantages"], args.clip_range)
+        actor, ratio = policy_loss(
+            logprobs, inputs["logprobs"], inputs["advantages"], args.clip_range, inputs.get("importance")
+        )
         critic = value_loss(output.values, inputs["values"], inputs["returns"], args.clip_range_vf)
         bonus = entropy(output.logprobs).mean()
         loss = actor + args.vf_coef * critic - args.ent_coef * bonus
@@ -220,13 +256,16 @@ class PPOTrainer(_BaseTrainer):
         save_policy(self.policy, folder)
         state = {"iteration": self.iteration, "env": self.collector.state_dict()}
         (folder / ROLLOUT_STATE).write_text(json.dumps(state))
+        if tensors := self.collector.tensors():
+            save_file(tensors, folder / ROLLOUT_TENSORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         load_weights(self.policy, folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text())
         self.iteration = state["iteration"]
-        self.collector.load_state_dict(state["env"])
+        tensors = folder / ROLLOUT_TENSORS
+        self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
 
     def _send_telemetry(self) -> None:
         """Nothing is sent from here."""
@@ -248,6 +287,7 @@ class PPOTrainer(_BaseTrainer):
             "explained_variance": explained_variance(samples.values, samples.returns).item(),
             "rollout_steps_per_second": self.num_samples / rollout.seconds,
             "rollout_seconds": rollout.seconds,
+            **self.collector.metrics(),
         }
 
     def _check_and_keep(self, measured: dict[str, torch.Tensor], ratio: torch.Tensor) -> None:
@@ -298,6 +338,8 @@ def _batch(samples: Samples, rows: torch.Tensor) -> Batch:
     }
     if samples.reference is not None:
         batch["reference"] = samples.reference[rows]
+    if samples.importance is not None:
+        batch["importance"] = samples.importance[rows]
     return batch
 
 
@@ -336,7 +378,10 @@ class _PPOStops(TrainerCallback):
             control.should_epoch_stop = True
 
     def on_epoch_end(self, args: PPOConfig, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        """One iteration is done."""
+        """One iteration is done, unless it failed before it learned anything."""
+        if self.trainer.failure is not None:
+            control.should_training_stop = True
+            return
         self._stopped = False
         self.trainer.iteration += 1
         per_iteration = math.ceil(self.trainer.microbatches_per_iteration / args.gradient_accumulation_steps)

@@ -6,7 +6,7 @@ iteration), so a resumed run and any split of the slots over workers draw the sa
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from agent.advantages import gae, normalize
 from agent.errors import TrainingError
-from policies import PolicyInputs, VLMPolicy
+from policies import PolicyInputs, PolicyOutput, VLMPolicy
 
+Forward = Callable[[PolicyInputs], PolicyOutput]
 ACTIONS, SHUFFLES = 11, 12  # what a random stream is for; 0 and 1 are the episodes' seeds
 
 
@@ -51,23 +52,25 @@ class VectorEnv(Protocol):
     def step(self, actions: np.ndarray) -> Any:
         """One action (N,) in every slot: observations, rewards, terminated, truncated, success."""
 
-    def replaced_instructions(self) -> tuple[str, ...]:
-        """For each slot a valid instruction other than its own."""
-
     def state_dict(self) -> dict[str, Any]:
-        """The state of every slot, as JSON."""
+        """The state of every slot, as JSON: `first_slot`, and of N slots each `episodes`, `slots`, `replacements`."""
 
     def load_state_dict(self, state: Any) -> Observations | None:
         """Brings every slot back to where it was."""
 
+    def close(self) -> None:
+        """Ends it."""
+
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished episode."""
+    """A finished episode, and where in its rollout it ended."""
 
     episode_return: float
     length: int
     success: bool
+    step: int = 0
+    slot: int = 0  # counted over all workers
 
 
 class Rollout(NamedTuple):
@@ -82,8 +85,36 @@ class Rollout(NamedTuple):
     terminated: torch.Tensor  # (T, N) bool
     truncated: torch.Tensor  # (T, N) bool
     reference: torch.Tensor | None  # (T * N, A) log-probabilities of the reference policy
-    episodes: list[Episode]  # those that ended during the rollout
+    bootstrap: PolicyInputs  # N observations after the rollout, then the last ones of F truncated episodes
+    bootstrap_at: torch.Tensor  # (F, 2) int64, the (t, slot) of those F
+    episodes: list[Episode]  # those that ended during the rollout, in the order of (t, slot)
+    version: int  # of the weights that acted: how many updates they had seen
     seconds: float
+
+
+class Rollouts(Protocol):
+    """Where rollouts come from: this process or workers, with the same trajectories for the same seed and weights."""
+
+    num_envs: int
+    num_steps: int
+
+    def collect(self, iteration: int) -> Rollout:
+        """Plays the T steps of that iteration in every environment."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last rollout for the log, beside those of every rollout."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the environments are, as JSON."""
+
+    def load_state_dict(self, state: Any, tensors: dict[str, torch.Tensor]) -> None:
+        """Brings them back; `tensors` are those of `tensors()`."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights that a resumed run needs beside the policy's."""
+
+    def close(self) -> None:
+        """Ends environments and workers."""
 
 
 class Samples(NamedTuple):
@@ -96,6 +127,7 @@ class Samples(NamedTuple):
     advantages: torch.Tensor  # normalised over the whole rollout
     returns: torch.Tensor
     reference: torch.Tensor | None  # (T * N, A)
+    importance: torch.Tensor | None = None  # (T * N,) min(1, pi / pi_behaviour), where an older policy acted
 
 
 def stream(seed: int, *key: int) -> np.random.Generator:
@@ -119,8 +151,77 @@ def stack_inputs(inputs: Sequence[PolicyInputs], pad_id: int) -> PolicyInputs:
     )
 
 
+def by_slots(inputs: PolicyInputs, slots: torch.Tensor, batch: int, largest: int, forward: Forward) -> PolicyOutput:
+    """One forward for samples of the same `batch` slots, `largest` samples at most.
+
+    What a forward computes can differ in its last bit with the other samples of its batch. So the samples of a batch
+    depend on their slots alone, and a split of the slots over workers into whole batches changes nothing.
+
+    Args:
+        inputs: (B, ...) samples.
+        slots: (B,) the slot of each.
+        batch: slots of one batch.
+        largest: samples of one forward.
+        forward: the policy, or a reference.
+    """
+    order = torch.argsort(slots // batch, stable=True)  # (B,)
+    _, sizes = torch.unique_consecutive((slots // batch)[order], return_counts=True)
+    parts = []
+    for group in order.split(sizes.tolist()):
+        for rows in group.split(largest):
+            part = inputs.select(rows)
+            parts.append(forward(part._replace(input_ids=part.input_ids[:, : int(part.lengths.max())])))
+    joined = PolicyOutput(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    back = torch.argsort(order)
+    return PolicyOutput(joined.logprobs[back], joined.values[back])
+
+
+def merge(fragments: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Rollouts of the same T steps in neighbouring slots, as one.
+
+    Args:
+        fragments: in the order of their slots.
+        pad_id: the token that fills shorter prompts.
+    """
+    if len(fragments) == 1:
+        return fragments[0]
+    sizes = [fragment.actions.shape[1] for fragment in fragments]
+    steps, total = len(fragments[0].actions), sum(sizes)
+    firsts = np.cumsum([0, *sizes])[:-1].tolist()
+    # row of sample (t, slot) among the fragments' flat samples laid one after another
+    rows = torch.cat(
+        [
+            torch.arange(steps)[:, None] * size + torch.arange(size) + steps * first
+            for first, size in zip(firsts, sizes, strict=True)
+        ],
+        dim=1,
+    ).flatten()  # (T * N,)
+    final_at = torch.cat(
+        [fragment.bootstrap_at + torch.tensor([0, first]) for fragment, first in zip(fragments, firsts, strict=True)]
+    )  # (F, 2)
+    in_order = torch.argsort(final_at[:, 0] * total + final_at[:, 1])
+    now = [fragment.bootstrap.select(torch.arange(size)) for fragment, size in zip(fragments, sizes, strict=True)]
+    finals = [
+        fragment.bootstrap.select(torch.arange(size, len(fragment.bootstrap.lengths)))
+        for fragment, size in zip(fragments, sizes, strict=True)
+    ]
+    bootstrap = stack_inputs([*now, *finals], pad_id)
+    columns = ("actions", "logprobs", "values", "next_values", "rewards", "terminated", "truncated")
+    references = [fragment.reference for fragment in fragments if fragment.reference is not None]
+    return Rollout(
+        **{name: torch.cat([getattr(fragment, name) for fragment in fragments], dim=1) for name in columns},
+        inputs=stack_inputs([fragment.inputs for fragment in fragments], pad_id).select(rows),
+        reference=torch.cat(references)[rows] if references else None,
+        bootstrap=bootstrap.select(torch.cat([torch.arange(total), total + in_order])),
+        bootstrap_at=final_at[in_order],
+        episodes=sorted((e for f in fragments for e in f.episodes), key=lambda e: (e.step, e.slot)),
+        version=fragments[0].version,
+        seconds=max(fragment.seconds for fragment in fragments),
+    )
+
+
 class RolloutCollector:
-    """Plays the environments with the policy.
+    """Plays the environments with the policy, in this process.
 
     Args:
         env: N environments that have not been started, or were brought back by `load_state_dict`.
@@ -129,6 +230,11 @@ class RolloutCollector:
         seed: the run's seed.
         reference: a frozen policy to stay close to; the policy itself stands for itself with its LoRA off.
         max_batch: samples of one forward outside the env loop.
+        batch_size: slots of one forward while acting, a divisor of N; all N by default. With the same one, any split
+            of the slots over workers gives the same numbers, bit for bit.
+
+    Raises:
+        TrainingError: `batch_size` does not divide N.
     """
 
     def __init__(
@@ -139,10 +245,18 @@ class RolloutCollector:
         seed: int,
         reference: VLMPolicy | None = None,
         max_batch: int = 256,
+        batch_size: int | None = None,
     ) -> None:
         self.env, self.policy, self.num_steps, self.seed = env, policy, num_steps, seed
         self.reference, self.max_batch = reference, max_batch
+        self.num_envs = env.num_envs
+        self.batch_size = batch_size or env.num_envs
+        if env.num_envs % self.batch_size:
+            raise TrainingError(
+                f"batch_size is {batch_size} for {env.num_envs} environments: expected a number that divides them."
+            )
         self._observations: Observations | None = None
+        self._slots = torch.arange(env.num_envs)
 
     def collect(self, iteration: int) -> Rollout:
         """Plays T steps in every environment.
@@ -154,7 +268,7 @@ class RolloutCollector:
             TrainingError: the policy's probabilities are not finite.
         """
         start = time.perf_counter()
-        env, policy, device = self.env, self.policy, self.policy.device
+        env, policy = self.env, self.policy
         if self._observations is None:
             self._observations = env.reset()
         uniforms = np.stack(
@@ -171,15 +285,15 @@ class RolloutCollector:
         with policy.frozen_weights():
             for t in range(self.num_steps):
                 inputs = policy.prepare(self._observations.images, self._observations.instructions)
-                output = policy(inputs.to(device))
-                logprobs = output.logprobs.cpu()  # (N, A)
+                output = self._forward(inputs, self._slots, policy)
+                logprobs = output.logprobs  # (N, A)
                 if not torch.isfinite(logprobs).all():
                     raise TrainingError(
                         f"The policy's probabilities are not finite in iteration {iteration}, step {t}: expected "
                         "numbers; start again from the last checkpoint with a smaller learning_rate."
                     )
                 actions = choose(logprobs, uniforms[t])  # (N,)
-                steps.append((inputs, actions, logprobs.gather(1, actions[:, None])[:, 0], output.values.cpu()))
+                steps.append((inputs, actions, logprobs.gather(1, actions[:, None])[:, 0], output.values))
                 result = env.step(actions.numpy())
                 rewards.append(torch.from_numpy(np.asarray(result.rewards, dtype=np.float32)))
                 terminated.append(torch.from_numpy(result.terminated))
@@ -201,13 +315,17 @@ class RolloutCollector:
                                 float(env.episode_returns[slot]),
                                 int(env.episode_lengths[slot]),
                                 bool(result.success[slot]),
+                                step=t,
+                                slot=env.first_slot + int(slot),
                             )
                         )
                     self._observations = env.reset_done(ended)
             last = policy.prepare(self._observations.images, self._observations.instructions)
             values = torch.stack([step[3] for step in steps])  # (T, N)
             # V of the observation that each step returned: the next row's, the last frame's where an episode was cut
-            beyond = self._values([last, *final_inputs])
+            bootstrap = stack_inputs([last, *final_inputs], policy.pad_id)
+            places = torch.tensor(final_at, dtype=torch.long).reshape(-1, 2)  # (F, 2)
+            beyond = self._forward(bootstrap, torch.cat([self._slots, places[:, 1]]), policy).values  # (N + F,)
             next_values = torch.cat([values[1:], beyond[None, : env.num_envs]])  # (T, N)
             for (row, place), value in zip(final_at, beyond[env.num_envs :], strict=True):
                 next_values[row, place] = value
@@ -223,39 +341,93 @@ class RolloutCollector:
             terminated=torch.stack(terminated),
             truncated=torch.stack(truncated),
             reference=reference,
+            bootstrap=bootstrap,
+            bootstrap_at=places,
             episodes=episodes,
+            version=iteration,
             seconds=time.perf_counter() - start,
         )
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beyond what every rollout has."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the environments are."""
         return self.env.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Brings the environments back to where they were."""
         self._observations = self.env.load_state_dict(state)
 
-    def _values(self, batches: list[PolicyInputs]) -> torch.Tensor:
-        joined = stack_inputs(batches, self.policy.pad_id)
-        parts = [
-            self.policy(joined.select(rows).to(self.policy.device)).values.cpu()
-            for rows in torch.arange(len(joined.lengths)).split(self.max_batch)
-        ]
-        return torch.cat(parts)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """None: the policy itself acts."""
+        return {}
+
+    def close(self) -> None:
+        """Closes the environments."""
+        self.env.close()
+
+    def _forward(self, inputs: PolicyInputs, slots: torch.Tensor, forward: Forward) -> PolicyOutput:
+        device = self.policy.device
+
+        def on_device(part: PolicyInputs) -> PolicyOutput:
+            output = forward(part.to(device))
+            return PolicyOutput(output.logprobs.cpu(), output.values.cpu())
+
+        if self.batch_size == self.num_envs == len(slots):
+            return on_device(inputs)
+        return by_slots(inputs, slots, self.batch_size, max(self.max_batch, self.batch_size), on_device)
 
     def _reference_logprobs(self, inputs: PolicyInputs) -> torch.Tensor | None:
         if self.reference is None:
             return None
+        slots = self._slots.repeat(self.num_steps)  # (T * N,)
         with self.policy.as_reference() if self.reference is self.policy else self.reference.frozen_weights():
-            parts = [
-                self.reference(inputs.select(rows).to(self.policy.device)).logprobs.cpu()
-                for rows in torch.arange(len(inputs.lengths)).split(self.max_batch)
-            ]
-        return torch.cat(parts)
+            return self._forward(inputs, slots, self.reference).logprobs
 
 
-def with_advantages(rollout: Rollout, gamma: float, gae_lambda: float) -> Samples:
-    """Advantages by GAE, normalised over the whole rollout, and everything flat."""
+def refreshed(rollout: Rollout, policy: VLMPolicy, max_batch: int = 256) -> tuple[Rollout, torch.Tensor]:
+    """What the present policy says of a rollout that older weights played.
+
+    Its log-probabilities are those that the update starts from (the proximal policy of Hilton et al. 2021,
+    https://arxiv.org/abs/2110.00641), its values those of the present value head.
+
+    Returns:
+        The rollout with these, and (T, N) min(1, pi / pi_behaviour), the truncated importance weights of V-trace
+        (Espeholt et al. 2018, https://arxiv.org/abs/1802.01561) with both limits at 1.
+    """
+    shape = rollout.actions.shape
+    total = rollout.actions.numel()
+    joined = stack_inputs([rollout.inputs, rollout.bootstrap], policy.pad_id)
+    with policy.frozen_weights():
+        parts = []
+        for rows in torch.arange(len(joined.lengths)).split(max_batch):
+            output = policy(joined.select(rows).to(policy.device))
+            parts.append(PolicyOutput(output.logprobs.cpu(), output.values.cpu()))
+    logprobs, values = (torch.cat(field) for field in zip(*parts, strict=True))
+    actions = rollout.actions.flatten()[:, None]
+    proximal = logprobs[:total].gather(1, actions)[:, 0].view(shape)  # (T, N)
+    now = values[:total].view(shape)
+    beyond = values[total:]
+    next_values = torch.cat([now[1:], beyond[None, : shape[1]]])
+    steps, slots = rollout.bootstrap_at.unbind(1)
+    next_values[steps, slots] = beyond[shape[1] :]
+    importance = (proximal - rollout.logprobs).exp().clamp_max(1.0)  # (T, N)
+    return rollout._replace(logprobs=proximal, values=now, next_values=next_values), importance
+
+
+def with_advantages(
+    rollout: Rollout, gamma: float, gae_lambda: float, importance: torch.Tensor | None = None
+) -> Samples:
+    """Advantages by GAE, normalised over the whole rollout, and everything flat.
+
+    Args:
+        rollout: as the policy that is updated sees it.
+        gamma: discount per step.
+        gae_lambda: lambda of GAE.
+        importance: (T, N) weights of `refreshed`, where an older policy acted.
+    """
     advantages, returns = gae(
         rollout.rewards,
         rollout.values,
@@ -264,6 +436,7 @@ def with_advantages(rollout: Rollout, gamma: float, gae_lambda: float) -> Sample
         rollout.truncated,
         gamma=gamma,
         gae_lambda=gae_lambda,
+        importance=importance,
     )
     return Samples(
         inputs=rollout.inputs,
@@ -273,4 +446,5 @@ def with_advantages(rollout: Rollout, gamma: float, gae_lambda: float) -> Sample
         advantages=normalize(advantages).flatten(),
         returns=returns.flatten(),
         reference=rollout.reference,
+        importance=None if importance is None else importance.flatten(),
     )

@@ -70,7 +70,7 @@ def read_settings(kind: type, file: Path) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise UsageError(f"{file} has the unknown key {key!r}{_hint(key, kind)}.")
+            raise UsageError(f"{file} has the unknown key {key!r}{_hint(key, kind)}")
         if isinstance(values[key], str) and _plain(hints[key]) is float:  # YAML 1.1 takes 1e-4 for text
             values[key] = _reader(float)(values[key])
     check(kind, values, source=str(file))
@@ -189,7 +189,7 @@ def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
 
 def _hint(key: str, kind: Any) -> str:
     near = difflib.get_close_matches(key, [field.name for field in dataclasses.fields(kind)], 1)
-    return f", did you mean {near[0]!r}?" if near else ": --help lists the settings"
+    return f", did you mean {near[0]!r}?" if near else ": --help lists the settings."
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:

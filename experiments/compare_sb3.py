@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,9 @@ if str(ROOT) not in sys.path:
 
 from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
 from experiments.settings import RunConfig  # noqa: E402
+
+if TYPE_CHECKING:
+    from policies import VLMPolicy
 
 OURS, SB3 = "VLM policy, tiny", "Stable-Baselines3 CNN"
 Judge = Callable[[int, float, float], bool]  # (env steps, seconds, success rate) -> whether that is enough
@@ -64,7 +67,7 @@ def main() -> int:
     from rich.console import Console
 
     from experiments import sb3_ppo
-    from experiments.setup import held_out_seeds
+    from experiments.environments import held_out_seeds
 
     threads = given.torch_threads or torch.get_num_threads()
     console = Console(soft_wrap=True, highlight=False)
@@ -123,7 +126,7 @@ class Curve:
         return {"seed": seed, "reached": self.reached, "evaluations": self.evaluations}
 
 
-def train_ours(config: RunConfig, seeds: list[int], every: int, judge: Judge) -> None:
+def train_ours(config: RunConfig, seeds: list[int], every: int, judge: Judge) -> "VLMPolicy":
     """Trains until `judge` is content or `config.total_steps` are played.
 
     Args:
@@ -131,6 +134,9 @@ def train_ours(config: RunConfig, seeds: list[int], every: int, judge: Judge) ->
         seeds: of the held-out episodes.
         every: updates between evaluations.
         judge: hears env steps, seconds of training and the success rate after each evaluation.
+
+    Returns:
+        The trained policy.
     """
     import torch
     from transformers import TrainerCallback
@@ -138,14 +144,15 @@ def train_ours(config: RunConfig, seeds: list[int], every: int, judge: Judge) ->
 
     from agent.evaluation import evaluate
     from agent.ppo_trainer import PPOTrainer
-    from experiments.setup import make_env, make_policy, make_trainer_args
+    from experiments.environments import make_env
+    from experiments.setup import make_policy, make_trainer_args
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(config.seed)
     env = make_env(config, config.num_envs)
     held_out = make_env(config, min(config.num_envs, len(seeds)), held_out=True)
-    policy = make_policy(config, env)
+    policy = make_policy(config, env.action_names, env.frame_shape)
 
     class EvaluateEvery(TrainerCallback):
         """Evaluates after every `every` updates and the last; the clock stands still meanwhile."""
@@ -170,6 +177,7 @@ def train_ours(config: RunConfig, seeds: list[int], every: int, judge: Judge) ->
         trainer.train()
     env.close()
     held_out.close()
+    return policy
 
 
 def print_table(console: Any, runs: dict[str, list[dict[str, Any]]], given: CompareConfig) -> None:

@@ -61,14 +61,15 @@ def main() -> int:
 
     from agent.evaluation import evaluate_all, record_episodes
     from agent.figures import episode_gif
+    from experiments.environments import held_out_seeds, make_env
     from experiments.progress import plain_console, print_table
-    from experiments.setup import held_out_seeds, make_env, make_policy
+    from experiments.setup import make_policy
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(config.seed)
     env = make_env(config, min(given.num_envs, given.episodes), held_out=True)
-    policy = make_policy(config, env)
+    policy = make_policy(config, env.action_names, env.frame_shape)
     seeds = held_out_seeds(config)
     console = plain_console()
     evaluations = evaluate_all(

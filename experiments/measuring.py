@@ -377,9 +377,8 @@ def since(start: Clocks) -> Clocks:
 class _InTurns(RolloutCollector):
     """A collector that clocks what the trainer does between two rollouts, and has the bare loop do the same next."""
 
-    def __init__(self, trainer: PPOTrainer, bare: BareLoop) -> None:
-        plain = trainer.collector
-        super().__init__(plain.env, plain.policy, plain.num_steps, plain.seed)
+    def __init__(self, env: EpisodeVectorEnv, policy: VLMPolicy, args: PPOConfig, bare: BareLoop) -> None:
+        super().__init__(env, policy, args.num_steps, args.seed)
         self.bare = bare
         self.trainer_clocks: list[Clocks] = []
         self.bare_clocks: list[Clocks] = []
@@ -421,10 +420,8 @@ def trainer_overhead(bench: Bench, args: PPOConfig) -> Overhead:
     """
     policy = copy.deepcopy(bench.policy)
     env = EpisodeVectorEnv(bench.workload.env, bench.workload.num_envs, seed=args.seed)
-    trainer = PPOTrainer(policy, args, env)
-    collector = _InTurns(trainer, BareLoop(policy, args, trainer.num_samples))
-    trainer.collector = collector
-    trainer.train()
+    collector = _InTurns(env, policy, args, BareLoop(policy, args, env.num_envs * args.num_steps))
+    PPOTrainer(policy, args, rollouts=collector).train()
     env.close()
     mine, bare = collector.trainer_clocks[1:], collector.bare_clocks[1:]
     return Overhead(

@@ -10,6 +10,7 @@ of it lands in a run folder (see the README); an existing one is never overwritt
 at the end of the iteration and prints the command that goes on from it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,7 +32,20 @@ if str(ROOT) not in sys.path:
 from experiments.command_line import UsageError, parse, read_settings, run_main  # noqa: E402
 from experiments.settings import RunConfig, check_together  # noqa: E402
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow")
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow", "ray")
+
+
+# Settings that change where a run is computed, and not what: a resumed run may have others.
+OF_THE_MACHINE = (
+    "rollout_backend",
+    "num_workers",
+    "worker_cpus",
+    "worker_gpus",
+    "worker_timeout",
+    "placement_timeout",
+    "ray_address",
+)
 
 
 def main() -> int:
@@ -41,61 +55,79 @@ def main() -> int:
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.
     config, run_dir, checkpoint = _resumed(given) if given.resume else (given, _new_run_dir(given), None)
     check_together(config)
+    if config.rollout_backend == "local":
+        return _run(config, run_dir, checkpoint, started)
+    from agent.ray_workers import cluster
+
+    with cluster(config.ray_address, paths=[str(ROOT), os.getcwd()]):
+        return _run(config, run_dir, checkpoint, started)
+
+
+def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: float) -> int:
+    """Trains from the start or from a checkpoint, and evaluates; returns the exit code."""
     import torch
     from transformers.utils import logging
 
     from agent.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
     from agent.ppo_trainer import PPOTrainer
+    from experiments.environments import held_out_seeds, make_env
     from experiments.progress import Progress
-    from experiments.setup import held_out_seeds, make_env, make_policy, make_trainer_args, try_out
+    from experiments.setup import make_policy, make_rollouts, make_trainer_args, try_out
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(config.seed)
-    env = make_env(config, config.num_envs)
-    policy = make_policy(config, env)
+    with contextlib.closing(make_env(config, 1, held_out=True)) as env:
+        policy = make_policy(config, env.action_names, env.frame_shape)
+        if checkpoint is None:
+            try_out(env, policy)
     staging = run_dir / ".staging"
-    if checkpoint is None:
-        try_out(config, policy)
-    else:
+    if checkpoint is not None:
         shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with contextlib.ExitStack() as stack:
         args = make_trainer_args(config, staging)
-        trainer = PPOTrainer(policy, args, env)  # makes the run folder
-    except OSError as error:
-        raise UsageError(
-            f"The run folder {str(run_dir)!r} cannot be made ({error.strerror}): give another --output_dir."
-        ) from error
-    if checkpoint is None:
-        _write_description(run_dir, config)
-    else:
-        iteration = int(checkpoint.name.split("-")[1])
-        cut_metrics(run_dir, iteration)
-        set_aside(run_dir, iteration)
-    metrics = MetricsCallback(run_dir)
-    saver = CheckpointCallback(trainer, run_dir, config.save_every, config.keep_checkpoints)
-    progress = Progress(run_dir, config, policy, args.num_iterations, trainer.num_samples, started)
-    for callback in (metrics, saver, progress):
-        trainer.add_callback(callback)
-    progress.header(env, checkpoint)
-    seeds = held_out_seeds(config)
-    if checkpoint is None:
-        _gif(config, policy, seeds, run_dir / "before.gif")
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not saver.interrupted:
-            _finish(config, policy, run_dir, seeds, read_metrics(run_dir), progress)
-            return 0
-    except KeyboardInterrupt:  # a second signal, or one during the evaluation
-        pass
-    finally:
-        saver.restore_signals()
-        progress.stop()
-        metrics.board.close()
-        env.close()
-        shutil.rmtree(staging, ignore_errors=True)
+        rollouts = stack.enter_context(contextlib.closing(make_rollouts(config, policy, args.num_iterations)))
+        try:
+            trainer = PPOTrainer(policy, args, rollouts=rollouts)  # makes the run folder
+        except OSError as error:
+            raise UsageError(
+                f"The run folder {str(run_dir)!r} cannot be made ({error.strerror}): give another --output_dir."
+            ) from error
+        if checkpoint is None:
+            _write_description(run_dir, config)
+        else:
+            iteration = int(checkpoint.name.split("-")[1])
+            cut_metrics(run_dir, iteration)
+            set_aside(run_dir, iteration)
+        metrics = MetricsCallback(run_dir)
+        saver = CheckpointCallback(trainer, run_dir, config.save_every, config.keep_checkpoints)
+        progress = Progress(run_dir, config, policy, args.num_iterations, trainer.num_samples, started)
+        for callback in (metrics, saver, progress):
+            trainer.add_callback(callback)
+        progress.header(env, checkpoint)
+        seeds = held_out_seeds(config)
+        if checkpoint is None:
+            _gif(config, policy, seeds, run_dir / "before.gif")
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            rollouts.close()  # workers have nothing more to do
+            if not saver.interrupted and trainer.failure is None:
+                _finish(config, policy, run_dir, seeds, read_metrics(run_dir), progress)
+                return 0
+        except KeyboardInterrupt:  # a second signal, or one during the evaluation
+            pass
+        finally:
+            saver.restore_signals()
+            progress.stop()
+            metrics.board.close()
+            shutil.rmtree(staging, ignore_errors=True)
     command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-    print(f"Stopped after iteration {trainer.iteration} of {args.num_iterations}. Go on with:\n  {command}")
+    if trainer.iteration:
+        print(f"Stopped after iteration {trainer.iteration} of {args.num_iterations}. Go on with:\n  {command}")
+    else:
+        print("Stopped in the first iteration: nothing was learned yet, and there is nothing to go on from.")
+    if trainer.failure is not None:
+        raise trainer.failure
     return 130
 
 
@@ -104,7 +136,7 @@ def _finish(config: RunConfig, policy: Any, run_dir: Path, seeds: list[int], row
     from agent.checkpoint import write_folder
     from agent.evaluation import evaluate_all
     from agent.figures import learning_curve
-    from experiments.setup import make_env
+    from experiments.environments import make_env
     from policies import save_policy
 
     if not (run_dir / "final").exists():  # else a former start wrote it and was stopped in what follows
@@ -128,7 +160,7 @@ def _finish(config: RunConfig, policy: Any, run_dir: Path, seeds: list[int], row
 def _gif(config: RunConfig, policy: Any, seeds: list[int], path: Path) -> None:
     from agent.evaluation import record_episodes
     from agent.figures import episode_gif
-    from experiments.setup import make_env
+    from experiments.environments import make_env
 
     shown = seeds[: config.gif_episodes]
     if shown:
@@ -146,12 +178,13 @@ def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
     from agent.checkpoint import latest_checkpoint
 
     run_dir = Path(str(given.resume))
+    _check_job_folder(str(given.resume), "--resume")
     if not (run_dir / "config.yaml").is_file():
         raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
     changed = [
         field.name
         for field in dataclasses.fields(RunConfig)
-        if field.name != "resume" and getattr(given, field.name) != field.default
+        if field.name not in ("resume", *OF_THE_MACHINE) and getattr(given, field.name) != field.default
     ]
     if changed:
         raise UsageError(f"--resume goes on with the run's own settings, but --{changed[0]} came too: leave it out.")
@@ -159,17 +192,22 @@ def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
         raise UsageError(
             f"The run in {str(run_dir)!r} is finished: start a new one, with --policy {run_dir}/final if you like."
         )
-    config = RunConfig(**read_settings(RunConfig, run_dir / "config.yaml"))
+    values = read_settings(RunConfig, run_dir / "config.yaml")
+    defaults = RunConfig()
+    moved = {name: value for name in OF_THE_MACHINE if (value := getattr(given, name)) != getattr(defaults, name)}
+    if moved.get("rollout_backend") == "local" or ("rollout_backend" in moved and "num_workers" not in moved):
+        moved = {"num_workers": None, **moved}
+    config = RunConfig(**{**values, **moved})
     with warnings.catch_warnings(record=True) as faults:
         warnings.simplefilter("always")
         checkpoint = latest_checkpoint(run_dir)
-    found = "; ".join(str(fault.message) for fault in faults)
+    found = "; ".join(str(fault.message).removeprefix("Passed over: ").split(";")[0] for fault in faults)
     if checkpoint is None:
         raise UsageError(
             f"{run_dir} holds no whole checkpoint ({found or 'none was written'}): start a new run without --resume."
         )
     if found:
-        print(f"warning: {found}", file=sys.stderr)
+        print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
     return config, run_dir, checkpoint
 
 
@@ -183,6 +221,7 @@ def _new_run_dir(config: RunConfig) -> Path:
     if name is None:
         env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-") for text in (config.env, config.policy))
         name = f"runs/{env}-{policy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _check_job_folder(name, "--output_dir")
     path = Path(name)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{name!r} exists: a run is never overwritten, give another --output_dir or --resume {name}.")
@@ -193,6 +232,19 @@ def _new_run_dir(config: RunConfig) -> Path:
             "another --output_dir."
         )
     return path
+
+
+def _check_job_folder(name: str, flag: str) -> None:
+    """In a Ray job a relative folder is lost.
+
+    Raises:
+        UsageError: it is relative, and this is a Ray job.
+    """
+    if IN_RAY_JOB in os.environ and not Path(name).is_absolute():
+        raise UsageError(
+            f"The run folder {name!r} is relative, and this is a Ray job, whose working folder is a copy that the "
+            f"cluster throws away: expected {flag} with an absolute folder that outlives the job, as in /shared/runs/1."
+        )
 
 
 def _write_description(run_dir: Path, config: RunConfig) -> None:

@@ -52,6 +52,26 @@ class RunConfig:
     target_kl: float | None = setting(None, "an update stops beyond 1.5 times this KL", gt=0)
     max_grad_norm: float = setting(0.5, "gradients are clipped to this norm", gt=0)
     bf16: bool = setting(False, "bfloat16 autocast in rollouts and updates")
+    # rollout workers
+    rollout_backend: str = setting(
+        "local",
+        "local, ray-env (environments in workers, the learner acts) or ray-replica (workers act with policy copies)",
+        choices=("local", "ray-env", "ray-replica"),
+    )
+    num_workers: int | None = setting(
+        None, "rollout workers of a Ray backend, a divisor of num_envs; 2 by default", ge=1
+    )
+    worker_cpus: float = setting(1.0, "CPU cores of a worker", gt=0)
+    worker_gpus: float = setting(0.0, "GPUs of a worker, such as 0.5", ge=0)
+    worker_timeout: float = setting(300.0, "seconds after which a worker that does not answer is replaced", gt=0)
+    placement_timeout: float = setting(20.0, "seconds that a worker may wait for its place in the cluster", gt=0)
+    ray_address: str | None = setting(
+        None, "host:port of a Ray cluster, or auto; by default that of RAY_ADDRESS, else one is started"
+    )
+    async_rollouts: bool = setting(False, "ray-replica collects the next rollout during the update, one version behind")
+    rollout_batch_size: int | None = setting(
+        None, "slots of one forward while acting; with the same one all backends compute the same bits", ge=1
+    )
     # run
     seed: int = setting(0, "of everything random", ge=0, lt=2**31)
     output_dir: str | None = setting(None, "run folder, must not exist; by default runs/ENV-POLICY-seedN-TIME")
@@ -83,8 +103,40 @@ def check_together(config: RunConfig) -> None:
             f"--gradient_accumulation_steps is {config.gradient_accumulation_steps}: expected a number that divides "
             f"--minibatch_size {size}, so that the parts are equal."
         )
+    _check_workers(config)
     if config.kl_coef and config.trainable != "lora":
         raise UsageError(
             f"--kl_coef is {config.kl_coef}, and --trainable {config.trainable} keeps no reference policy to stay "
             "close to: expected --trainable lora (its off state is the reference), or --kl_coef 0."
+        )
+
+
+def _check_workers(config: RunConfig) -> None:
+    """What holds between the settings of rollout workers; fills in the number of workers."""
+    if config.rollout_backend == "local":
+        given = [name for name in ("num_workers", "ray_address") if getattr(config, name) is not None]
+        given += ["async_rollouts"] if config.async_rollouts else []
+        if given:
+            raise UsageError(
+                f"--{given[0]} is for rollout workers, and --rollout_backend is local: expected ray-env or ray-replica."
+            )
+    workers = 1 if config.rollout_backend == "local" else config.num_workers or 2
+    if config.num_envs % workers:
+        fits = max(divisor for divisor in range(1, workers + 1) if config.num_envs % divisor == 0)
+        raise UsageError(
+            f"--num_envs {config.num_envs} cannot be divided among --num_workers {workers}: expected a number of "
+            f"workers that divides it, such as {fits}."
+        )
+    if config.rollout_backend != "local":
+        config.num_workers = workers
+    slots = config.num_envs // (workers if config.rollout_backend == "ray-replica" else 1)
+    if config.rollout_batch_size and slots % config.rollout_batch_size:
+        raise UsageError(
+            f"--rollout_batch_size is {config.rollout_batch_size}: expected a divisor of the {slots} environments that "
+            "are played side by side."
+        )
+    if config.async_rollouts and config.rollout_backend != "ray-replica":
+        raise UsageError(
+            "--async_rollouts needs workers that act by themselves, and --rollout_backend is "
+            f"{config.rollout_backend}: expected ray-replica."
         )

@@ -1,16 +1,23 @@
-"""From settings to objects: environments, policy, trainer arguments, held-out seeds. Shared by the runners."""
+"""From settings to objects: policy, rollouts, trainer arguments. Shared by the runners."""
 
-import json
+import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from agent.ppo_trainer import PPOConfig
-from envs import HELD_OUT, TRAINING, EpisodeVectorEnv, episode_seed
+from agent.rollout import RolloutCollector, Rollouts
+from envs import EpisodeVectorEnv
 from experiments.command_line import UsageError
+from experiments.environments import make_env, make_segment
 from experiments.settings import RunConfig
 from policies import PolicySource, VLMPolicy, load_policy
 from policies.prompts import SYSTEM
+
+if TYPE_CHECKING:
+    from agent.ray_workers import WorkerOptions
 
 # settings of a run that are PPOConfig's by the same name
 SHARED = (
@@ -37,31 +44,7 @@ SHARED = (
 SMALL_MODEL = 10_000_000  # parameters
 
 
-def make_env(config: RunConfig, num_envs: int, held_out: bool = False) -> EpisodeVectorEnv:
-    """`num_envs` environments of the run, for training or for held-out episodes."""
-    names = None if config.action_names is None else [name.strip() for name in config.action_names.split(",")]
-    return EpisodeVectorEnv(
-        config.env,
-        num_envs,
-        seed=config.seed,
-        stream=HELD_OUT if held_out else TRAINING,
-        instruction=config.instruction,
-        action_names=names,
-        env_kwargs=_json_object(config.env_kwargs),
-        image_source=config.image_source,  # type: ignore[arg-type]
-        success_return=config.success_return,
-    )
-
-
-def held_out_seeds(config: RunConfig) -> list[int]:
-    """The evaluation's episode seeds, none of which a training episode has."""
-    return [
-        episode_seed(config.seed, HELD_OUT, 0, episode)
-        for episode in range(max(config.eval_episodes, config.gif_episodes))
-    ]
-
-
-def make_policy(config: RunConfig, env: EpisodeVectorEnv) -> VLMPolicy:
+def make_policy(config: RunConfig, action_names: tuple[str, ...], frame_shape: tuple[int, int, int]) -> VLMPolicy:
     """The policy of the run, on the GPU where there is one."""
     import torch
 
@@ -80,7 +63,7 @@ def make_policy(config: RunConfig, env: EpisodeVectorEnv) -> VLMPolicy:
         system=SYSTEM if config.system is None else config.system,
         seed=config.seed,
     )
-    policy = load_policy(source, env.action_names, env.frame_shape)
+    policy = load_policy(source, action_names, frame_shape)
     if config.instruction is not None and policy.prompts.clean(config.instruction) != " ".join(
         config.instruction.split()
     ):
@@ -94,21 +77,17 @@ def make_policy(config: RunConfig, env: EpisodeVectorEnv) -> VLMPolicy:
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def try_out(config: RunConfig, policy: VLMPolicy) -> None:
+def try_out(env: EpisodeVectorEnv, policy: VLMPolicy) -> None:
     """Plays one step of a held-out episode: what is wrong with environment, prompt or model shows before a run begins.
 
     Raises:
         EnvError: the environment breaks.
         PolicyError: the policy cannot read what the environment shows.
     """
-    import numpy as np
-
-    env = make_env(config, 1, held_out=True)
     observations = env.reset()
     with policy.frozen_weights():
         policy(policy.prepare(observations.images, observations.instructions).to(policy.device))
-    env.step(np.zeros(1, dtype=np.int64))
-    env.close()
+    env.step(np.zeros(env.num_envs, dtype=np.int64))
 
 
 def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
@@ -121,15 +100,54 @@ def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
     )
 
 
-def _json_object(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"--env_kwargs {text!r} is no JSON ({error}): expected an object such as '{{\"size\": 4}}'."
-        ) from error
-    if not isinstance(value, dict):
-        raise UsageError(f"--env_kwargs is {text!r}: expected a JSON object such as '{{\"size\": 4}}'.")
-    return value
+def make_rollouts(config: RunConfig, policy: VLMPolicy, num_iterations: int) -> Rollouts:
+    """The rollouts of the run, by the backend that the settings name; Ray must be connected for the others than local.
+
+    Raises:
+        WorkersError: workers find no place, or cannot make environments or policy.
+    """
+    if config.rollout_backend == "ray-replica":
+        from agent.ray_workers import ReplicaRollouts
+
+        spec = policy.spec
+        arguments = {
+            "make_env": functools.partial(make_segment, config),
+            "make_policy": functools.partial(make_policy, config, spec.action_names, spec.frame_shape),
+            "num_steps": config.num_steps,
+            "seed": config.seed,
+            "reference": config.kl_coef > 0,
+            "batch_size": config.rollout_batch_size,
+            "bf16": config.bf16,
+        }
+        return ReplicaRollouts(
+            arguments,
+            policy,
+            config.num_envs,
+            config.num_steps,
+            num_iterations,
+            worker_options(config),
+            config.async_rollouts,
+        )
+    if config.rollout_backend == "ray-env":
+        from agent.ray_workers import RayVectorEnv
+
+        env: Any = RayVectorEnv(
+            functools.partial(make_segment, config), config.num_envs, policy.spec.action_names, worker_options(config)
+        )
+    else:
+        env = make_env(config, config.num_envs)
+    reference = policy if config.kl_coef else None
+    return RolloutCollector(env, policy, config.num_steps, config.seed, reference, batch_size=config.rollout_batch_size)
+
+
+def worker_options(config: RunConfig) -> "WorkerOptions":
+    """What the settings give to rollout workers."""
+    from agent.ray_workers import WorkerOptions
+
+    return WorkerOptions(
+        num_workers=config.num_workers or 1,
+        cpus=config.worker_cpus,
+        gpus=config.worker_gpus,
+        timeout=config.worker_timeout,
+        placement_timeout=config.placement_timeout,
+    )

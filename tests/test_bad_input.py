@@ -124,7 +124,7 @@ FLAGS = {
     "resume of nothing": (["--resume", "nowhere"], "is no run"),
     "resume without checkpoints": (["--resume", "unfinished"], "no whole checkpoint"),
     "resume with damaged checkpoints": (["--resume", "damaged"], "model.safetensors is cut short, 10 bytes where 18"),
-    "resume with a strange configuration": (["--resume", "strange"], "unknown key 'sed', did you mean 'seed'"),
+    "resume with a strange configuration": (["--resume", "strange"], "unknown key 'sed', did you mean 'seed'?"),
     "resume with settings": (["--resume", "unfinished", "--seed", "3"], "--seed"),
     "resume of a finished run": (["--resume", "finished"], "finished"),
 }

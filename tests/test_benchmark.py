@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmark import BenchmarkConfig, workload_values
 from experiments.command_line import UsageError
-from experiments.compare_sb3 import Curve
+from experiments.compare_sb3 import Curve, train_ours
+from experiments.environments import held_out_seeds
 from experiments.measuring import (
     UPDATES,
     Bench,
@@ -37,6 +38,7 @@ from experiments.measuring import (
     trainer_overhead,
     update_work,
 )
+from experiments.settings import RunConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -306,6 +308,26 @@ def test_a_curve_notes_the_first_evaluation_that_is_enough():
     result = curve.result(seed=7)
     assert result["reached"] == {"steps": 2000, "seconds": 2.0, "success": 0.95} and result["seed"] == 7
     assert len(result["evaluations"]) == 3
+
+
+def test_evaluations_leave_our_training_as_it_is():
+    config = RunConfig(num_envs=4, num_steps=4, minibatch_size=16, num_ppo_epochs=1, total_steps=48, eval_episodes=5)
+    often, once = Curve(target=2.0), Curve(target=2.0)
+    seeds = held_out_seeds(config)[:5]
+    watched = train_ours(config, seeds, 1, often)
+    unwatched = train_ours(config, seeds, 1000, once)
+    assert [row["steps"] for row in often.evaluations] == [16, 32, 48]
+    assert [row["steps"] for row in once.evaluations] == [48]
+    assert often.evaluations[-1]["success"] == once.evaluations[-1]["success"]
+    pairs = zip(watched.parameters(), unwatched.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_our_training_ends_when_it_is_enough():
+    config = RunConfig(num_envs=4, num_steps=4, minibatch_size=16, num_ppo_epochs=1, total_steps=480, eval_episodes=5)
+    curve = Curve(target=0.0)
+    train_ours(config, held_out_seeds(config)[:5], 2, curve)
+    assert [row["steps"] for row in curve.evaluations] == [32]
 
 
 def test_a_missing_stable_baselines_is_one_sentence():

@@ -103,6 +103,19 @@ def test_recorded_episodes_are_the_evaluated_ones(policy):
         assert (tape.probabilities.argmax(-1) == tape.actions).all()
 
 
+def test_an_episode_that_does_not_end_is_an_error(policy, monkeypatch):
+    monkeypatch.setattr("agent.evaluation.MAX_EPISODE_STEPS", 5)
+    fixed = torch.log(torch.tensor([0.97, 0.01, 0.01, 0.01]))  # up, and against the border for ever
+    original = type(policy).forward
+    monkeypatch.setattr(
+        type(policy),
+        "forward",
+        lambda self, inputs: original(self, inputs)._replace(logprobs=fixed.expand(len(inputs.lengths), 4)),
+    )
+    with pytest.raises(TrainingError, match=r"has not ended in 5 steps: expected .*max_episode_steps"):
+        evaluate(policy, go_to(4), SEEDS)
+
+
 def test_bad_calls(policy):
     with pytest.raises(TrainingError, match="at least one episode"):
         evaluate(policy, go_to(1), [])

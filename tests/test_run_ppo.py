@@ -59,7 +59,7 @@ def finished(tmp_path_factory):
     """A whole run of six iterations on GoTo."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        assert run(words(folder), patch) == 0
+        assert run(words(folder, seed=4), patch) == 0  # a seed that is nobody's default
     return folder
 
 
@@ -181,8 +181,50 @@ def test_resume_falls_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch, c
     file.write_bytes(file.read_bytes()[:1000])
     capfd.readouterr()
     assert run(["--resume", str(tmp_path / "run")], monkeypatch) == 0
-    assert newest.name in capfd.readouterr().err
+    warning = capfd.readouterr().err.splitlines()[0]
+    assert warning.startswith("warning: ") and "model.safetensors is cut short" in warning and newest.name in warning
+    # the damaged one is kept under another name, and its iteration written again
+    assert (newest.parent / f"damaged-{newest.name}" / "model.safetensors").stat().st_size == 1000
     assert [row["iteration"] for row in rows(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_a_signal_in_the_last_iteration_leaves_the_evaluation_to_the_next_start(tmp_path, monkeypatch, capfd):
+    from agent.ppo_trainer import PPOTrainer
+
+    settings = {"total_steps": 64}
+    assert run(words(tmp_path / "whole", **settings), monkeypatch) == 0
+    with monkeypatch.context() as patch:
+        iterate = PPOTrainer.iterate
+
+        def interrupt(self):
+            if self.iteration == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return iterate(self)
+
+        patch.setattr(PPOTrainer, "iterate", interrupt)
+        assert run(words(tmp_path / "parts", **settings), patch) == 130
+    assert "Stopped after iteration 2 of 2." in capfd.readouterr().out
+    assert not (tmp_path / "parts" / "final").exists()
+    assert run(["--resume", str(tmp_path / "parts")], monkeypatch) == 0
+    one, other = (json.loads((tmp_path / part / "evaluation.json").read_text()) for part in ("whole", "parts"))
+    assert one == other and rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_ctrl_c_in_the_evaluation_loses_nothing(tmp_path, monkeypatch, capfd):
+    from agent import evaluation
+
+    def ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate_all", ctrl_c)
+        assert run(words(tmp_path / "run", total_steps=32), patch) == 130
+    assert f"--resume {tmp_path / 'run'}" in capfd.readouterr().out
+    final = (tmp_path / "run/final/model.safetensors").read_bytes()
+    assert run(["--resume", str(tmp_path / "run")], monkeypatch) == 0
+    assert (tmp_path / "run/evaluation.json").is_file()
+    assert (tmp_path / "run/final/model.safetensors").read_bytes() == final
+    assert run(["--resume", str(tmp_path / "run")], monkeypatch) == 2  # finished
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

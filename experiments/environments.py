@@ -1,0 +1,52 @@
+"""From settings to environments and their held-out seeds. No torch here: rollout workers import this."""
+
+import json
+from typing import Any
+
+from envs import HELD_OUT, TRAINING, EpisodeVectorEnv, episode_seed
+from experiments.command_line import UsageError
+from experiments.settings import RunConfig
+
+
+def make_env(config: RunConfig, num_envs: int, held_out: bool = False, first_slot: int = 0) -> EpisodeVectorEnv:
+    """`num_envs` environments of the run, for training or for held-out episodes."""
+    names = None if config.action_names is None else [name.strip() for name in config.action_names.split(",")]
+    return EpisodeVectorEnv(
+        config.env,
+        num_envs,
+        seed=config.seed,
+        stream=HELD_OUT if held_out else TRAINING,
+        first_slot=first_slot,
+        instruction=config.instruction,
+        action_names=names,
+        env_kwargs=_json_object(config.env_kwargs),
+        image_source=config.image_source,  # type: ignore[arg-type]
+        success_return=config.success_return,
+    )
+
+
+def held_out_seeds(config: RunConfig) -> list[int]:
+    """The evaluation's episode seeds, none of which a training episode has."""
+    return [
+        episode_seed(config.seed, HELD_OUT, 0, episode)
+        for episode in range(max(config.eval_episodes, config.gif_episodes))
+    ]
+
+
+def make_segment(config: RunConfig, first_slot: int, num_slots: int) -> EpisodeVectorEnv:
+    """The training environments of a range of slots, for a rollout worker."""
+    return make_env(config, num_slots, first_slot=first_slot)
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"--env_kwargs {text!r} is no JSON ({error}): expected an object such as '{{\"size\": 4}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--env_kwargs is {text!r}: expected a JSON object such as '{{\"size\": 4}}'.")
+    return value
