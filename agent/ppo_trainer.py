@@ -45,6 +45,7 @@ from agent.rollout import (
 )
 from policies import PolicyInputs, VLMPolicy
 from policies.saving import load_weights, save_policy
+from policies.training import adapter_parameters
 
 ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
 Batch = dict[str, torch.Tensor]
@@ -66,6 +67,8 @@ class PPOConfig(_BaseConfig):
         vf_coef: weight of the value loss.
         ent_coef: weight of the entropy bonus.
         kl_coef: weight of KL(policy || reference); 0 needs no reference.
+        adapter_learning_rate: initial learning rate of the adapter, where it is not `learning_rate`: a new adapter
+            between two pretrained parts may learn faster than they.
         target_kl: an update stops once a minibatch's approx_kl exceeds 1.5 times this; None never stops.
     """
 
@@ -81,6 +84,7 @@ class PPOConfig(_BaseConfig):
     ent_coef: float = 0.01
     kl_coef: float = 0.0
     target_kl: float | None = None
+    adapter_learning_rate: float | None = None
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
@@ -209,6 +213,19 @@ class PPOTrainer(_BaseTrainer):
             order = stream(args.seed, SHUFFLES, self.iteration, epoch).permutation(self.num_samples)
             for rows in torch.from_numpy(order).split(args.per_device_train_batch_size):
                 yield _batch(samples, rows)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with a group of its own for the adapter where it has its own learning rate."""
+        rate, is_new = self.args.adapter_learning_rate, self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if rate is not None and is_new:
+            adapter = set(adapter_parameters(self.policy.vlm))
+            for group in list(optimizer.param_groups):
+                moved = [parameter for parameter in group["params"] if parameter in adapter]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in adapter]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
 
     def compute_loss(
         self,

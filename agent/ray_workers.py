@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from agent.errors import TrainingError, WorkersError
-from agent.rollout import Observations, Rollout, merge
+from agent.rollout import Observations, Rollout, RolloutCollector, merge
 from agent.workers import (
     EnvWorker,
     History,
@@ -72,7 +72,7 @@ class WorkerOptions:
 
 
 @contextlib.contextmanager
-def cluster(address: str | None = None, paths: Sequence[str] = ()) -> Iterator[None]:
+def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int | None = None) -> Iterator[None]:
     """Inside: connected to the Ray cluster at `address`, else to that of RAY_ADDRESS, else to one of our own.
 
     One of our own has no dashboard, sends no usage statistics and ends with the block.
@@ -80,6 +80,7 @@ def cluster(address: str | None = None, paths: Sequence[str] = ()) -> Iterator[N
     Args:
         address: host:port of a cluster's head, or `auto` for the one that runs on this machine.
         paths: folders from which workers import, beside their own.
+        num_cpus: CPU cores that a cluster of our own counts; by default those of the machine.
 
     Raises:
         WorkersError: nobody answers.
@@ -104,6 +105,7 @@ def cluster(address: str | None = None, paths: Sequence[str] = ()) -> Iterator[N
         ray.init(
             address=address,
             include_dashboard=None if remote else False,
+            num_cpus=None if remote else num_cpus,
             logging_level=logging.ERROR,
             log_to_driver=False,
             runtime_env=runtime,
@@ -232,9 +234,16 @@ class Supervisor:
         self.begin(submit)
         return self.finish()
 
+    def settle_starts(self) -> None:
+        """Notes which new workers have started since."""
+        for worker in list(self._workers):
+            if worker.starting and _is_done(worker.starting):
+                self._settle(worker)
+
     def begin(self, submit: Submit) -> None:
         """Starts a round without waiting for it."""
         self._submit = submit
+        self.settle_starts()
         self._pending, self._results, self._failures = deque(range(self.num_segments)), {}, Counter()
         self._balance()
         self._assign()
@@ -410,6 +419,20 @@ def _first_line(why: object) -> str:
     return str(why)
 
 
+def call_seconds(calls: int = 200) -> float:
+    """Median seconds of a call to a worker that answers at once."""
+    import ray
+
+    worker: Any = ray.remote(EnvWorker).options(num_cpus=0.5).remote(None)
+    took = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        ray.get(worker.ready.remote())
+        took.append(time.perf_counter() - start)
+    ray.kill(worker)
+    return float(np.median(took))
+
+
 def segments_of(num_envs: int, num_workers: int) -> list[Segment]:
     """N slots in equal neighbouring ranges, one a worker.
 
@@ -523,6 +546,16 @@ class RayVectorEnv:
 
         seen = self.supervisor.run(submit)
         return _Seen(np.concatenate([images for images, _ in seen]), tuple(text for _, texts in seen for text in texts))
+
+
+class CentralRollouts(RolloutCollector):
+    """Rollouts of the learner's policy in the environments of workers."""
+
+    env: RayVectorEnv
+
+    def metrics(self) -> dict[str, float]:
+        """Replaced workers so far."""
+        return {"restarts": self.env.supervisor.restarts}
 
 
 @dataclass(frozen=True)

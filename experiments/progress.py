@@ -65,6 +65,11 @@ class Progress(TrainerCallback):
             else "whole prompts (no shared prefix)"
         )
         pixels = "table" if policy.pipeline.is_table else "the library's processor"
+        if config.rollout_backend != "local":
+            self.console.print(
+                f"workers      {config.num_workers} ({config.rollout_backend}), {config.worker_cpus:g} CPU and "
+                f"{config.worker_gpus:g} GPU each"
+            )
         self.console.print(f"forward      {prefix}; pixels by {pixels}; {policy.device}, {config.dtype}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,6 +96,8 @@ class Progress(TrainerCallback):
         )
         if done == 1:
             self.console.print(f"first update {now - self.started:.1f} s after the start")
+            if "broadcast_bytes" in logs:
+                self.console.print(f"broadcast    {logs['broadcast_bytes']:,} bytes an update: all that learns")
         if self.live:
             self.live.update(line)
         elif now - self._last_line >= self.SECONDS_BETWEEN_LINES or logs["iteration"] == self.iterations:

@@ -211,16 +211,19 @@ def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
     return config, run_dir, checkpoint
 
 
+def default_run_dir(config: RunConfig) -> Path:
+    """Where a run lands that does not say where."""
+    env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-") for text in (config.env, config.policy))
+    return Path("runs") / f"{env}-{policy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def _new_run_dir(config: RunConfig) -> Path:
     """The place of a new run's folder, which is made later.
 
     Raises:
         UsageError: it exists, or cannot be made.
     """
-    name = config.output_dir
-    if name is None:
-        env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-") for text in (config.env, config.policy))
-        name = f"runs/{env}-{policy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.output_dir or str(default_run_dir(config))
     _check_job_folder(name, "--output_dir")
     path = Path(name)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -41,6 +41,7 @@ class RunConfig:
     minibatch_size: int = setting(128, "samples of an optimizer step", ge=1)
     gradient_accumulation_steps: int = setting(1, "parts in which a minibatch is run", ge=1)
     learning_rate: float = setting(7e-4, "initial learning rate of AdamW", gt=0)
+    adapter_learning_rate: float | None = setting(None, "initial learning rate of the adapter, if another", gt=0)
     lr_scheduler_type: str = setting("linear", "decay of the learning rate", choices=("linear", "cosine", "constant"))
     gamma: float = setting(0.9, "discount of an env step", ge=0, le=1)
     gae_lambda: float = setting(0.95, "lambda of GAE", ge=0, le=1)

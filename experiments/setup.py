@@ -3,7 +3,7 @@
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,7 @@ SHARED = (
     "minibatch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "adapter_learning_rate",
     "lr_scheduler_type",
     "gamma",
     "gae_lambda",
@@ -128,15 +129,17 @@ def make_rollouts(config: RunConfig, policy: VLMPolicy, num_iterations: int) -> 
             worker_options(config),
             config.async_rollouts,
         )
+    reference = policy if config.kl_coef else None
     if config.rollout_backend == "ray-env":
-        from agent.ray_workers import RayVectorEnv
+        from agent.ray_workers import CentralRollouts, RayVectorEnv
 
-        env: Any = RayVectorEnv(
+        central = RayVectorEnv(
             functools.partial(make_segment, config), config.num_envs, policy.spec.action_names, worker_options(config)
         )
-    else:
-        env = make_env(config, config.num_envs)
-    reference = policy if config.kl_coef else None
+        return CentralRollouts(
+            central, policy, config.num_steps, config.seed, reference, batch_size=config.rollout_batch_size
+        )
+    env = make_env(config, config.num_envs)
     return RolloutCollector(env, policy, config.num_steps, config.seed, reference, batch_size=config.rollout_batch_size)
 
 

@@ -30,6 +30,16 @@ def adapter_name(vlm: nn.Module) -> str:
     )
 
 
+def adapter_parameters(vlm: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the adapter that learn."""
+    name = adapter_name(vlm)
+    return [
+        parameter
+        for full_name, parameter in vlm.named_parameters()
+        if name in full_name.split(".") and parameter.requires_grad
+    ]
+
+
 def set_trainable(vlm: Any, trainable: Trainable, lora_rank: int = 16, lora_alpha: int = 32) -> Any:
     """Marks what learns; with `lora`, returns the model wrapped by PEFT.
 
