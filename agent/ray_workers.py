@@ -85,8 +85,7 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
     Raises:
         WorkersError: nobody answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _prepare_environment()
     import ray
 
     if ray.is_initialized():  # somebody else's session: used, and left as it is
@@ -111,7 +110,7 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
             runtime_env=runtime,
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise WorkersError(
             f"No Ray cluster at {where!r} ({reason}): start one or give another --ray_address."
@@ -126,6 +125,15 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
                 os.environ["PYTHONPATH"] = inherited
 
 
+def _prepare_environment() -> None:
+    """What Ray reads when it is imported: no usage statistics, and the token of this user where there is one."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH", os.path.expanduser("~/.ray/auth_token"))
+    if "RAY_AUTH_TOKEN" in os.environ or os.path.isfile(token):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def in_job() -> bool:
     """Whether this process was started by `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -137,16 +145,18 @@ def job_client(address: str | None) -> Any:
     Raises:
         WorkersError: nobody answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _prepare_environment()
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        reason = _first_line(error)
         raise WorkersError(
             f"No Ray dashboard at {address or 'http://127.0.0.1:8265'!r} ({reason}): expected the address that "
-            "`ray start --head` prints, such as http://127.0.0.1:8265."
+            "`ray start --head` prints, such as http://127.0.0.1:8265, and RAY_AUTH_MODE=token with its token where "
+            "the cluster wants one."
         ) from error
 
 
@@ -412,7 +422,8 @@ def _is_done(reference: Any) -> bool:
 def _first_line(why: object) -> str:
     if isinstance(why, BaseException):
         lines = [line.strip() for line in str(why).splitlines() if line.strip()]
-        # Ray's errors go on for lines; those of ours are one sentence
+        # Ray's errors go on for lines, and end with the cause where a constructor failed; ours are one sentence
+        lines = lines[-1:] if lines and "creation task" in lines[0] else lines
         text = lines[0].rstrip(".") if lines else type(why).__name__
         ours = type(why).__module__.split(".")[0] in ("envs", "agent", "policies")
         return text if ours or type(why).__module__.startswith("ray") else f"{type(why).__name__}: {text}"
@@ -528,7 +539,9 @@ class RayVectorEnv:
             self._holders[segment] = actor
             return actor.state.remote(self.segments[segment], history)
 
-        return merge_states(self.supervisor.run(submit))
+        states = self.supervisor.run(submit)
+        self._histories = [History(state, ()) for state in states]
+        return merge_states(states)
 
     def load_state_dict(self, state: State) -> Observations | None:
         """Brings every slot back to where it was."""
@@ -552,6 +565,22 @@ class CentralRollouts(RolloutCollector):
     """Rollouts of the learner's policy in the environments of workers."""
 
     env: RayVectorEnv
+    _state: State | None = None
+
+    def collect(self, iteration: int) -> Rollout:
+        """Plays the T steps, and keeps the state after them: once an environment is lost nobody can ask it."""
+        rollout = super().collect(iteration)
+        self._state = self.env.state_dict()
+        return rollout
+
+    def state_dict(self) -> State:
+        """Where the environments were after the last rollout."""
+        return self.env.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: State, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Brings the environments back to where they were."""
+        super().load_state_dict(state, tensors)
+        self._state = state
 
     def metrics(self) -> dict[str, float]:
         """Replaced workers so far."""

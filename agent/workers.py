@@ -147,10 +147,14 @@ class EnvWorker:
         )
 
     def state(self, segment: Segment, history: History) -> State:
-        """The segment's state; the history is for a worker that does not hold the segment at its end."""
+        """The segment's state, from which positions are counted now.
+
+        The history is for a worker that does not hold the segment at its end.
+        """
         held = self.held.get(segment)
         if held is None or held.position != len(history.actions):
             held = self._take(segment, history)
+        held.position = 0
         return held.env.state_dict()
 
     def _take(self, segment: Segment, history: History) -> _Held:

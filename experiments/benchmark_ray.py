@@ -213,7 +213,7 @@ def report(given: RayBenchmarkConfig, seconds: dict[str, list[float]], terms: Te
     print(f"load average {load[0]:.1f} before, {os.getloadavg()[0]:.1f} after, {os.cpu_count()} cores\n")
     print(
         f"terms: env step {1e3 * terms.env_step:.3f} ms, forward {1e3 * terms.forward:.3f} ms and update "
-        f"{1e3 * terms.update:.3f} ms a sample, call {1e3 * terms.call:.2f} ms, {terms.sample_bytes:,.0f} bytes a sample"
+        f"{1e3 * terms.update:.3f} ms a sample, call {1e3 * terms.call:.2f} ms, {terms.sample_bytes:,.0f} bytes each"
     )
     print(f"model: steps/s of rollout and update together, {given.num_envs} envs a worker, an update as measured")
     print("in brackets the price of a million steps; the last column has a learner that updates 100 times as fast")

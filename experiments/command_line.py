@@ -142,7 +142,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except ValueError as error:
-        if type(error).__name__ not in ("UsageError", "EnvError", "PolicyError", "TrainingError"):
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if not kinds & {"UsageError", "EnvError", "PolicyError", "TrainingError"}:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2

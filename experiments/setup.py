@@ -93,10 +93,13 @@ def try_out(env: EpisodeVectorEnv, policy: VLMPolicy) -> None:
 
 def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
     """Arguments of PPOTrainer; the Trainer writes its checkpoints into `output_dir`."""
+    import torch
+
     return PPOConfig(
         output_dir=str(output_dir),
         num_iterations=math.ceil(config.total_steps / (config.num_envs * config.num_steps)),
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),  # else bf16 is refused on a CPU
         **{name: getattr(config, name) for name in SHARED},
     )
 

@@ -12,9 +12,12 @@ experiments/run_ppo.py ...`, see docs/cluster.md.
 import asyncio
 import dataclasses
 import importlib.util
+import logging
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +73,12 @@ def main() -> int:
 
     client = job_client(given.job_address)
     environment: dict[str, Any] = {"working_dir": str(ROOT), "excludes": LEFT_AT_HOME}
-    if module := plugin_file(run.env):
-        environment["py_modules"] = [str(module)]
     entrypoint = shlex.join(["python", "experiments/run_ppo.py", *words])
-    job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # a line for each file that stays here
+    with tempfile.TemporaryDirectory() as folder:
+        if module := plugin_file(run.env):
+            environment["py_modules"] = [str(as_package(module, Path(folder)))]
+        job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
     print(f"job          {job}\ncommand      {entrypoint}\nrun          {run.resume or run.output_dir}", flush=True)
     if not given.follow:
         return 0
@@ -107,6 +112,16 @@ def plugin_file(env: str) -> Path | None:
     if importlib.util.find_spec(top) is None:
         raise UsageError(f"The module {top!r} of --env {env!r} is not here: expected {top}.py in the current folder.")
     return None  # installed: expected on the cluster too
+
+
+def as_package(module: Path, folder: Path) -> Path:
+    """The module as a folder, which is all that a job can be sent: a single file becomes the package's own."""
+    if module.is_dir():
+        return module
+    package = folder / module.stem
+    package.mkdir()
+    shutil.copy(module, package / "__init__.py")
+    return package
 
 
 async def _print_log(client: Any, job: str) -> None:

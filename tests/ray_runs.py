@@ -12,7 +12,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from agent.rollout import RolloutCollector
 from agent.workers import EnvWorker, History, ReplicaWorker, Segment
 
 NUM_STEPS = 5
@@ -90,8 +89,10 @@ def make_policy(trainable: str = "full", dtype: str = "float32") -> Any:
     return policy
 
 
-def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any = None) -> RolloutCollector:
+def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any = None) -> Any:
     """The local backend that the others are held against."""
+    from agent.rollout import RolloutCollector
+
     return RolloutCollector((maker or env_maker())(0, num_envs), policy, NUM_STEPS, seed=3, batch_size=batch_size)
 
 

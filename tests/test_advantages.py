@@ -50,6 +50,34 @@ def test_gae_by_hand(next_values, terminated, truncated, gae_lambda, expected):
     torch.testing.assert_close(returns, column(*expected) + VALUES, atol=1e-6, rtol=0)
 
 
+def test_importance_weights_by_hand():
+    """Gamma 0.9, lambda 0.5, deltas 1.4, 0.8, 2.7 as above; rho 1/2, 1/4, 1."""
+    importance = column(0.5, 0.25, 1.0)
+    advantages, targets = gae(
+        REWARDS, VALUES, column(1.0, 2.0, 3.0), flags(0, 0, 0), flags(0, 0, 0), 0.9, 0.5, importance
+    )
+    # A2 = 2.7; A1 = 0.8 + 0.45·1·2.7 = 2.015; A0 = 1.4 + 0.45·0.25·2.015 = 1.6266875
+    torch.testing.assert_close(advantages, column(1.6266875, 2.015, 2.7), atol=1e-6, rtol=0)
+    # values + rho A: 0.5 + 0.81334375; 1 + 0.50375; 2 + 2.7
+    torch.testing.assert_close(targets, column(1.31334375, 1.50375, 4.7), atol=1e-6, rtol=0)
+
+
+def test_with_lambda_1_the_targets_are_those_of_v_trace():
+    """Held against the definition, eq. 1 of arXiv:1802.01561, with both limits at 1: a sum over products."""
+    generator = torch.Generator().manual_seed(1)
+    rewards, values = torch.randn(2, 6, 1, generator=generator)
+    next_values = torch.cat([values[1:], torch.randn(1, 1, generator=generator)])
+    rho = torch.rand(6, 1, generator=generator)
+    none = torch.zeros(6, 1, dtype=torch.bool)
+    _, targets = gae(rewards, values, next_values, none, none, 0.9, 1.0, rho)
+    for s in range(6):
+        expected = values[s].clone()
+        for t in range(s, 6):
+            delta = rho[t] * (rewards[t] + 0.9 * next_values[t] - values[t])
+            expected += 0.9 ** (t - s) * rho[s:t].prod(0) * delta
+        torch.testing.assert_close(targets[s], expected, atol=1e-5, rtol=0)
+
+
 def test_environments_do_not_mix():
     generator = torch.Generator().manual_seed(0)
     rewards, values, next_values = torch.randn(3, 5, 4, generator=generator)  # three of (T, N)

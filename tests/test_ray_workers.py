@@ -202,7 +202,7 @@ def test_an_environment_that_breaks_once_costs_its_fragment_and_nothing_else(bac
     maker = env_maker("tests/Faulty-v0", folder=str(tmp_path))
     plain = local(NUM_ENVS, policy, batch_size=2, maker=maker)
     expected = [plain.collect(iteration) for iteration in range(3)]
-    given = {"timeout": 4.0}
+    given = {"timeout": 12.0 if kind == "hang" else 60.0}  # the first call of a worker imports torch
     with backend(policy, 2, maker=maker, **({"given": given} if backend is replica else given)) as rollouts:
         for iteration in range(3):
             if iteration == 1:

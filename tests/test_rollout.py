@@ -7,8 +7,18 @@ import pytest
 import torch
 
 from agent.errors import TrainingError
-from agent.rollout import ACTIONS, RolloutCollector, choose, stack_inputs, stream, with_advantages
+from agent.rollout import (
+    ACTIONS,
+    RolloutCollector,
+    choose,
+    merge,
+    refreshed,
+    stack_inputs,
+    stream,
+    with_advantages,
+)
 from policies import PolicyInputs
+from tests.ray_runs import same_bits
 from tests.small_runs import color_env, corridor_env, tiny_policy
 
 CORRIDOR = {"length": 7, "limit": 3}
@@ -212,6 +222,47 @@ def test_the_same_seed_gives_the_same_rollout():
         assert torch.equal(getattr(one, name), getattr(same, name)), name
     assert all(torch.equal(a, b) for a, b in zip(one.inputs, same.inputs, strict=True))
     assert not torch.equal(one.actions, other.actions)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_with_one_batch_size_any_split_merges_to_the_same_bits(batch_size):
+    whole_env = corridor_env(4, CORRIDOR, seed=2)
+    policy = tiny_policy(whole_env)
+    whole = RolloutCollector(whole_env, policy, num_steps=6, seed=2, batch_size=batch_size)
+    parts = [
+        RolloutCollector(
+            corridor_env(2, CORRIDOR, seed=2, first_slot=first), policy, num_steps=6, seed=2, batch_size=batch_size
+        )
+        for first in (0, 2)
+    ]
+    for iteration in range(2):
+        one = whole.collect(iteration)
+        same_bits(one, merge([part.collect(iteration) for part in parts], policy.pad_id))
+        assert len(one.bootstrap.lengths) == 4 + len(one.bootstrap_at) > 4
+        assert {(e.step, e.slot) for e in one.episodes} == {
+            (t, n) for t, n in (one.terminated | one.truncated).nonzero().tolist()
+        }
+    with pytest.raises(TrainingError, match="batch_size is 3 for 4 environments"):
+        RolloutCollector(corridor_env(4, CORRIDOR), policy, num_steps=6, seed=2, batch_size=3)
+
+
+def test_a_refreshed_rollout_of_the_same_weights_is_the_same_and_of_others_is_corrected():
+    env = corridor_env(4, CORRIDOR, seed=3)
+    policy, newer = tiny_policy(env), tiny_policy(env)
+    rollout = RolloutCollector(env, policy, num_steps=7, seed=3).collect(0)
+    again, importance = refreshed(rollout, policy, max_batch=5)
+    for name in ("logprobs", "values", "next_values"):
+        assert torch.allclose(getattr(again, name), getattr(rollout, name), atol=1e-5), name
+    assert torch.allclose(importance, torch.ones(7, 4), atol=1e-5)
+    with torch.no_grad():
+        for parameter in newer.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    moved, importance = refreshed(rollout, newer)
+    expected = torch.minimum((moved.logprobs - rollout.logprobs).exp(), torch.ones(7, 4))
+    assert torch.equal(importance, expected) and 0 < importance.min() < 0.99
+    assert not torch.allclose(moved.next_values, rollout.next_values, atol=1e-3)
+    for t, slot in rollout.bootstrap_at.tolist():  # a truncated episode's own last frame, not the next one's first
+        assert t == 6 or moved.next_values[t, slot] != moved.values[t + 1, slot]
 
 
 def test_any_split_of_the_slots_plays_the_same():

@@ -1,0 +1,148 @@
+"""Advantages without a critic: an episode is judged by others that started from the same seed.
+
+    rloo    its return less the mean of the others' (Ahmadian et al. 2024, arXiv:2402.14740)
+    grpo    its return less the group's mean, over the group's deviation (Shao et al. 2024,
+            arXiv:2402.03300)
+    gigpo   grpo's, and for each step the same among the group's steps that saw the same thing (Feng et al. 2025,
+            arXiv:2505.10978)
+
+Pure functions. Episodes that the rollout cut off have no return and take no part: their samples are marked, and nothing
+is learned from them.
+"""
+
+import torch
+from torch import Tensor
+
+from agent.errors import TrainingError
+
+METHODS = ("grpo", "rloo", "gigpo")
+EPSILON = 1e-6
+
+
+def group_mean_and_count(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each element the mean and the sum of squared deviations of its group, and the group's size.
+
+    Args:
+        values: (M,).
+        groups: (M,) int64, any numbers.
+
+    Returns:
+        Three (M,) float64.
+    """
+    _, place = torch.unique(groups, return_inverse=True)  # (M,)
+    number = int(place.max()) + 1 if len(place) else 0
+    count = torch.zeros(number, dtype=torch.float64).index_add(0, place, torch.ones(len(place), dtype=torch.float64))
+    total = torch.zeros(number, dtype=torch.float64).index_add(0, place, values.double())
+    mean = total / count
+    squares = torch.zeros(number, dtype=torch.float64).index_add(0, place, (values.double() - mean[place]).square())
+    return mean[place], squares[place], count[place]
+
+
+def grpo(returns: Tensor, groups: Tensor) -> Tensor:
+    """(R - mean of the group) / (standard deviation of the group + epsilon); 0 where all returns are equal.
+
+    Args:
+        returns: (M,) of M episodes.
+        groups: (M,) int64, the group of each.
+
+    Returns:
+        (M,) float32.
+    """
+    mean, squares, count = group_mean_and_count(returns, groups)
+    # the unbiased deviation, as in TRL's GRPO trainer; a group of one has none
+    deviation = (squares / (count - 1).clamp_min(1)).sqrt()
+    return ((returns.double() - mean) / (deviation + EPSILON)).float()
+
+
+def rloo(returns: Tensor, groups: Tensor) -> Tensor:
+    """R - mean of the others in the group = (R - mean of the group) n / (n - 1); 0 for a group of one.
+
+    Args:
+        returns: (M,) of M episodes.
+        groups: (M,) int64, the group of each.
+
+    Returns:
+        (M,) float32.
+    """
+    mean, _, count = group_mean_and_count(returns, groups)
+    return ((returns.double() - mean) * count / (count - 1).clamp_min(1)).float()
+
+
+def returns_to_go(rewards: Tensor, ended: Tensor, gamma: float) -> Tensor:
+    """R_t = r_t + gamma R_{t+1} inside each episode.
+
+    Args:
+        rewards: (T, N).
+        ended: (T, N) bool, the episode ended with this step.
+        gamma: discount per step.
+
+    Returns:
+        (T, N) float32.
+    """
+    result = torch.zeros_like(rewards, dtype=torch.float32)
+    following = torch.zeros_like(result[0])
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + gamma * following * ~ended[t]
+        result[t] = following
+    return result
+
+
+def group_advantages(
+    method: str,
+    rewards: Tensor,
+    ended: Tensor,
+    groups: Tensor,
+    states: Tensor | None = None,
+    gamma: float = 0.95,
+    step_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Advantages of a rollout in which every slot started its episodes at the first row.
+
+    The e-th episode of a slot is compared with the e-th ones of its group's other slots, which have the same seed.
+
+    Args:
+        method: grpo, rloo or gigpo.
+        rewards: (T, N).
+        ended: (T, N) bool, terminated or truncated.
+        groups: (N,) int64, the group of each slot.
+        states: (T, N) int64, equal where the policy saw the same; for gigpo.
+        gamma: discount of gigpo's returns to go.
+        step_weight: omega of gigpo, the weight of the step's advantage beside the episode's.
+
+    Returns:
+        (T, N) float32 advantages, and (T, N) bool: True = of a complete episode that has another to be compared with.
+
+    Raises:
+        TrainingError: an unknown method, or gigpo without states.
+    """
+    if method not in METHODS:
+        raise TrainingError(f"advantage is {method!r}: expected one of gae, {', '.join(METHODS)}.")
+    if method == "gigpo" and states is None:
+        raise TrainingError("gigpo compares steps that saw the same: expected the states' digests.")
+    steps, slots = rewards.shape
+    ends = ended.long()
+    episode = ends.cumsum(0) - ends  # (T, N) number of the slot's episode
+    complete = episode < ends.sum(0)  # (T, N)
+    key = (torch.arange(slots) * steps + episode).flatten()  # (T * N,) one number an episode
+    _, place = torch.unique(key, return_inverse=True)
+    number = int(place.max()) + 1
+    returns = torch.zeros(number, dtype=torch.float64).index_add(0, place, rewards.flatten().double())
+    first = torch.full((number,), len(key), dtype=torch.long)
+    first = first.scatter_reduce(0, place, torch.arange(len(key)), "amin")  # the first sample of each episode
+    whole = complete.flatten()[first]  # (episodes,)
+    group = (groups.expand(steps, slots) * steps + episode).flatten()[first]  # (episodes,)
+    compare = rloo if method == "rloo" else grpo
+    judged = torch.zeros(number)
+    judged[whole] = compare(returns[whole], group[whole])
+    _, _, size = group_mean_and_count(returns[whole], group[whole])
+    usable = torch.zeros(number, dtype=torch.bool)
+    usable[whole] = size > 1
+    mask = usable[place]  # (T * N,)
+    advantages = judged[place]
+    if method == "gigpo":
+        assert states is not None
+        togo = returns_to_go(rewards, ended, gamma).flatten()[mask]
+        # anchor states: the same sight in the same group and episode number
+        _, seen = torch.unique(torch.stack([group[place], states.flatten()], dim=1)[mask], dim=0, return_inverse=True)
+        advantages[mask] += step_weight * grpo(togo, seen)
+    return (advantages * mask).view(steps, slots), mask.view(steps, slots)
