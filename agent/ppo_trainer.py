@@ -23,6 +23,7 @@ from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
 from agent.errors import TrainingError, WorkersError
+from agent.group_advantages import METHODS
 from agent.losses import (
     approx_kl,
     categorical_kl,
@@ -42,10 +43,11 @@ from agent.rollout import (
     refreshed,
     stream,
     with_advantages,
+    with_group_advantages,
 )
 from policies import PolicyInputs, VLMPolicy
 from policies.saving import load_weights, save_policy
-from policies.training import adapter_parameters
+from policies.training import adapter_parameters, give_own_rate
 
 ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
 Batch = dict[str, torch.Tensor]
@@ -60,6 +62,9 @@ class PPOConfig(_BaseConfig):
         num_steps: env steps of each environment in a rollout, T.
         num_ppo_epochs: passes over a rollout's samples.
         minibatch_size: samples of one optimizer step.
+        advantage: gae, which needs the value head, or grpo, rloo, gigpo, which compare the slots of a group.
+        group_size: slots that play the same episodes, for these three.
+        step_weight: of gigpo's step advantages.
         gamma: discount per env step.
         gae_lambda: lambda of GAE.
         clip_range: epsilon of the clipped surrogate.
@@ -76,6 +81,9 @@ class PPOConfig(_BaseConfig):
     num_steps: int = 16
     num_ppo_epochs: int = 4
     minibatch_size: int = 256
+    advantage: str = "gae"
+    group_size: int = 8
+    step_weight: float = 1.0
     gamma: float = 0.99
     gae_lambda: float = 0.95
     clip_range: float = 0.2
@@ -166,6 +174,12 @@ class PPOTrainer(_BaseTrainer):
                 f"A rollout has {source.num_envs} envs x {args.num_steps} steps = {self.num_samples} samples, which is "
                 f"no multiple of minibatch_size {args.minibatch_size}: change one of the three."
             )
+        if args.advantage not in ("gae", *METHODS):
+            raise TrainingError(f"advantage is {args.advantage!r}: expected one of gae, {', '.join(METHODS)}.")
+        if args.advantage != "gae" and (source.num_envs % args.group_size or args.group_size < 2):
+            raise TrainingError(
+                f"group_size is {args.group_size} for {source.num_envs} environments: expected 2 or more, a divisor."
+            )
         if args.kl_coef and reference is None:
             if not policy.has_lora:
                 raise TrainingError(
@@ -180,7 +194,8 @@ class PPOTrainer(_BaseTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_PPOStops(self))
         if env is not None:
-            rollouts = RolloutCollector(env, policy, args.num_steps, args.seed, reference)
+            rounds = args.advantage != "gae"
+            rollouts = RolloutCollector(env, policy, args.num_steps, args.seed, reference, rounds=rounds)
         assert rollouts is not None
         self.collector: Rollouts = rollouts
         self._reset_metrics()
@@ -205,13 +220,27 @@ class PPOTrainer(_BaseTrainer):
             importance = None
             if lag:
                 rollout, importance = refreshed(rollout, self.policy)
-        samples = with_advantages(rollout, args.gamma, args.gae_lambda, importance)
+        if args.advantage == "gae":
+            samples = with_advantages(rollout, args.gamma, args.gae_lambda, importance)
+        else:
+            samples = with_group_advantages(
+                rollout, args.advantage, args.group_size, args.gamma, args.step_weight, importance
+            )
         self._rollout_metrics(rollout, samples)
         if importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": importance.mean().item()}
+        kept = torch.arange(self.num_samples)
+        if samples.usable is not None:
+            kept = kept[samples.usable]
+        parts = self.num_samples // args.per_device_train_batch_size
+        if len(kept) < parts:
+            raise TrainingError(
+                f"Only {len(kept)} of {self.num_samples} samples belong to whole episodes that can be compared, too "
+                f"few for {parts} minibatches: expected a num_steps in which episodes end."
+            )
         for epoch in range(args.num_ppo_epochs):
-            order = stream(args.seed, SHUFFLES, self.iteration, epoch).permutation(self.num_samples)
-            for rows in torch.from_numpy(order).split(args.per_device_train_batch_size):
+            order = stream(args.seed, SHUFFLES, self.iteration, epoch).permutation(len(kept))
+            for rows in kept[torch.from_numpy(order)].tensor_split(parts):
                 yield _batch(samples, rows)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -219,12 +248,7 @@ class PPOTrainer(_BaseTrainer):
         rate, is_new = self.args.adapter_learning_rate, self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if rate is not None and is_new:
-            adapter = set(adapter_parameters(self.policy.vlm))
-            for group in list(optimizer.param_groups):
-                moved = [parameter for parameter in group["params"] if parameter in adapter]
-                group["params"] = [parameter for parameter in group["params"] if parameter not in adapter]
-                if moved:
-                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+            give_own_rate(optimizer, adapter_parameters(self.policy.vlm), rate)
         return optimizer
 
     def compute_loss(
@@ -234,23 +258,27 @@ class PPOTrainer(_BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Clipped surrogate + vf_coef x value loss - ent_coef x entropy + kl_coef x KL(policy || reference)."""
+        """Clipped surrogate + vf_coef x value loss - ent_coef x entropy + kl_coef x KL(policy || reference).
+
+        The group methods have no value loss.
+        """
         args: PPOConfig = self.args
         output = model(PolicyInputs(inputs["input_ids"], inputs["lengths"], inputs["frames"]))
         logprobs = output.logprobs.gather(1, inputs["actions"][:, None])[:, 0]  # (B,)
         actor, ratio = policy_loss(
             logprobs, inputs["logprobs"], inputs["advantages"], args.clip_range, inputs.get("importance")
         )
-        critic = value_loss(output.values, inputs["values"], inputs["returns"], args.clip_range_vf)
         bonus = entropy(output.logprobs).mean()
-        loss = actor + args.vf_coef * critic - args.ent_coef * bonus
+        loss = actor - args.ent_coef * bonus
         measured = {
             "policy_loss": actor,
-            "value_loss": critic,
             "entropy": bonus,
             "approx_kl": approx_kl(logprobs, inputs["logprobs"]),
             "clip_fraction": clip_fraction(ratio, args.clip_range),
         }
+        if args.advantage == "gae":
+            measured["value_loss"] = value_loss(output.values, inputs["values"], inputs["returns"], args.clip_range_vf)
+            loss = loss + args.vf_coef * measured["value_loss"]
         if "reference" in inputs:
             measured["reference_kl"] = categorical_kl(output.logprobs, inputs["reference"]).mean()
             loss = loss + args.kl_coef * measured["reference_kl"]
@@ -301,7 +329,11 @@ class PPOTrainer(_BaseTrainer):
             "success_rate": sum(e.success for e in finished) / len(finished) if finished else None,
             "episode_return": sum(e.episode_return for e in finished) / len(finished) if finished else None,
             "episode_length": sum(e.length for e in finished) / len(finished) if finished else None,
-            "explained_variance": explained_variance(samples.values, samples.returns).item(),
+            **(
+                {"explained_variance": explained_variance(samples.values, samples.returns).item()}
+                if samples.usable is None
+                else {"usable_samples": samples.usable.float().mean().item()}
+            ),
             "rollout_steps_per_second": self.num_samples / rollout.seconds,
             "rollout_seconds": rollout.seconds,
             **self.collector.metrics(),

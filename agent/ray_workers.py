@@ -25,6 +25,7 @@ import torch
 from agent.errors import TrainingError, WorkersError
 from agent.rollout import Observations, Rollout, RolloutCollector, merge
 from agent.workers import (
+    ROUND,
     EnvWorker,
     History,
     Played,
@@ -482,6 +483,7 @@ class RayVectorEnv:
         self.segments = segments_of(num_envs, options.num_workers)
         self.episode_returns = np.zeros(num_envs, np.float64)  # (N,)
         self.episode_lengths = np.zeros(num_envs, np.int64)
+        self.episode_seeds: list[int] = [0] * num_envs
         self._histories = [History(None, ()) for _ in self.segments]
         self._holders: list[Any] = [None] * len(self.segments)  # the actor that has played the history
         self._ended = np.zeros(num_envs, bool)
@@ -499,6 +501,22 @@ class RayVectorEnv:
         if seeds is not None or not np.array_equal(mask, self._ended) or self._upcoming is None:
             raise TrainingError("Workers start the next episode in every slot whose episode has ended, and no other.")
         return self._upcoming
+
+    def start_round(self, number: int) -> Observations:
+        """Starts a new episode in every slot; `number` selects the episodes."""
+        self._histories = [History({ROUND: number}, ()) for _ in self.segments]
+        return self._observe()
+
+    def expert_actions(self) -> np.ndarray:
+        """What the env's scripted expert would do now, (N,)."""
+
+        def submit(actor: Any, segment: int, failures: int) -> Any:
+            history = self._histories[segment]
+            known = not failures and self._holders[segment] == actor
+            self._holders[segment] = actor
+            return actor.experts.remote(self.segments[segment], len(history.actions), None if known else history)
+
+        return np.concatenate(self.supervisor.run(submit))
 
     def step(self, actions: np.ndarray) -> Played:
         """One action (N,) in every slot."""
@@ -527,6 +545,7 @@ class RayVectorEnv:
             )
         whole = _join(played)
         self.episode_returns, self.episode_lengths = whole.returns, whole.lengths
+        self.episode_seeds = whole.seeds.tolist()
         self._ended = whole.terminated | whole.truncated
         self._upcoming = _Seen(whole.next_images, whole.next_instructions)
         return whole
@@ -602,14 +621,15 @@ class _Whole(Played):
 
 
 def _join(parts: Sequence[Played]) -> _Whole:
-    arrays = ("images", "rewards", "terminated", "truncated", "success", "returns", "lengths")
-    upcoming = [part.images if part.next_images is None else part.next_images for part in parts]
-    texts = [part.instructions if part.next_images is None else part.next_instructions for part in parts]
+    arrays = ("images", "rewards", "terminated", "truncated", "success", "returns", "lengths", "seeds")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+    upcoming = joined["images"].copy()
+    upcoming[joined["terminated"] | joined["truncated"]] = np.concatenate([part.next_images for part in parts])
     return _Whole(
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
+        **joined,
         instructions=tuple(text for part in parts for text in part.instructions),
-        next_images=np.concatenate(upcoming),
-        next_instructions=tuple(text for part in texts for text in part),
+        next_images=upcoming,
+        next_instructions=tuple(text for part in parts for text in part.next_instructions),
         state=None,
     )
 

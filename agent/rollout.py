@@ -5,6 +5,7 @@ Nothing is rendered, prompted or tokenized again for training. Every random numb
 iteration), so a resumed run and any split of the slots over workers draw the same actions.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 
 from agent.advantages import gae, normalize
 from agent.errors import TrainingError
+from agent.group_advantages import group_advantages
 from policies import PolicyInputs, PolicyOutput, VLMPolicy
 
 Forward = Callable[[PolicyInputs], PolicyOutput]
+Demonstrator = Callable[["VectorEnv", PolicyInputs], PolicyOutput]  # log-probabilities (N, A) and values (N,)
 ACTIONS, SHUFFLES = 11, 12  # what a random stream is for; 0 and 1 are the episodes' seeds
 
 
@@ -42,12 +45,19 @@ class VectorEnv(Protocol):
     action_names: tuple[str, ...]
     episode_returns: np.ndarray  # (N,)
     episode_lengths: np.ndarray  # (N,)
+    episode_seeds: list[int]  # N
 
     def reset(self, seeds: Sequence[int] | None = None) -> Observations:
         """Starts an episode in every slot."""
 
     def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Observations:
         """Starts the next episode where `mask` (N,) is True."""
+
+    def start_round(self, number: int) -> Observations:
+        """Starts a new episode in every slot; `number` selects the episodes."""
+
+    def expert_actions(self) -> np.ndarray:
+        """What the env's scripted expert would do now, (N,)."""
 
     def step(self, actions: np.ndarray) -> Any:
         """One action (N,) in every slot: observations, rewards, terminated, truncated, success."""
@@ -90,6 +100,12 @@ class Rollout(NamedTuple):
     episodes: list[Episode]  # those that ended during the rollout, in the order of (t, slot)
     version: int  # of the weights that acted: how many updates they had seen
     seconds: float
+    seeds: torch.Tensor  # (T, N) int64, of the episode that the step belongs to
+    steps: torch.Tensor  # (T, N) int64, number of the step in its episode, from 0
+    success: torch.Tensor  # (T, N) bool, the episode ended with this step, successfully
+    instructions: list[str]  # T * N, as the env gave them
+    images: np.ndarray | None = None  # (T * N, H, W, 3) uint8, the env's own frames, where they are recorded
+    expert_actions: torch.Tensor | None = None  # (T, N) int64, what the env's expert would have done, likewise
 
 
 class Rollouts(Protocol):
@@ -128,6 +144,7 @@ class Samples(NamedTuple):
     returns: torch.Tensor
     reference: torch.Tensor | None  # (T * N, A)
     importance: torch.Tensor | None = None  # (T * N,) min(1, pi / pi_behaviour), where an older policy acted
+    usable: torch.Tensor | None = None  # (T * N,) bool, False = nothing is learned from it; None is all True
 
 
 def stream(seed: int, *key: int) -> np.random.Generator:
@@ -206,7 +223,11 @@ def merge(fragments: Sequence[Rollout], pad_id: int) -> Rollout:
         for fragment, size in zip(fragments, sizes, strict=True)
     ]
     bootstrap = stack_inputs([*now, *finals], pad_id)
-    columns = ("actions", "logprobs", "values", "next_values", "rewards", "terminated", "truncated")
+    columns = ["actions", "logprobs", "values", "next_values", "rewards", "terminated", "truncated"]
+    columns += ["seeds", "steps", "success"]
+    texts = [text for fragment in fragments for text in fragment.instructions]
+    images = [fragment.images for fragment in fragments if fragment.images is not None]
+    advice = [fragment.expert_actions for fragment in fragments if fragment.expert_actions is not None]
     references = [fragment.reference for fragment in fragments if fragment.reference is not None]
     return Rollout(
         **{name: torch.cat([getattr(fragment, name) for fragment in fragments], dim=1) for name in columns},
@@ -217,6 +238,9 @@ def merge(fragments: Sequence[Rollout], pad_id: int) -> Rollout:
         episodes=sorted((e for f in fragments for e in f.episodes), key=lambda e: (e.step, e.slot)),
         version=fragments[0].version,
         seconds=max(fragment.seconds for fragment in fragments),
+        instructions=[texts[row] for row in rows.tolist()],
+        images=np.concatenate(images)[rows.numpy()] if images else None,
+        expert_actions=torch.cat(advice, dim=1) if advice else None,
     )
 
 
@@ -232,6 +256,10 @@ class RolloutCollector:
         max_batch: samples of one forward outside the env loop.
         batch_size: slots of one forward while acting, a divisor of N; all N by default. With the same one, any split
             of the slots over workers gives the same numbers, bit for bit.
+        rounds: every rollout starts new episodes in all slots, so that a group's slots play the same ones.
+        demonstrator: chooses the actions in the policy's place.
+        record: keep the env's own frames.
+        ask_expert: keep what the env's expert would do.
 
     Raises:
         TrainingError: `batch_size` does not divide N.
@@ -246,7 +274,13 @@ class RolloutCollector:
         reference: VLMPolicy | None = None,
         max_batch: int = 256,
         batch_size: int | None = None,
+        rounds: bool = False,
+        demonstrator: Demonstrator | None = None,
+        record: bool = False,
+        ask_expert: bool = False,
     ) -> None:
+        self.rounds, self.demonstrator, self.record = rounds, demonstrator, record
+        self.ask_expert = ask_expert
         self.env, self.policy, self.num_steps, self.seed = env, policy, num_steps, seed
         self.reference, self.max_batch = reference, max_batch
         self.num_envs = env.num_envs
@@ -269,7 +303,9 @@ class RolloutCollector:
         """
         start = time.perf_counter()
         env, policy = self.env, self.policy
-        if self._observations is None:
+        if self.rounds:
+            self._observations = env.start_round(iteration)
+        elif self._observations is None:
             self._observations = env.reset()
         uniforms = np.stack(
             [
@@ -280,21 +316,31 @@ class RolloutCollector:
         )  # (T, N)
         steps: list[tuple[PolicyInputs, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         rewards, terminated, truncated, episodes = [], [], [], []
+        seeds, numbers, success, shown, advice = [], [], [], [], []
         final_inputs: list[PolicyInputs] = []  # last frames of truncated episodes
         final_at: list[tuple[int, int]] = []
         with policy.frozen_weights():
             for t in range(self.num_steps):
                 inputs = policy.prepare(self._observations.images, self._observations.instructions)
-                output = self._forward(inputs, self._slots, policy)
+                if self.demonstrator is None:
+                    output = self._forward(inputs, self._slots, policy)
+                else:
+                    output = self.demonstrator(env, inputs)
                 logprobs = output.logprobs  # (N, A)
-                if not torch.isfinite(logprobs).all():
+                if not torch.isfinite(logprobs).all() and self.demonstrator is None:
                     raise TrainingError(
                         f"The policy's probabilities are not finite in iteration {iteration}, step {t}: expected "
                         "numbers; start again from the last checkpoint with a smaller learning_rate."
                     )
                 actions = choose(logprobs, uniforms[t])  # (N,)
+                shown.append(self._observations)
+                if self.ask_expert:
+                    advice.append(torch.from_numpy(env.expert_actions()))
                 steps.append((inputs, actions, logprobs.gather(1, actions[:, None])[:, 0], output.values))
                 result = env.step(actions.numpy())
+                seeds.append(torch.tensor(list(env.episode_seeds)))
+                numbers.append(torch.from_numpy(np.asarray(env.episode_lengths, dtype=np.int64)) - 1)
+                success.append(torch.from_numpy(np.asarray(result.success)))
                 rewards.append(torch.from_numpy(np.asarray(result.rewards, dtype=np.float32)))
                 terminated.append(torch.from_numpy(result.terminated))
                 truncated.append(torch.from_numpy(result.truncated & ~result.terminated))
@@ -325,7 +371,10 @@ class RolloutCollector:
             # V of the observation that each step returned: the next row's, the last frame's where an episode was cut
             bootstrap = stack_inputs([last, *final_inputs], policy.pad_id)
             places = torch.tensor(final_at, dtype=torch.long).reshape(-1, 2)  # (F, 2)
-            beyond = self._forward(bootstrap, torch.cat([self._slots, places[:, 1]]), policy).values  # (N + F,)
+            if self.demonstrator is None:
+                beyond = self._forward(bootstrap, torch.cat([self._slots, places[:, 1]]), policy).values  # (N + F,)
+            else:
+                beyond = torch.zeros(len(bootstrap.lengths))
             next_values = torch.cat([values[1:], beyond[None, : env.num_envs]])  # (T, N)
             for (row, place), value in zip(final_at, beyond[env.num_envs :], strict=True):
                 next_values[row, place] = value
@@ -346,6 +395,12 @@ class RolloutCollector:
             episodes=episodes,
             version=iteration,
             seconds=time.perf_counter() - start,
+            seeds=torch.stack(seeds),
+            steps=torch.stack(numbers),
+            success=torch.stack(success),
+            instructions=[text for seen in shown for text in seen.instructions],
+            images=np.concatenate([seen.images for seen in shown]) if self.record else None,
+            expert_actions=torch.stack(advice) if advice else None,
         )
 
     def metrics(self) -> dict[str, float]:
@@ -447,4 +502,47 @@ def with_advantages(
         returns=returns.flatten(),
         reference=rollout.reference,
         importance=None if importance is None else importance.flatten(),
+    )
+
+
+def state_digests(inputs: PolicyInputs) -> torch.Tensor:
+    """(B,) int64, equal where the policy saw the same frame and prompt."""
+    digests = [
+        hashlib.blake2b(frame.tobytes() + ids[:length].tobytes(), digest_size=8).digest()
+        for frame, ids, length in zip(
+            inputs.frames.numpy(), inputs.input_ids.numpy(), inputs.lengths.tolist(), strict=True
+        )
+    ]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+
+
+def with_group_advantages(
+    rollout: Rollout,
+    method: str,
+    group_size: int,
+    gamma: float,
+    step_weight: float,
+    importance: torch.Tensor | None = None,
+) -> Samples:
+    """Advantages by comparison with the other slots of a group, and everything flat; see `group_advantages`."""
+    shape = rollout.rewards.shape
+    advantages, usable = group_advantages(
+        method,
+        rollout.rewards,
+        rollout.terminated | rollout.truncated,
+        torch.arange(shape[1]) // group_size,
+        state_digests(rollout.inputs).view(shape) if method == "gigpo" else None,
+        gamma,
+        step_weight,
+    )
+    return Samples(
+        inputs=rollout.inputs,
+        actions=rollout.actions.flatten(),
+        logprobs=rollout.logprobs.flatten(),
+        values=rollout.values.flatten(),
+        advantages=advantages.flatten(),
+        returns=torch.zeros(shape.numel()),
+        reference=rollout.reference,
+        importance=None if importance is None else importance.flatten(),
+        usable=usable.flatten(),
     )

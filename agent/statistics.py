@@ -5,6 +5,8 @@ a bootstrap interval, since returns are seldom normal. Two policies that played 
 episode, which takes the luck of the seeds out of the difference. NumPy only, so that reports need no torch.
 """
 
+import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -113,3 +115,25 @@ def _sample(name: str, values: ArrayLike) -> np.ndarray:
             "finite: expected (n,) numbers, one an episode, n >= 1."
         )
     return sample
+
+
+def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
+    """Exact two-sided McNemar test of two policies on the same episodes: the p-value of equal success.
+
+    Only episodes that one of the two solved count: under equality each falls to either side like a fair coin
+    (McNemar 1947; the exact binomial form).
+
+    Args:
+        one: success in each episode.
+        other: of the other policy, in the same order.
+
+    Raises:
+        TrainingError: unequal numbers of episodes.
+    """
+    if len(one) != len(other):
+        raise TrainingError(f"{len(one)} and {len(other)} episodes came: expected the same ones for both policies.")
+    better = sum(a and not b for a, b in zip(one, other, strict=True))
+    worse = sum(b and not a for a, b in zip(one, other, strict=True))
+    n = better + worse
+    tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
+    return min(1.0, 2 * tail)

@@ -29,6 +29,9 @@ Packed = dict[str, Any]  # a Rollout of numpy arrays
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "SDL_NO_SIGNAL_HANDLERS": "1", "SDL_VIDEODRIVER": "dummy"}
 
 
+ROUND = "round"  # the one key of a state that is the start of a round
+
+
 class Segment(NamedTuple):
     """A range of neighbouring slots."""
 
@@ -47,10 +50,9 @@ class Played(NamedTuple):
     success: np.ndarray  # (n,) bool
     returns: np.ndarray  # (n,) of the episodes that the step belonged to
     lengths: np.ndarray  # (n,)
-    next_images: (
-        np.ndarray | None
-    )  # (n, H, W, 3), with the first frame of a new episode where one ended; None: none did
-    next_instructions: tuple[str, ...]
+    seeds: np.ndarray  # (n,) int64
+    next_images: np.ndarray  # (ended, H, W, 3), the first frames of the new episodes, in the order of their slots
+    next_instructions: tuple[str, ...]  # of all slots, after the new episodes' start
     state: State | None  # after the step, where it was asked for
 
 
@@ -66,19 +68,24 @@ class _Held:
 
     def __init__(self, env: "VectorEnv", history: History) -> None:
         self.env, self.position = env, 0
-        observations = env.load_state_dict(history.state) if history.state is not None else None
+        state, observations = history.state, None
+        if state is not None and ROUND in state:
+            observations = env.start_round(state[ROUND])
+        elif state is not None:
+            observations = env.load_state_dict(state)
         self.observations: Observations = env.reset() if observations is None else observations
         for actions in history.actions:
             self.step(actions)
 
     def step(self, actions: np.ndarray) -> Any:
-        """One step and the start of new episodes: the step's result, returns and lengths of its episodes."""
+        """One step and the start of new episodes: the step's result; returns, lengths and seeds of its episodes."""
         result = self.env.step(actions)
         returns, lengths = self.env.episode_returns, self.env.episode_lengths
+        seeds = np.array(self.env.episode_seeds)
         ended = result.terminated | result.truncated
         self.observations = self.env.reset_done(ended) if ended.any() else result.observations
         self.position += 1
-        return result, returns, lengths
+        return result, returns, lengths, seeds
 
 
 class EnvWorker:
@@ -124,14 +131,14 @@ class EnvWorker:
         elif held is None or held.position != position:
             raise LookupError(f"{segment} is not here at step {position}")
         try:
-            result, returns, lengths = held.step(actions)
+            result, returns, lengths, seeds = held.step(actions)
             state = held.env.state_dict() if want_state else None
         except BaseException:
             self._drop(segment)
             raise
         if want_state:
             held.position = 0
-        ended = bool((result.terminated | result.truncated).any())
+        ended = result.terminated | result.truncated
         return Played(
             result.observations.images,
             tuple(result.observations.instructions),
@@ -141,10 +148,20 @@ class EnvWorker:
             result.success,
             returns,
             lengths,
-            held.observations.images if ended else None,
-            tuple(held.observations.instructions) if ended else (),
+            seeds,
+            held.observations.images[ended],
+            tuple(held.observations.instructions),
             state,
         )
+
+    def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray:
+        """What the env's expert would do now, (n,); arguments and errors as of `step`."""
+        held = self.held.get(segment)
+        if history is not None:
+            held = self._take(segment, history)
+        elif held is None or held.position != position:
+            raise LookupError(f"{segment} is not here at step {position}")
+        return held.env.expert_actions()
 
     def state(self, segment: Segment, history: History) -> State:
         """The segment's state, from which positions are counted now.
@@ -158,8 +175,12 @@ class EnvWorker:
         return held.env.state_dict()
 
     def _take(self, segment: Segment, history: History) -> _Held:
-        self._drop(segment)
-        held = self.held[segment] = _Held(self.make_env(*segment), history)
+        if segment in self.held and history.state is not None and ROUND in history.state:
+            env = self.held.pop(segment).env  # a new round needs nothing of the last one
+        else:
+            self._drop(segment)
+            env = self.make_env(*segment)
+        held = self.held[segment] = _Held(env, history)
         return held
 
     def _drop(self, segment: Segment) -> None:
@@ -179,6 +200,8 @@ class ReplicaWorker:
         reference: keep close to the policy with its LoRA off.
         batch_size: slots of one forward, see `RolloutCollector`.
         bf16: bfloat16 autocast, as in the learner's updates.
+        rounds: every rollout starts new episodes, see `RolloutCollector`.
+        recorded: `demonstrator`, `record` and `ask_expert` of `RolloutCollector`.
         threads: CPU threads of torch.
     """
 
@@ -191,12 +214,15 @@ class ReplicaWorker:
         reference: bool = False,
         batch_size: int | None = None,
         bf16: bool = False,
+        rounds: bool = False,
+        recorded: Mapping[str, Any] | None = None,
         threads: int = 1,
     ) -> None:
         for name, value in WORKER_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.make_env, self.make_policy, self.num_steps, self.seed = make_env, make_policy, num_steps, seed
-        self.reference, self.batch_size, self.bf16, self.threads = reference, batch_size, bf16, threads
+        self.reference, self.batch_size, self.bf16 = reference, batch_size, bf16
+        self.rounds, self.recorded, self.threads = rounds, dict(recorded or {}), threads
         self.policy: VLMPolicy | None = None
         self.version: int | None = None
         self.held: dict[Segment, tuple[int, Any]] = {}  # the iteration that comes next, and its RolloutCollector
@@ -247,6 +273,8 @@ class ReplicaWorker:
                 self.seed,
                 reference=policy if self.reference else None,
                 batch_size=self.batch_size,
+                rounds=self.rounds,
+                **self.recorded,
             )
             if state is not None:
                 collector.load_state_dict(state)
@@ -353,7 +381,11 @@ def unpack(packed: Packed) -> "Rollout":
         return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
 
     fields: dict[str, Any] = {
-        key: PolicyInputs(*map(tensor, value)) if key in ("inputs", "bootstrap") else tensor(value)
+        key: PolicyInputs(*map(tensor, value))
+        if key in ("inputs", "bootstrap")
+        else value
+        if key == "images"
+        else tensor(value)
         for key, value in packed.items()
     }
     return Rollout(**fields)

@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from envs.captions import place_name
 from envs.errors import EnvError
 from envs.observation import InstructionText
 from envs.tiles import COLORS, TILE, choose_colors
@@ -61,6 +62,16 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
         """Answer with a colour's number; the frame stays."""
         success = int(action) == self._color
         return self._observe(), float(success), True, False, {"success": success}
+
+    def caption(self) -> str:
+        """Colour and place of the square."""
+        rows, columns = np.nonzero(self._frame[::TILE, ::TILE].any(-1))
+        where = place_name(int(rows[0]), int(columns[0]), self.size, self.size)
+        return f"{self.action_names[self._color]} square at {where}."
+
+    def expert_action(self) -> int:
+        """The square's colour."""
+        return self._color
 
     def render(self) -> np.ndarray:
         """Return the frame of the observation."""

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from envs.captions import place_name
 from envs.errors import EnvError
 from envs.observation import InstructionText
 from envs.tiles import AGENT, FIRST_OBJECT, FLOOR, TILE, choose_colors, choose_shapes, draw, paint_tiles
@@ -133,6 +134,31 @@ class GoTo(gym.Env[dict[str, Any], Any]):
     def alternative_instruction(self) -> str | None:
         """Name another object on this board, the same throughout the episode; None where there is no other."""
         return self._alternative
+
+    def caption(self) -> str:
+        """The places of the agent and of every object."""
+        parts = [f"cross at {place_name(*self._agent, self.size, self.size)}"]
+        for row, column in sorted(self._objects - {self._agent}):
+            kind = self._instructions[int(self._board[row, column]) - FIRST_OBJECT].removeprefix("go to the ")
+            parts.append(f"{kind} at {place_name(row, column, self.size, self.size)}")
+        return ", ".join(parts) + "."
+
+    def expert_action(self) -> int:
+        """The first move of a shortest way to the named object that touches no other."""
+        frontier, seen = [(self._agent, -1)], {self._agent}
+        while frontier:
+            edge = []
+            for (row, column), first in frontier:
+                for number, (down, right) in enumerate(MOVES.values()):
+                    place = (row + down, column + right)
+                    if place == self._target:
+                        return number if first < 0 else first
+                    inside = 0 <= place[0] < self.size and 0 <= place[1] < self.size
+                    if inside and place not in seen and place not in self._objects:
+                        seen.add(place)
+                        edge.append((place, number if first < 0 else first))
+            frontier = edge
+        return 0  # unreachable: the named object always has a way
 
     def _observe(self) -> dict[str, Any]:
         return {"image": draw(self._tiles, self._board), "instruction": self.instruction}

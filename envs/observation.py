@@ -28,7 +28,9 @@ from typing import Any, Literal, NoReturn
 import gymnasium as gym
 import numpy as np
 
+from envs.captions import caption_of
 from envs.errors import EnvError, in_one_line
+from envs.experts import make_expert
 from envs.tasks import TASKS, success_rule
 
 ImageSource = Literal["auto", "observation", "render"]
@@ -339,6 +341,30 @@ class VLMObservation(gym.Wrapper):
         if not math.isfinite(value):
             self._fail(f"gave the reward {value}, expected a finite number")
         return self._observe(observation), value, bool(terminated), bool(truncated), info
+
+    def expert(self) -> Callable[[int | None], int]:
+        """A scripted expert from here to the episode's end: action before (None at first) -> action, from 0 on.
+
+        Raises:
+            EnvError: The environment has none.
+        """
+        expert, first = make_expert(self.env, self.env_id), self._first_action
+
+        def act(before: int | None) -> int:
+            try:
+                return expert(None if before is None else before + first) - first
+            except Exception as error:
+                self._broke("its expert", error)
+
+        return act
+
+    def caption(self) -> str:
+        """What the frame shows, in words.
+
+        Raises:
+            EnvError: The environment does not say.
+        """
+        return clean_text(caption_of(self.env, self.env_id))
 
     def alternative_instruction(self) -> str | None:
         """Another instruction that would be valid now, from the environment's method of this name; None without one."""

@@ -8,14 +8,15 @@ it again and load the last ``state_dict``.
 Left out: ``AsyncVectorEnv``. In Gymnasium 1.4.0 it returns blank ``Text`` with shared memory, and a killed worker
 leaves it stuck.
 
-Seeds: slot k of a run's stream s plays episode e with ``episode_seed(seed, s, k, e)``, and k counts over all workers.
+Seeds: slot k of a run's stream s plays episode e with ``episode_seed(seed, s, k // group_size, e)``, and k counts over
+all workers.
 So any split over workers plays the same episodes, and no training episode has a held-out seed.
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -29,6 +30,7 @@ from envs.observation import ImageSource, VLMObservation
 TRAINING, HELD_OUT = 0, 1  # streams
 
 STATE_FORMAT = 1
+EPISODES_A_ROUND = 100_000  # more than one slot plays in a round
 _MAX_REMEMBERED = 256  # instructions kept for replaced_instructions
 
 
@@ -85,6 +87,7 @@ class EpisodeVectorEnv:
         seed: int = 0,
         stream: int = TRAINING,
         first_slot: int = 0,
+        group_size: int = 1,
         instruction: str | None = None,
         action_names: Sequence[str] | None = None,
         env_kwargs: Mapping[str, Any] | None = None,
@@ -99,6 +102,7 @@ class EpisodeVectorEnv:
             seed: The run's seed, from 0 on.
             stream: ``TRAINING`` or ``HELD_OUT``.
             first_slot: The number of the first slot among those of all workers.
+            group_size: How many neighbouring slots play episodes of the same seeds.
             instruction: Replaces the environment's own.
             action_names: Replace the environment's own.
             env_kwargs: For the environment's constructor.
@@ -113,11 +117,12 @@ class EpisodeVectorEnv:
             ("seed", seed, 0),
             ("stream", stream, 0),
             ("first_slot", first_slot, 0),
+            ("group_size", group_size, 1),
         ):
             if value < least:
                 raise EnvError(f"{name} is {value}, expected a whole number from {least} on")
         self.env_id, self.num_envs = env_id, num_envs
-        self.seed, self.stream, self.first_slot = seed, stream, first_slot
+        self.seed, self.stream, self.first_slot, self.group_size = seed, stream, first_slot, group_size
         self._envs: list[VLMObservation] = []
 
         def make(index: int) -> gym.Env:
@@ -159,6 +164,7 @@ class EpisodeVectorEnv:
         self._observations: Observations | None = None
         self._known: dict[str, None] = {}  # instructions seen, oldest first
         self._replacements: list[str | None] = [None] * num_envs
+        self._experts: list[Callable[[int | None], int] | None] = [None] * num_envs
 
     def reset(self, seeds: Sequence[int] | None = None) -> Observations:
         """Start an episode in every slot.
@@ -167,6 +173,15 @@ class EpisodeVectorEnv:
             seeds: The N episodes' seeds; None takes each slot's next.
         """
         return self._start(np.ones(self.num_envs, bool), seeds)
+
+    def start_round(self, number: int) -> Observations:
+        """Start a new episode in every slot, the same one in all slots of a group, whatever they played before.
+
+        Args:
+            number: Which round; it selects the episodes.
+        """
+        self._episodes = [number * EPISODES_A_ROUND] * self.num_envs
+        return self.reset()
 
     def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Observations:
         """Start the next episode where ``mask`` (N,) is True; the other rows come back as they were.
@@ -209,6 +224,31 @@ class EpisodeVectorEnv:
         success = infos["success"] if "success" in infos else np.zeros(self.num_envs, bool)
         self._observations = Observations(seen["image"].copy(), seen["instruction"])
         return StepResult(self._observations, rewards, terminated, truncated, success)
+
+    def expert_actions(self) -> np.ndarray:
+        """For each slot the scripted expert's action now, (N,) int64.
+
+        Raises:
+            EnvError: The environment has no expert.
+        """
+        if self._observations is None:
+            raise EnvError("there is no action to take before reset")
+        chosen = []
+        for slot, env in enumerate(self._envs):
+            expert, before = self._experts[slot], self._actions[slot][-1] if self._actions[slot] else None
+            if expert is None:  # a new one plans from the present state
+                expert, before = env.expert(), None
+                self._experts[slot] = expert
+            chosen.append(expert(before))
+        return np.array(chosen, np.int64)
+
+    def captions(self) -> tuple[str, ...]:
+        """For each slot what it shows, in words.
+
+        Raises:
+            EnvError: The environment does not say.
+        """
+        return tuple(env.caption() for env in self._envs)
 
     def replaced_instructions(self) -> tuple[str, ...]:
         """For each slot an instruction that is valid and not its own, to test whether a policy reads.
@@ -306,11 +346,13 @@ class EpisodeVectorEnv:
             return self._observations
         chosen: list[int | None] = [None] * self.num_envs
         for index, slot in enumerate(slots):
-            own = episode_seed(self.seed, self.stream, self.first_slot + slot, self._episodes[slot])
+            group = (self.first_slot + slot) // self.group_size
+            own = episode_seed(self.seed, self.stream, group, self._episodes[slot])
             chosen[slot] = self.episode_seeds[slot] = own if seeds is None else int(seeds[index])
             self._episodes[slot] += counted
             self._actions[slot] = []
             self._replacements[slot] = None
+            self._experts[slot] = None
         before = self._observations
         seen, _ = self._vector.reset(seed=chosen, options={"reset_mask": mask})
         self.episode_returns = np.where(mask, 0.0, self.episode_returns)

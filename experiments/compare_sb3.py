@@ -81,7 +81,7 @@ def main() -> int:
             eval_episodes=given.episodes,
             torch_threads=given.torch_threads,
         )
-        episodes = held_out_seeds(config)[: given.episodes]
+        episodes = held_out_seeds(config.seed, given.episodes)
         ours, theirs = Curve(given.success), Curve(given.success)
         train_ours(config, episodes, given.eval_every, ours)
         print(f"{OURS}, seed {seed}: {ours}", flush=True)

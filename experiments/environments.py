@@ -5,10 +5,12 @@ from typing import Any
 
 from envs import HELD_OUT, TRAINING, EpisodeVectorEnv, episode_seed
 from experiments.command_line import UsageError
-from experiments.settings import RunConfig
+from experiments.settings import PlayConfig, RolloutConfig
 
 
-def make_env(config: RunConfig, num_envs: int, held_out: bool = False, first_slot: int = 0) -> EpisodeVectorEnv:
+def make_env(
+    config: PlayConfig, num_envs: int, held_out: bool = False, first_slot: int = 0, group_size: int = 1
+) -> EpisodeVectorEnv:
     """`num_envs` environments of the run, for training or for held-out episodes."""
     names = None if config.action_names is None else [name.strip() for name in config.action_names.split(",")]
     return EpisodeVectorEnv(
@@ -17,6 +19,7 @@ def make_env(config: RunConfig, num_envs: int, held_out: bool = False, first_slo
         seed=config.seed,
         stream=HELD_OUT if held_out else TRAINING,
         first_slot=first_slot,
+        group_size=group_size,
         instruction=config.instruction,
         action_names=names,
         env_kwargs=_json_object(config.env_kwargs),
@@ -25,17 +28,14 @@ def make_env(config: RunConfig, num_envs: int, held_out: bool = False, first_slo
     )
 
 
-def held_out_seeds(config: RunConfig) -> list[int]:
+def held_out_seeds(seed: int, count: int) -> list[int]:
     """The evaluation's episode seeds, none of which a training episode has."""
-    return [
-        episode_seed(config.seed, HELD_OUT, 0, episode)
-        for episode in range(max(config.eval_episodes, config.gif_episodes))
-    ]
+    return [episode_seed(seed, HELD_OUT, 0, episode) for episode in range(count)]
 
 
-def make_segment(config: RunConfig, first_slot: int, num_slots: int) -> EpisodeVectorEnv:
+def make_segment(config: RolloutConfig, group_size: int, first_slot: int, num_slots: int) -> EpisodeVectorEnv:
     """The training environments of a range of slots, for a rollout worker."""
-    return make_env(config, num_slots, first_slot=first_slot)
+    return make_env(config, num_slots, first_slot=first_slot, group_size=group_size)
 
 
 def _json_object(text: str | None) -> dict[str, Any] | None:

@@ -70,7 +70,7 @@ def main() -> int:
     torch.manual_seed(config.seed)
     env = make_env(config, min(given.num_envs, given.episodes), held_out=True)
     policy = make_policy(config, env.action_names, env.frame_shape)
-    seeds = held_out_seeds(config)
+    seeds = held_out_seeds(config.seed, max(given.episodes, given.gif_episodes))
     console = plain_console()
     evaluations = evaluate_all(
         policy,

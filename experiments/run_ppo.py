@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -30,11 +29,14 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from experiments.command_line import UsageError, parse, read_settings, run_main  # noqa: E402
+from experiments.run_folder import (  # noqa: E402
+    check_job_folder,
+    new_run_dir,
+    write_description,
+    write_gif,
+    write_text,
+)
 from experiments.settings import RunConfig, check_together  # noqa: E402
-
-IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow", "ray")
-
 
 # Settings that change where a run is computed, and not what: a resumed run may have others.
 OF_THE_MACHINE = (
@@ -53,7 +55,7 @@ def main() -> int:
     started = time.perf_counter()
     given = parse(RunConfig, description="Trains a VLM policy with PPO on the frames of an environment.")
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.
-    config, run_dir, checkpoint = _resumed(given) if given.resume else (given, _new_run_dir(given), None)
+    config, run_dir, checkpoint = _resumed(given) if given.resume else (given, new_run_dir(given), None)
     check_together(config)
     if config.rollout_backend == "local":
         return _run(config, run_dir, checkpoint, started)
@@ -86,7 +88,15 @@ def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: flo
         shutil.rmtree(staging, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         args = make_trainer_args(config, staging)
-        rollouts = stack.enter_context(contextlib.closing(make_rollouts(config, policy, args.num_iterations)))
+        source = make_rollouts(
+            config,
+            policy,
+            args.num_iterations,
+            rounds=config.advantage != "gae",
+            reference=config.kl_coef > 0,
+            asynchronous=config.async_rollouts,
+        )
+        rollouts = stack.enter_context(contextlib.closing(source))
         try:
             trainer = PPOTrainer(policy, args, rollouts=rollouts)  # makes the run folder
         except OSError as error:
@@ -94,7 +104,7 @@ def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: flo
                 f"The run folder {str(run_dir)!r} cannot be made ({error.strerror}): give another --output_dir."
             ) from error
         if checkpoint is None:
-            _write_description(run_dir, config)
+            write_description(run_dir, config)
         else:
             iteration = int(checkpoint.name.split("-")[1])
             cut_metrics(run_dir, iteration)
@@ -105,9 +115,9 @@ def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: flo
         for callback in (metrics, saver, progress):
             trainer.add_callback(callback)
         progress.header(env, checkpoint)
-        seeds = held_out_seeds(config)
+        seeds = held_out_seeds(config.seed, max(config.eval_episodes, config.gif_episodes))
         if checkpoint is None:
-            _gif(config, policy, seeds, run_dir / "before.gif")
+            write_gif(config, policy, seeds[: config.gif_episodes], run_dir / "before.gif")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             rollouts.close()  # workers have nothing more to do
@@ -152,21 +162,9 @@ def _finish(config: RunConfig, policy: Any, run_dir: Path, seeds: list[int], row
         f"{config.policy} on {config.env}, seed {config.seed}",
         baselines={"random policy": (random["success"], tuple(random["success_ci95"]))},
     )
-    _gif(config, policy, seeds, run_dir / "after.gif")
-    _write(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+    write_gif(config, policy, seeds[: config.gif_episodes], run_dir / "after.gif")
+    write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
     progress.table(summary)
-
-
-def _gif(config: RunConfig, policy: Any, seeds: list[int], path: Path) -> None:
-    from agent.evaluation import record_episodes
-    from agent.figures import episode_gif
-    from experiments.environments import make_env
-
-    shown = seeds[: config.gif_episodes]
-    if shown:
-        env = make_env(config, len(shown), held_out=True)
-        episode_gif(record_episodes(policy, env, shown), env.action_names, path)
-        env.close()
 
 
 def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
@@ -178,7 +176,7 @@ def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
     from agent.checkpoint import latest_checkpoint
 
     run_dir = Path(str(given.resume))
-    _check_job_folder(str(given.resume), "--resume")
+    check_job_folder(str(given.resume), "--resume")
     if not (run_dir / "config.yaml").is_file():
         raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
     changed = [
@@ -209,69 +207,6 @@ def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
     if found:
         print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
     return config, run_dir, checkpoint
-
-
-def default_run_dir(config: RunConfig) -> Path:
-    """Where a run lands that does not say where."""
-    env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-") for text in (config.env, config.policy))
-    return Path("runs") / f"{env}-{policy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _new_run_dir(config: RunConfig) -> Path:
-    """The place of a new run's folder, which is made later.
-
-    Raises:
-        UsageError: it exists, or cannot be made.
-    """
-    name = config.output_dir or str(default_run_dir(config))
-    _check_job_folder(name, "--output_dir")
-    path = Path(name)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{name!r} exists: a run is never overwritten, give another --output_dir or --resume {name}.")
-    above = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UsageError(
-            f"The run folder {name!r} cannot be made, since {str(above)!r} is no folder that can be written to: give "
-            "another --output_dir."
-        )
-    return path
-
-
-def _check_job_folder(name: str, flag: str) -> None:
-    """In a Ray job a relative folder is lost.
-
-    Raises:
-        UsageError: it is relative, and this is a Ray job.
-    """
-    if IN_RAY_JOB in os.environ and not Path(name).is_absolute():
-        raise UsageError(
-            f"The run folder {name!r} is relative, and this is a Ray job, whose working folder is a copy that the "
-            f"cluster throws away: expected {flag} with an absolute folder that outlives the job, as in /shared/runs/1."
-        )
-
-
-def _write_description(run_dir: Path, config: RunConfig) -> None:
-    """config.yaml with every setting, run.json with versions and the command line."""
-    import importlib.metadata
-
-    import yaml
-
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key != "resume"}
-    _write(run_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    description = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    _write(run_dir / "run.json", json.dumps(description, indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from agent.rollout import RolloutCollector, Rollouts
 from envs import EpisodeVectorEnv
 from experiments.command_line import UsageError
 from experiments.environments import make_env, make_segment
-from experiments.settings import RunConfig
+from experiments.settings import PlayConfig, RolloutConfig, RunConfig
 from policies import PolicySource, VLMPolicy, load_policy
 from policies.prompts import SYSTEM
 
@@ -28,6 +28,9 @@ SHARED = (
     "learning_rate",
     "adapter_learning_rate",
     "lr_scheduler_type",
+    "advantage",
+    "group_size",
+    "step_weight",
     "gamma",
     "gae_lambda",
     "clip_range",
@@ -45,7 +48,17 @@ SHARED = (
 SMALL_MODEL = 10_000_000  # parameters
 
 
-def make_policy(config: RunConfig, action_names: tuple[str, ...], frame_shape: tuple[int, int, int]) -> VLMPolicy:
+def quiet_libraries() -> None:
+    """No progress bars and warnings of libraries between our lines."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def make_policy(config: PlayConfig, action_names: tuple[str, ...], frame_shape: tuple[int, int, int]) -> VLMPolicy:
     """The policy of the run, on the GPU where there is one."""
     import torch
 
@@ -104,24 +117,45 @@ def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
     )
 
 
-def make_rollouts(config: RunConfig, policy: VLMPolicy, num_iterations: int) -> Rollouts:
+def make_rollouts(
+    config: RolloutConfig,
+    policy: VLMPolicy,
+    num_iterations: int,
+    rounds: bool = False,
+    reference: bool = False,
+    asynchronous: bool = False,
+    recorded: dict[str, Any] | None = None,
+) -> Rollouts:
     """The rollouts of the run, by the backend that the settings name; Ray must be connected for the others than local.
+
+    Args:
+        config: the settings.
+        policy: the policy.
+        num_iterations: how many rollouts there will be.
+        rounds: every rollout starts new episodes, `config.group_size` slots each the same.
+        reference: keep the log-probabilities of the policy with its LoRA off.
+        asynchronous: see `ReplicaRollouts`.
+        recorded: `demonstrator`, `record` and `ask_expert` of `RolloutCollector`, to record trajectories.
 
     Raises:
         WorkersError: workers find no place, or cannot make environments or policy.
     """
+    group_size = config.group_size if rounds else 1
+    segment = functools.partial(make_segment, config, group_size)
     if config.rollout_backend == "ray-replica":
         from agent.ray_workers import ReplicaRollouts
 
         spec = policy.spec
         arguments = {
-            "make_env": functools.partial(make_segment, config),
+            "make_env": segment,
             "make_policy": functools.partial(make_policy, config, spec.action_names, spec.frame_shape),
             "num_steps": config.num_steps,
             "seed": config.seed,
-            "reference": config.kl_coef > 0,
+            "reference": reference,
             "batch_size": config.rollout_batch_size,
             "bf16": config.bf16,
+            "rounds": rounds,
+            "recorded": recorded,
         }
         return ReplicaRollouts(
             arguments,
@@ -130,23 +164,37 @@ def make_rollouts(config: RunConfig, policy: VLMPolicy, num_iterations: int) -> 
             config.num_steps,
             num_iterations,
             worker_options(config),
-            config.async_rollouts,
+            asynchronous,
         )
-    reference = policy if config.kl_coef else None
+    frozen = policy if reference else None
     if config.rollout_backend == "ray-env":
         from agent.ray_workers import CentralRollouts, RayVectorEnv
 
-        central = RayVectorEnv(
-            functools.partial(make_segment, config), config.num_envs, policy.spec.action_names, worker_options(config)
-        )
+        central = RayVectorEnv(segment, config.num_envs, policy.spec.action_names, worker_options(config))
         return CentralRollouts(
-            central, policy, config.num_steps, config.seed, reference, batch_size=config.rollout_batch_size
+            central,
+            policy,
+            config.num_steps,
+            config.seed,
+            frozen,
+            batch_size=config.rollout_batch_size,
+            rounds=rounds,
+            **(recorded or {}),
         )
-    env = make_env(config, config.num_envs)
-    return RolloutCollector(env, policy, config.num_steps, config.seed, reference, batch_size=config.rollout_batch_size)
+    env = make_env(config, config.num_envs, group_size=group_size)
+    return RolloutCollector(
+        env,
+        policy,
+        config.num_steps,
+        config.seed,
+        frozen,
+        batch_size=config.rollout_batch_size,
+        rounds=rounds,
+        **(recorded or {}),
+    )
 
 
-def worker_options(config: RunConfig) -> "WorkerOptions":
+def worker_options(config: RolloutConfig) -> "WorkerOptions":
     """What the settings give to rollout workers."""
     from agent.ray_workers import WorkerOptions
 

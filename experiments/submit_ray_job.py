@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
-from experiments.run_ppo import default_run_dir  # noqa: E402
+from experiments.run_folder import default_run_dir  # noqa: E402
 from experiments.settings import RunConfig, check_together  # noqa: E402
 
 LEFT_AT_HOME = [
@@ -69,6 +69,7 @@ def main() -> int:
         if (value := getattr(run, name)) != getattr(RunConfig(), name)
         for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
     ]
+    module = plugin_file(run.env)
     from agent.ray_workers import job_client
 
     client = job_client(given.job_address)
@@ -76,7 +77,7 @@ def main() -> int:
     entrypoint = shlex.join(["python", "experiments/run_ppo.py", *words])
     logging.getLogger("ray").setLevel(logging.ERROR)  # a line for each file that stays here
     with tempfile.TemporaryDirectory() as folder:
-        if module := plugin_file(run.env):
+        if module is not None:
             environment["py_modules"] = [str(as_package(module, Path(folder)))]
         job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
     print(f"job          {job}\ncommand      {entrypoint}\nrun          {run.resume or run.output_dir}", flush=True)

@@ -90,24 +90,45 @@ class PromptBuilder:
 
     def render(self, instruction: str) -> str:
         """The whole prompt as text, one image placeholder in it."""
+        found = self._render(instruction)
         system = self.system.replace("{actions}", self.legend)
-        if getattr(self.processor, "chat_template", None):
-            image = {"type": "image"}
-            with_role = [
-                {"role": "system", "content": [{"type": "text", "text": system}]},
-                {"role": "user", "content": [{"type": "text", "text": instruction}, image]},
-            ]
-            without_role = [
-                {"role": "user", "content": [{"type": "text", "text": f"{system}\n{instruction}"}, image]},
-            ]
-            for messages in (with_role, without_role):  # some templates refuse or drop a system message
-                try:
-                    text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-                except TemplateError:
-                    continue
-                if text.count(self.image_token) == 1 and system.strip() in text and instruction in text:
-                    return text
-        return f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
+        return found[1] if found else f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
+
+    def messages(self, instruction: str) -> list[dict[str, Any]]:
+        """The prompt as chat messages, which the processor's template renders to the text of `render`.
+
+        Raises:
+            PolicyError: the processor has no chat template that takes them.
+        """
+        found = self._render(instruction)
+        if found is None:
+            raise PolicyError(
+                f"The processor {type(self.processor).__name__} has no chat template that keeps system text, "
+                "instruction and image: expected one, for TRL's trainers build prompts with it."
+            )
+        return found[0]
+
+    def _render(self, instruction: str) -> tuple[list[dict[str, Any]], str] | None:
+        """Messages and their text, in the first form that the template keeps whole; None if none is."""
+        if not getattr(self.processor, "chat_template", None):
+            return None
+        system = self.system.replace("{actions}", self.legend)
+        image = {"type": "image"}
+        with_role = [
+            {"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "user", "content": [{"type": "text", "text": instruction}, image]},
+        ]
+        without_role = [
+            {"role": "user", "content": [{"type": "text", "text": f"{system}\n{instruction}"}, image]},
+        ]
+        for messages in (with_role, without_role):  # some templates refuse or drop a system message
+            try:
+                text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except TemplateError:
+                continue
+            if text.count(self.image_token) == 1 and system.strip() in text and instruction in text:
+                return messages, text
+        return None
 
     def encode(self, instruction: str) -> tuple[int, ...]:
         """Token ids of the prompt with this (cleaned) instruction, image placeholders expanded.

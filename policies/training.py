@@ -6,6 +6,7 @@ model's linear layers (PEFT) and the adapter; everything else stays as loaded. T
 
 from typing import Any, Literal
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +39,16 @@ def adapter_parameters(vlm: nn.Module) -> list[nn.Parameter]:
         for full_name, parameter in vlm.named_parameters()
         if name in full_name.split(".") and parameter.requires_grad
     ]
+
+
+def give_own_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
+    """Moves the parameters into groups of their own with another learning rate, before the first step."""
+    mine = set(parameters)
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if parameter in mine]
+        group["params"] = [parameter for parameter in group["params"] if parameter not in mine]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
 def set_trainable(vlm: Any, trainable: Trainable, lora_rank: int = 16, lora_alpha: int = 32) -> Any:

@@ -53,12 +53,12 @@ class Faulty(gym.Wrapper):
 
 
 def register() -> None:
-    """The environments of this module, and small_runs' Corridor."""
-    import small_runs  # registers tests/Corridor-v0
+    """The environments of this module, and small_parts' Corridor."""
+    import small_parts  # registers tests/Corridor-v0
 
     def faulty(folder: str, render_mode: str | None = None, **settings: Any) -> gym.Env:
-        env = Faulty(small_runs.Corridor(**settings, render_mode=render_mode), folder)
-        env.action_names, env.instruction = small_runs.NAMES, "walk right"  # type: ignore[attr-defined]
+        env = Faulty(small_parts.Corridor(**settings, render_mode=render_mode), folder)
+        env.action_names, env.instruction = small_parts.NAMES, "walk right"  # type: ignore[attr-defined]
         return env
 
     if "tests/Faulty-v0" not in gym.registry:
@@ -81,7 +81,7 @@ def env_maker(env_id: str = "tests/Corridor-v0", seed: int = 3, **kwargs: Any) -
 def make_policy(trainable: str = "full", dtype: str = "float32") -> Any:
     """The tiny policy for Corridor, with a value head that is not zero."""
     import torch
-    from small_runs import tiny_policy
+    from small_parts import tiny_policy
 
     torch.set_num_threads(1)
     register()
@@ -106,6 +106,8 @@ def replica_arguments(maker: Any = None, batch_size: int | None = None, **policy
         "reference": False,
         "batch_size": batch_size,
         "bf16": False,
+        "rounds": False,
+        "recorded": None,
     }
 
 
@@ -146,6 +148,8 @@ def same_bits(one: Any, other: Any) -> None:
             continue
         if isinstance(mine, torch.Tensor):
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
+        elif name == "images":
+            assert (mine is None) == (theirs is None) and (mine is None or np.array_equal(mine, theirs))
         elif name in ("inputs", "bootstrap"):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), name
         else:
@@ -157,6 +161,6 @@ def close_enough(one: Any, other: Any) -> None:
     for name, mine, theirs in zip(one._fields, one, other, strict=True):
         if name in ("logprobs", "values", "next_values"):
             assert np.allclose(mine.numpy(), theirs.numpy(), atol=1e-5), name
-        elif name in ("actions", "rewards", "terminated", "truncated", "bootstrap_at"):
+        elif name in ("actions", "rewards", "terminated", "truncated", "bootstrap_at", "seeds", "steps", "success"):
             assert (mine == theirs).all(), name
     assert one.episodes == other.episodes

@@ -82,6 +82,10 @@ def central(policy, num_workers=2, batch_size=2, maker=None, **given):
 
 BACKENDS = {"ray-env": central, "ray-replica": replica}
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+# where the supervisor does the same for both, and starting copies of the policy takes the time
+mostly_env = pytest.mark.parametrize(
+    "backend", [central, pytest.param(replica, marks=pytest.mark.slow)], ids=["ray-env", "ray-replica"]
+)
 
 
 def supervisor_of(rollouts):
@@ -91,7 +95,7 @@ def supervisor_of(rollouts):
 # ---- parity ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 @backends
 def test_every_field_of_every_rollout_is_the_local_one(backend, num_workers, policy):
     plain = local(NUM_ENVS, policy, batch_size=2)
@@ -103,6 +107,7 @@ def test_every_field_of_every_rollout_is_the_local_one(backend, num_workers, pol
         assert set(theirs["instructions"]) == set(mine["instructions"])
 
 
+@pytest.mark.slow
 @backends
 def test_without_a_common_batch_size_only_rounding_differs(backend, policy):
     plain = local(NUM_ENVS, policy)
@@ -115,7 +120,7 @@ def test_without_a_common_batch_size_only_rounding_differs(backend, policy):
 def test_a_state_goes_from_any_backend_to_any_other(backend, policy):
     plain = local(NUM_ENVS, policy, batch_size=1)
     first = plain.collect(0)
-    with backend(policy, 4, batch_size=1) as rollouts:
+    with backend(policy, 2, batch_size=1) as rollouts:
         rollouts.load_state_dict(plain.state_dict(), {})
         second = rollouts.collect(1)
         state = rollouts.state_dict()
@@ -126,11 +131,14 @@ def test_a_state_goes_from_any_backend_to_any_other(backend, policy):
     assert not torch.equal(first.actions, second.actions)
 
 
-@pytest.mark.parametrize(("trainable", "dtype"), [("full", "float32"), ("lora", "bfloat16"), ("adapter", "float32")])
+@pytest.mark.parametrize(
+    ("trainable", "dtype"),
+    [("lora", "bfloat16"), *(pytest.param(kind, "float32", marks=pytest.mark.slow) for kind in ("full", "adapter"))],
+)
 def test_exactly_the_trainable_bytes_are_broadcast_and_they_arrive(trainable, dtype):
     policy = make_policy(trainable, dtype)
     plain = local(NUM_ENVS, policy, batch_size=2)
-    with replica(policy, 2, trainable=trainable, dtype=dtype) as rollouts:
+    with replica(policy, 1, trainable=trainable, dtype=dtype) as rollouts:
         rollouts.collect(0), plain.collect(0)
         with torch.no_grad():
             for parameter in trainable_tensors(policy).values():
@@ -150,7 +158,7 @@ def test_weights_that_are_not_the_policys_are_refused(policy):
 
 def test_a_fragment_of_another_version_is_never_used(policy, monkeypatch):
     monkeypatch.setattr("agent.ray_workers.ReplicaWorker", ray_runs.Outdated)
-    with replica(policy) as rollouts, pytest.raises(TrainingError, match=r"versions \{-1\} came, expected 0"):
+    with replica(policy, 1) as rollouts, pytest.raises(TrainingError, match=r"versions \{-1\} came, expected 0"):
         rollouts.collect(0)
 
 
@@ -158,14 +166,14 @@ def test_frozen_weights_that_differ_are_an_error():
     policy = make_policy("adapter")
     with torch.no_grad():
         next(p for p in policy.parameters() if not p.requires_grad).add_(1)
-    with pytest.raises(TrainingError, match="other frozen weights"), replica(policy, trainable="adapter"):
+    with pytest.raises(TrainingError, match="other frozen weights"), replica(policy, 1, trainable="adapter"):
         pass
 
 
 def test_workers_with_environments_only_have_no_torch(session):
     import ray
 
-    maker = functools.partial(make_segment, RunConfig())  # as in a run
+    maker = functools.partial(make_segment, RunConfig(), 1)  # as in a run
     worker = ray.remote(ray_runs.Curious).options(num_cpus=0.5).remote(maker)
     assert ray.get(worker.imported.remote("gymnasium")) and not ray.get(worker.imported.remote("torch"))
     ray.kill(worker)
@@ -196,8 +204,8 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(backend, policy, caplog
     assert "worker 0 is lost" in caplog.text
 
 
-@backends
-@pytest.mark.parametrize("kind", ["raise", "exit", "hang"])
+@mostly_env
+@pytest.mark.parametrize("kind", ["raise", pytest.param("exit", marks=pytest.mark.slow), "hang"])
 def test_an_environment_that_breaks_once_costs_its_fragment_and_nothing_else(backend, kind, policy, tmp_path):
     maker = env_maker("tests/Faulty-v0", folder=str(tmp_path))
     plain = local(NUM_ENVS, policy, batch_size=2, maker=maker)
@@ -214,7 +222,7 @@ def test_an_environment_that_breaks_once_costs_its_fragment_and_nothing_else(bac
     assert not (tmp_path / kind).exists()
 
 
-@backends
+@mostly_env
 def test_an_environment_that_always_breaks_ends_the_run_with_its_place(backend, policy, tmp_path):
     maker = env_maker("tests/Faulty-v0", folder=str(tmp_path))
     with backend(policy, 2, maker=maker) as rollouts:
@@ -230,7 +238,7 @@ def test_an_environment_that_always_breaks_ends_the_run_with_its_place(backend, 
         assert part in message
 
 
-@backends
+@mostly_env
 def test_a_constructor_that_fails_is_told_before_the_run(backend, policy, tmp_path):
     (tmp_path / "make").write_text("always")
     maker = env_maker("tests/Faulty-v0", folder=str(tmp_path))
@@ -310,6 +318,7 @@ def test_asynchronous_rollouts_are_one_version_behind_whatever_the_speed():
         assert rollouts._launched is None  # none beyond the run's last
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_is_resumed_with_the_weights_that_were_acting():
     policy = make_policy()
     with replica(policy, num_iterations=4, asynchronous=True) as rollouts:
@@ -449,7 +458,7 @@ def test_ten_kills_at_random_moments_change_nothing(backend, tmp_path, caplog):
         begun = time.monotonic()
         train(rollouts, unharmed, tmp_path / "whole", num_iterations=12)
     duration = time.monotonic() - begun
-    moments = np.random.default_rng(0).uniform(0, 0.9, 10)
+    moments = np.random.default_rng(0).uniform(0, 0.6, 10)  # while there are rollouts to come
     replaced = []
     for number, moment in enumerate(moments):
         policy = make_policy()

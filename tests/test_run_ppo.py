@@ -17,7 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments import evaluate, run_ppo
-from experiments.command_line import parse, run_main
+from experiments.collect import CollectConfig
+from experiments.command_line import parse, read_yaml, run_main
+from experiments.run_dpo import DPORunConfig
+from experiments.run_ladder import check_ladder
+from experiments.run_sft import SFTRunConfig
 from experiments.settings import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +256,25 @@ def test_a_plugin_from_a_folder_outside_the_project(tmp_path):
     assert (tmp_path / "run" / "evaluation.json").is_file()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("ladder_")], ids=lambda path: path.stem)
+def test_ladders(path):
+    ladder, head = read_yaml(path), path.read_text().split("\ncommon:")[0]
+    kinds = {"collect": CollectConfig, "sft": SFTRunConfig, "dpo": DPORunConfig, "ppo": RunConfig}
+    for step in check_ladder(ladder, path.name):
+        settings = {**ladder["common"], **{key: value for key, value in step.items() if key not in ("name", "runner")}}
+        for key, value in settings.items():
+            assert key in kinds[step["runner"]].__dataclass_fields__, (step["name"], key)
+            parse(
+                kinds[step["runner"]], [f"--{key}", json.dumps(value) if isinstance(value, dict | bool) else str(value)]
+            )
+    assert f"python experiments/run_ladder.py --ladder experiments/configs/{path.name}" in head
+    assert "%" in head and "min" in head  # the score and the time to expect
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if not p.stem.startswith("ladder_")], ids=lambda path: path.stem)
 def test_configurations(path):
     parse(RunConfig, ["--config", str(path)])
     head = path.read_text().split("\nenv:")[0]
@@ -260,7 +282,10 @@ def test_configurations(path):
     assert "%" in head and "min" in head  # the score and the time to expect
 
 
-@pytest.mark.parametrize("name", ["run_ppo", "evaluate", "check_env", "benchmark", "compare_sb3"])
+RUNNERS = ["run_ppo", "collect", "run_sft", "run_dpo", "run_ladder", "submit_ray_job", "evaluate", "check_env"]
+
+
+@pytest.mark.parametrize("name", [*RUNNERS, "benchmark", "benchmark_ray", "compare_sb3"])
 def test_help_is_quick(name):
     """Processor time, not the clock: machines are shared."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,0 +1,85 @@
+"""Supervised fine-tuning data: demonstrations and captions in the form that TRL's SFTTrainer takes.
+
+Every row is {"prompt": messages, "completion": messages, "images": [frame]}; the loss is on the completion alone. A
+demonstration's prompt is the very one that the policy acts on, and the first token of its answer the one that it is
+judged by: `check_tokens` holds TRL's rendering against the policy's.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Picture
+
+from agent.errors import TrainingError
+from policies import VLMPolicy
+
+CAPTION_PROMPT = "Describe the image."
+TEXT_OR_IMAGE = {"type": Value("string"), "text": Value("string")}
+MESSAGES = List({"role": Value("string"), "content": List(TEXT_OR_IMAGE)})
+FEATURES = Features({"prompt": MESSAGES, "completion": MESSAGES, "images": List(Image())})
+
+
+def say(text: str) -> list[dict[str, Any]]:
+    """An answer as messages."""
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool = False) -> Dataset:
+    """Each step of the trajectories as prompt and answer.
+
+    Args:
+        trajectories: of `agent.trajectories`.
+        policy: whose prompts and answers these become.
+        only_success: leave out episodes without success.
+
+    Raises:
+        TrainingError: nothing is left.
+    """
+    rows = trajectories.filter(lambda success: success, input_columns="success") if only_success else trajectories
+    if len(rows) == 0:
+        raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "prompt": policy.prompts.messages(policy.prompts.clean(row["instruction"])),
+            "completion": say(policy.codec.answers[row["action"]]),
+            "images": [row["image"]],
+        }
+
+    return rows.map(convert, remove_columns=rows.column_names, features=FEATURES)
+
+
+def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
+    """Frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model."""
+    pictures = [[Picture.fromarray(frame)] for frame in frames]
+    prompt = [{"role": "user", "content": [{"type": "text", "text": CAPTION_PROMPT}, {"type": "image"}]}]
+    answers = [say(text) for text in texts]
+    return Dataset.from_dict(
+        {"prompt": [prompt] * len(answers), "completion": answers, "images": pictures}, features=FEATURES
+    )
+
+
+def check_tokens(batch: dict[str, Any], policy: VLMPolicy, row: dict[str, Any], instruction: str) -> None:
+    """That TRL's batch of one row holds the policy's own prompt, and behind it one of its answers.
+
+    Args:
+        batch: of TRL's collator.
+        policy: the policy.
+        row: the row that it was made of.
+        instruction: of that row.
+
+    Raises:
+        TrainingError: they differ, so training would be on other tokens than acting.
+    """
+    mine = list(policy.prompts.encode(instruction))
+    theirs = [int(token) for token, kept in zip(batch["input_ids"][0], batch["attention_mask"][0], strict=True) if kept]
+    answers = [list(tokens) for tokens in policy.codec.token_ids]
+    starts = any(theirs[len(mine) : len(mine) + len(answer)] == answer for answer in answers)
+    if theirs[: len(mine)] != mine or not starts:
+        text = policy.processor.tokenizer.decode(theirs[max(0, len(mine) - 4) : len(mine) + 4])
+        raise TrainingError(
+            f"TRL renders the answer {row['completion'][0]['content'][0]['text']!r} as {text!r}, which is not what "
+            "this policy acts on: expected a chat template that puts the answer right behind the prompt."
+        )

@@ -1,0 +1,131 @@
+"""TRL's own trainers around a policy: what they need said, and nothing of theirs replaced.
+
+SFT, DPO and KTO with the policy's model and processor, the adapter's own learning rate, a metrics file, and a stop at a
+loss that is not finite.
+"""
+
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
+
+from agent.errors import TrainingError
+from policies import VLMPolicy
+from policies.training import adapter_parameters, give_own_rate
+
+
+class Metrics(TrainerCallback):
+    """Appends every logged step to metrics.jsonl and prints a line now and then.
+
+    Args:
+        run_dir: the run folder.
+        rows: where the rows are kept as well.
+    """
+
+    def __init__(self, run_dir: Path, rows: list[dict[str, Any]]) -> None:
+        self.path, self.rows = run_dir / "metrics.jsonl", rows
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """One optimizer step."""
+        if not logs or "loss" not in logs:
+            return
+        row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"}}
+        if not math.isfinite(row["loss"]):
+            raise TrainingError(
+                f"The loss is not finite at step {state.global_step}: expected a number; start again with a smaller "
+                "learning_rate."
+            )
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
+            named = {"mean_token_accuracy": "token accuracy", "rewards/accuracies": "preferred"}
+            shares = "".join(f"  {name} {row[key]:.1%}" for key, name in named.items() if key in row)
+            print(f"step {state.global_step:5d}/{state.max_steps}  loss {row['loss']:.4f}{shares}", flush=True)
+
+
+class _OfPolicy:
+    """What the three trainers share.
+
+    Args:
+        policy: its model learns where it requires gradients.
+        args: TRL's settings.
+        data: rows of `agent.supervised` or `agent.preferences`.
+        run_dir: for metrics.jsonl.
+        adapter_learning_rate: of the adapter, if another.
+        others: further arguments of TRL's trainer.
+
+    Attributes:
+        rows: of metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        policy: VLMPolicy,
+        args: Any,
+        data: Dataset,
+        run_dir: Path,
+        adapter_learning_rate: float | None = None,
+        **others: Any,
+    ) -> None:
+        self.policy, self.adapter_learning_rate = policy, adapter_learning_rate
+        self.rows: list[dict[str, Any]] = []
+        trainer: Any = super()
+        trainer.__init__(policy.vlm, args=args, train_dataset=data, processing_class=policy.processor, **others)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Metrics(run_dir, self.rows))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with a group of its own for the adapter where it has its own learning rate."""
+        trainer: Any = super()
+        is_new = self.optimizer is None  # type: ignore[attr-defined]
+        optimizer: torch.optim.Optimizer = trainer.create_optimizer(model)
+        if self.adapter_learning_rate is not None and is_new:
+            give_own_rate(optimizer, adapter_parameters(self.policy.vlm), self.adapter_learning_rate)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and leaves the model as the policy wants it: in evaluation mode."""
+        trainer: Any = super()
+        try:
+            return trainer.train(*args, **kwargs)
+        finally:
+            self.policy.vlm.eval()
+            shutil.rmtree(self.args.output_dir, ignore_errors=True)  # type: ignore[attr-defined]
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent from here."""
+
+
+class PolicySFTTrainer(_OfPolicy, SFTTrainer):
+    """`trl.SFTTrainer` of a policy."""
+
+
+class PolicyDPOTrainer(_OfPolicy, DPOTrainer):
+    """`trl.DPOTrainer` of a policy; its reference is the policy as it was."""
+
+    def __init__(self, policy: VLMPolicy, args: DPOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+        super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
+
+
+class PolicyKTOTrainer(_OfPolicy, KTOTrainer):
+    """`trl.KTOTrainer` of a policy; its reference is the policy as it was."""
+
+    def __init__(self, policy: VLMPolicy, args: KTOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+        super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
+
+
+def frozen_copy(policy: VLMPolicy) -> Any:
+    """The policy's model as it is now, LoRA merged, without gradients: a reference."""
+    model = copy.deepcopy(policy.vlm)
+    if policy.has_lora:
+        model = model.merge_and_unload()
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,95 @@
+"""Scripted experts: what a perfect player would do now, for demonstrations.
+
+An environment of your own offers one by a method `expert_action()`, which returns the action for its present state (in
+its own numbering). Known here beside that: Gymnasium's toy_text environments, whose transition table `P` is solved
+exactly, and MiniGrid's BabyAI levels by the bot that comes with them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from envs.errors import EnvError, in_one_line
+
+Expert = Callable[[int | None], int]  # the action before, in the env's own numbering, None at the start -> the next
+GAMMA, TOLERANCE = 0.99, 1e-9
+
+
+def make_expert(env: gym.Env, env_id: str) -> Expert:
+    """An expert from the present state to the end of the episode.
+
+    Args:
+        env: the environment, after its reset or later.
+        env_id: for the message.
+
+    Raises:
+        EnvError: there is none for this environment.
+    """
+    raw: Any = env.unwrapped
+    if hasattr(raw, "expert_action"):
+        return lambda _: int(raw.expert_action())
+    if isinstance(getattr(raw, "P", None), dict) and hasattr(raw, "s"):
+        policy = _solve(_frozen_table(raw.P))
+        return lambda _: int(policy[int(raw.s)])
+    if hasattr(raw, "instrs") and hasattr(raw, "mission"):  # a BabyAI level
+        return _babyai(env, env_id)
+    raise EnvError(
+        f"{env_id} has no expert: expected an environment with a method expert_action() that returns the action for "
+        "its present state, a toy_text one with a table P, or a BabyAI level"
+    )
+
+
+def _babyai(env: gym.Env, env_id: str) -> Expert:
+    from minigrid.utils.baby_ai_bot import BabyAIBot
+
+    try:
+        bot = BabyAIBot(env)
+    except Exception as error:
+        raise EnvError(f"{env_id} is nothing for BabyAI's bot: {in_one_line(error)}") from error
+
+    def act(before: int | None) -> int:
+        return int(bot.replan(before))
+
+    return act
+
+
+Table = tuple[tuple[tuple[tuple[float, int, float, bool], ...], ...], ...]  # [state][action] -> outcomes
+
+
+def _frozen_table(table: dict[int, dict[int, list[tuple[float, int, float, bool]]]]) -> Table:
+    return tuple(
+        tuple(
+            tuple(
+                (float(chance), int(following), float(reward), bool(end)) for chance, following, reward, end in results
+            )
+            for results in table[state].values()
+        )
+        for state in sorted(table)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _solve(table: Table) -> np.ndarray:
+    """The best action of each state (S,), by value iteration; of equal ones the first."""
+    states, actions = len(table), max(len(row) for row in table)
+    values = np.zeros(states)
+    outcomes = [
+        (state, action, p, following, reward, end)
+        for state, row in enumerate(table)
+        for action, results in enumerate(row)
+        for p, following, reward, end in results
+    ]
+    at = np.array([state * actions + action for state, action, *_ in outcomes])
+    chance, reward = np.array([o[2] for o in outcomes]), np.array([o[4] for o in outcomes])
+    following, goes_on = np.array([o[3] for o in outcomes]), np.array([not o[5] for o in outcomes])
+    for _ in range(100_000):
+        expected = chance * (reward + GAMMA * goes_on * values[following])
+        q = np.bincount(at, expected, states * actions).reshape(states, actions)
+        change = np.abs(q.max(1) - values).max()
+        values = q.max(1)
+        if change < TOLERANCE:
+            break
+    return (q > q.max(1, keepdims=True) - 1e-6).argmax(1)

@@ -1,0 +1,190 @@
+"""Preference optimisation with TRL's DPO or KTO trainer, on pairs made of trajectories; round after round if wanted.
+
+    python experiments/run_dpo.py --policy runs/.../final --dataset data/goto --pairs expert
+    python experiments/run_dpo.py --policy runs/.../final --rounds 3 --pairs return --method kto
+
+A round: trajectories (the dataset in the first one if given, else the policy's own, sampled), pairs, training against
+the policy as it was, evaluation. See agent/preferences.py for the ways to make pairs.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from experiments.command_line import parse, run_main, setting  # noqa: E402
+from experiments.run_folder import new_run_dir, write_description, write_text  # noqa: E402
+from experiments.run_sft import evaluate_run, save_policy_folder  # noqa: E402
+from experiments.settings import TrainConfig  # noqa: E402
+
+
+@dataclass
+class DPORunConfig(TrainConfig):
+    """Settings of run_dpo.py."""
+
+    trainable: str = setting("lora", "what learns: full, adapter or lora", choices=("full", "adapter", "lora"))
+    method: str = setting("dpo", "dpo, or kto on the same answers one by one", choices=("dpo", "kto"))
+    pairs: str = setting("expert", "expert, return or branch", choices=("expert", "return", "branch"))
+    dataset: str | None = setting(None, "folder of trajectories for the first round")
+    rounds: int = setting(1, "rounds of collecting, pairing, training and evaluating", ge=1)
+    episodes: int = setting(256, "episodes of the policy's own in a round", ge=1)
+    group_size: int = setting(4, "of them from the same seed, for pairs by return", ge=1)
+    branch_steps: int = setting(1, "steps of an episode at which other actions are tried, for branch", ge=1)
+    num_envs: int = setting(32, "environments side by side", ge=1)
+    num_steps: int = setting(32, "env steps of a rollout", ge=1)
+    epochs: int = setting(1, "passes over the pairs", ge=1)
+    batch_size: int = setting(32, "pairs of an optimizer step", ge=2)
+    beta: float = setting(0.1, "of DPO and KTO: how much leaving the reference costs", gt=0)
+    learning_rate: float = setting(5e-5, "initial learning rate of AdamW", gt=0)
+    adapter_learning_rate: float | None = setting(None, "initial learning rate of the adapter, if another", gt=0)
+    lr_scheduler_type: str = setting("linear", "decay of the learning rate", choices=("linear", "cosine", "constant"))
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
+    eval_episodes: int = setting(200, "held-out episodes of each evaluation row", ge=1)
+
+
+def main() -> int:
+    """All rounds; returns the exit code."""
+    started = time.perf_counter()
+    config = parse(DPORunConfig, description="Preference optimisation with TRL on pairs made of trajectories.")
+    run_dir = new_run_dir(config)
+    import torch
+
+    from agent.forgetting import remember
+    from agent.preferences import pair_dataset, unpaired
+    from agent.trajectories import load_trajectories
+    from experiments.environments import make_env
+    from experiments.progress import plain_console
+    from experiments.setup import make_policy, quiet_libraries
+    from policies import save_policy
+
+    quiet_libraries()
+    torch.manual_seed(config.seed)
+    console = plain_console()
+    with contextlib.closing(make_env(config, 1, held_out=True)) as env:
+        policy = make_policy(config, env.action_names, env.frame_shape)
+    before = remember(policy)
+    reports = []
+    for number in range(config.rounds):
+        if number == 0 and config.dataset is not None:
+            trajectories, _ = load_trajectories(config.dataset, config.env, policy.spec.action_names)
+        else:
+            trajectories = own_trajectories(config, policy, number)
+        pairs = pair_dataset(trajectories, make_pairs(config, policy, trajectories, number), policy)
+        console.print(f"round {number + 1}: {len(trajectories):,} steps, {len(pairs):,} pairs by {config.pairs}")
+        if number == 0:  # what can be refused has been
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_description(run_dir, config)
+        start = time.perf_counter()
+        rows = train(config, policy, pairs if config.method == "dpo" else unpaired(pairs), run_dir)
+        seconds = time.perf_counter() - start
+        reports.append({"round": number + 1, "pairs": len(pairs), "seconds": seconds, "loss": rows[-1]["loss"]})
+        evaluate_run(config, policy, run_dir, console)
+        reports[-1]["evaluation"] = json.loads((run_dir / "evaluation.json").read_text())
+    save_policy_folder(policy, run_dir / "final", save_policy)
+    after = remember(policy)
+    report = {
+        "stage": config.method,
+        "rounds": reports,
+        "seconds": sum(row["seconds"] for row in reports),
+        "trained_parameters": sum(p.numel() for p in policy.vlm.parameters() if p.requires_grad),
+        "memory": {"before": before.summary(), "after": after.summary()},
+    }
+    write_text(run_dir / "report.json", json.dumps(report, indent=2))
+    console.print(
+        f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
+        f"{after.probes:.0%}\n{time.perf_counter() - started:.0f} s in all; written to {run_dir}"
+    )
+    return 0
+
+
+def own_trajectories(config: DPORunConfig, policy: Any, number: int) -> Any:
+    """The policy's own episodes, sampled, other ones in every round."""
+    from agent.rollout import RolloutCollector
+    from agent.trajectories import to_dataset
+    from envs import EnvError
+    from experiments.environments import make_env
+
+    with contextlib.closing(make_env(config, config.num_envs, group_size=config.group_size)) as env:
+        env.reset()
+        try:
+            env.expert_actions()
+            has_expert = True
+        except EnvError:
+            has_expert = False
+        collector = RolloutCollector(
+            env, policy, config.num_steps, config.seed, rounds=True, record=True, ask_expert=has_expert
+        )
+        rollouts: list[Any] = []
+        ended = 0
+        while ended < config.episodes:
+            rollouts.append(collector.collect(1000 * number + len(rollouts)))
+            ended += len(rollouts[-1].episodes)
+    return to_dataset(rollouts, policy, config.env, f"policy {config.policy}, round {number + 1}", {})
+
+
+def make_pairs(config: DPORunConfig, policy: Any, trajectories: Any, number: int) -> list[Any]:
+    """Pairs by the way that the settings name."""
+    from agent.preferences import branch_pairs, expert_pairs, return_pairs
+    from experiments.environments import make_env
+
+    if config.pairs == "expert":
+        return expert_pairs(trajectories)
+    if config.pairs == "return":
+        return return_pairs(trajectories)
+
+    def act(observations: Any) -> Any:
+        with policy.frozen_weights():
+            inputs = policy.prepare(observations.images, observations.instructions)
+            return policy(inputs.to(policy.device)).logprobs.argmax(-1).cpu().numpy()
+
+    with contextlib.closing(make_env(config, len(policy.spec.action_names))) as env:
+        return branch_pairs(trajectories, env, act, config.branch_steps, config.seed + number)
+
+
+def train(config: DPORunConfig, policy: Any, data: Any, run_dir: Path) -> list[dict[str, Any]]:
+    """One round's training; its rows of metrics.jsonl."""
+    import torch
+    from trl import DPOConfig, KTOConfig
+
+    from agent.tuning import PolicyDPOTrainer, PolicyKTOTrainer
+
+    kinds: dict[str, Any] = {"dpo": (DPOConfig, PolicyDPOTrainer), "kto": (KTOConfig, PolicyKTOTrainer)}
+    make_args, make_trainer = kinds[config.method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
+        args = make_args(
+            output_dir=str(run_dir / ".staging"),
+            per_device_train_batch_size=config.batch_size,
+            num_train_epochs=config.epochs,
+            beta=config.beta,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            max_grad_norm=config.max_grad_norm,
+            max_length=None,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            bf16=config.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=config.seed,
+        )
+    trainer = make_trainer(policy, args, data, run_dir, adapter_learning_rate=config.adapter_learning_rate)
+    trainer.train()
+    return trainer.rows
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,93 @@
+"""Run folders: where they lie, what describes them, and the GIFs in them. Shared by the runners that train."""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.command_line import UsageError
+from experiments.settings import PlayConfig, TrainConfig
+
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow", "ray")
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    """Where a run lands that does not say where."""
+    env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-") for text in (config.env, config.policy))
+    return Path("runs") / f"{env}-{policy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def new_run_dir(config: TrainConfig) -> Path:
+    """The place of a new run's folder, which is made later.
+
+    Raises:
+        UsageError: it exists, or cannot be made.
+    """
+    name = config.output_dir or str(default_run_dir(config))
+    check_job_folder(name, "--output_dir")
+    path = Path(name)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{name!r} exists: a run is never overwritten, give another --output_dir or --resume {name}.")
+    above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UsageError(
+            f"The run folder {name!r} cannot be made, since {str(above)!r} is no folder that can be written to: give "
+            "another --output_dir."
+        )
+    return path
+
+
+def check_job_folder(name: str, flag: str) -> None:
+    """In a Ray job a relative folder is lost.
+
+    Raises:
+        UsageError: it is relative, and this is a Ray job.
+    """
+    if IN_RAY_JOB in os.environ and not Path(name).is_absolute():
+        raise UsageError(
+            f"The run folder {name!r} is relative, and this is a Ray job, whose working folder is a copy that the "
+            f"cluster throws away: expected {flag} with an absolute folder that outlives the job, as in /shared/runs/1."
+        )
+
+
+def write_description(run_dir: Path, config: TrainConfig) -> None:
+    """config.yaml with every setting, run.json with versions and the command line."""
+    import importlib.metadata
+
+    import yaml
+
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key != "resume"}
+    write_text(run_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    description = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    write_text(run_dir / "run.json", json.dumps(description, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_gif(config: PlayConfig, policy: Any, seeds: list[int], path: Path) -> None:
+    """One episode for each seed, played greedily."""
+    from agent.evaluation import record_episodes
+    from agent.figures import episode_gif
+    from experiments.environments import make_env
+
+    if seeds:
+        env = make_env(config, len(seeds), held_out=True)
+        episode_gif(record_episodes(policy, env, seeds), env.action_names, path)
+        env.close()

@@ -1,0 +1,198 @@
+"""Supervised fine-tuning with TRL's SFTTrainer, in LLaVA's two stages.
+
+    python experiments/run_sft.py --stage align --policy smollm2 --env manako/GoTo-v0
+    python experiments/run_sft.py --stage instruct --policy runs/.../final --dataset data/goto
+
+align       encoder and language model stay as they are; the adapter learns to put frames into words: frame -> caption,
+            which the environment makes of its state
+instruct    the adapter and LoRA (or everything, --trainable full) learn demonstrations of experiments/collect.py; the
+            loss is on the answer alone
+
+The run folder holds final/ for --policy of any other runner, the evaluation beside its controls, and what the language
+model has forgotten: perplexity of text and questions answered, before and after.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from experiments.run_folder import new_run_dir, write_description, write_gif, write_text  # noqa: E402
+from experiments.settings import TrainConfig  # noqa: E402
+
+LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says otherwise
+
+
+@dataclass
+class SFTRunConfig(TrainConfig):
+    """Settings of run_sft.py."""
+
+    stage: str = setting(
+        "instruct", "align (frame -> caption) or instruct (demonstrations)", choices=("align", "instruct")
+    )
+    trainable: str = setting(
+        "auto",
+        "what learns: auto (the adapter to align, LoRA too to instruct), full, adapter or lora",
+        choices=("auto", "full", "adapter", "lora"),
+    )
+    dataset: str | None = setting(None, "folder of trajectories, for instruct")
+    only_success: bool = setting(False, "leave out episodes without success")
+    captions: int = setting(1000, "frames to put into words, for align", ge=1)
+    epochs: int = setting(1, "passes over the data", ge=1)
+    batch_size: int = setting(32, "examples of an optimizer step", ge=1)
+    learning_rate: float = setting(2e-4, "initial learning rate of AdamW", gt=0)
+    adapter_learning_rate: float | None = setting(None, "initial learning rate of the adapter, if another", gt=0)
+    lr_scheduler_type: str = setting("linear", "decay of the learning rate", choices=("linear", "cosine", "constant"))
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
+    eval_episodes: int = setting(200, "held-out episodes of each evaluation row, 0 for none", ge=0)
+
+
+def main() -> int:
+    """One stage; returns the exit code."""
+    started = time.perf_counter()
+    config = parse(SFTRunConfig, description="Supervised fine-tuning with TRL: captions, then demonstrations.")
+    if config.trainable == "auto":
+        config.trainable = LEARNS[config.stage]
+    if config.stage == "instruct" and config.dataset is None:
+        raise UsageError("--dataset is missing: give the folder of trajectories that experiments/collect.py wrote.")
+    if config.stage == "align" and config.dataset is not None:
+        raise UsageError("--dataset is for --stage instruct: align makes its captions from the environment.")
+    run_dir = new_run_dir(config)
+    import torch
+
+    from agent.forgetting import remember
+    from agent.supervised import captions, demonstrations
+    from agent.trajectories import load_trajectories
+    from experiments.environments import make_env
+    from experiments.progress import plain_console
+    from experiments.setup import make_policy, quiet_libraries
+    from policies import parameter_table, save_policy
+
+    quiet_libraries()
+    torch.manual_seed(config.seed)
+    console = plain_console()
+    with contextlib.closing(make_env(config, 1, held_out=True)) as env:
+        policy = make_policy(config, env.action_names, env.frame_shape)
+    if config.stage == "align":
+        data = captions(*frames_and_captions(config))
+    else:
+        trajectories, _ = load_trajectories(str(config.dataset), config.env, policy.spec.action_names)
+        data = demonstrations(trajectories, policy, config.only_success)
+    console.print(f"run          {run_dir}\ndata         {len(data):,} examples, {config.stage}")
+    for part, total, learning in parameter_table(policy.vlm, policy.value_head):
+        state = "learns" if learning else "frozen"
+        console.print(f"  {part:<16}{total:>13,} parameters, {learning:>11,} learn  {state}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_description(run_dir, config)
+    before = remember(policy)
+    rows = train(config, policy, data, run_dir)
+    seconds = time.perf_counter() - started
+    save_policy_folder(policy, run_dir / "final", save_policy)
+    after = remember(policy)
+    report: dict[str, Any] = {
+        "stage": config.stage,
+        "seconds": seconds,
+        "trained_parameters": sum(p.numel() for p in policy.vlm.parameters() if p.requires_grad),
+        "examples": len(data) * config.epochs,
+        "loss": rows[-1]["loss"] if rows else None,
+        "memory": {"before": before.summary(), "after": after.summary()},
+    }
+    write_text(run_dir / "report.json", json.dumps(report, indent=2))
+    console.print(
+        f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
+        f"{after.probes:.0%}"
+    )
+    if config.eval_episodes and config.stage == "instruct":
+        evaluate_run(config, policy, run_dir, console)
+    console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
+    return 0
+
+
+def save_policy_folder(policy: Any, folder: Path, save: Any) -> None:
+    """The policy's folder, whole or not there."""
+    from agent.checkpoint import write_folder
+
+    write_folder(folder, lambda place: save(policy, place))
+
+
+def evaluate_run(config: Any, policy: Any, run_dir: Path, console: Any) -> None:
+    """evaluation.json and after.gif on held-out seeds."""
+    from agent.evaluation import evaluate_all
+    from experiments.environments import held_out_seeds, make_env
+    from experiments.progress import print_table
+
+    seeds = held_out_seeds(config.seed, max(config.eval_episodes, config.gif_episodes))
+    with contextlib.closing(make_env(config, min(32, config.eval_episodes), held_out=True)) as env:
+        evaluations = evaluate_all(policy, env, seeds[: config.eval_episodes])
+    summary = {name: evaluation.summary() for name, evaluation in evaluations.items()}
+    episodes = {name: [e.success for e in evaluation.episodes] for name, evaluation in evaluations.items()}
+    write_gif(config, policy, seeds[: config.gif_episodes], run_dir / "after.gif")
+    write_text(run_dir / "episodes.json", json.dumps({"seeds": seeds[: config.eval_episodes], "success": episodes}))
+    write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+    print_table(console, summary, f"{config.env}, held-out seeds")
+
+
+def frames_and_captions(config: SFTRunConfig) -> tuple[list[Any], list[str]]:
+    """Frames of random play on training seeds, and what the environment says is on them."""
+    import numpy as np
+
+    from experiments.environments import make_env
+
+    frames: list[Any] = []
+    texts: list[str] = []
+    generator = np.random.default_rng(config.seed)
+    with contextlib.closing(make_env(config, min(32, config.captions))) as env:
+        seen = env.reset()
+        while len(frames) < config.captions:
+            frames += list(seen.images)
+            texts += list(env.captions())
+            result = env.step(generator.integers(len(env.action_names), size=env.num_envs))
+            seen = env.reset_done(result.terminated | result.truncated)
+    return frames[: config.captions], texts[: config.captions]
+
+
+def train(config: SFTRunConfig, policy: Any, data: Any, run_dir: Path) -> list[dict[str, Any]]:
+    """The training; the rows of metrics.jsonl."""
+    import torch
+    from trl import SFTConfig
+
+    from agent.tuning import PolicySFTTrainer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
+        args = SFTConfig(
+            output_dir=str(run_dir / ".staging"),
+            per_device_train_batch_size=config.batch_size,
+            num_train_epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            max_grad_norm=config.max_grad_norm,
+            max_length=None,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            bf16=config.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=config.seed,
+        )
+    trainer = PolicySFTTrainer(policy, args, data, run_dir, config.adapter_learning_rate)
+    trainer.train()
+    return trainer.rows
+
+
+if __name__ == "__main__":
+    run_main(main)

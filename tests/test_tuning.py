@@ -1,0 +1,251 @@
+"""SFT, DPO and KTO with TRL on policies: what learns, what stays bit for bit, and what other libraries load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_from_disk
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import DPOConfig, DPOTrainer, SFTConfig
+
+from agent.errors import TrainingError
+from agent.forgetting import PROBES, remember
+from agent.preferences import expert_pairs, pair_dataset, unpaired
+from agent.rollout import RolloutCollector
+from agent.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrations
+from agent.trajectories import ScriptedDemonstrator, to_dataset
+from agent.tuning import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer, frozen_copy
+from envs import EpisodeVectorEnv
+from policies import PolicySource, load_policy, save_policy
+from tests.small_runs import difference, weights
+
+ROOT, GOTO = Path(__file__).parents[1], "manako/GoTo-v0"
+SMALL = {"eval_episodes": 4, "gif_episodes": 0}
+
+
+def make_policy(trainable="full", policy="tiny"):
+    env = EpisodeVectorEnv(GOTO, 1)
+    return load_policy(PolicySource(policy=str(policy), trainable=trainable), env.action_names, env.frame_shape)
+
+
+def settings(folder, kind=SFTConfig, **given):
+    defaults = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-3, "max_length": None}
+    defaults |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    defaults |= {"gradient_checkpointing": False, "bf16": False}
+    return kind(output_dir=str(folder / ".staging"), **{**defaults, **given})
+
+
+@pytest.fixture(scope="module")
+def trajectories():
+    collector = RolloutCollector(
+        EpisodeVectorEnv(GOTO, 8),
+        make_policy(),
+        8,
+        seed=0,
+        record=True,
+        ask_expert=True,
+        demonstrator=ScriptedDemonstrator(0.5),
+    )
+    return to_dataset([collector.collect(0)], make_policy(), GOTO, "expert, wrong 50%", {})
+
+
+def parts(policy):
+    """Copies of all parameters, by part."""
+    found = {}
+    for name, tensor in weights(policy).items():
+        part = next(
+            (part for part in ("lora", "value_head", "vision_tower", "original_module", "adapter") if part in name),
+            "llm",
+        )
+        found.setdefault(part, {})[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize(
+    ("trainable", "learns"),
+    [("adapter", {"adapter"}), ("lora", {"lora", "adapter"}), ("full", {"adapter", "vision_tower", "llm"})],
+)
+def test_what_learns_changes_and_all_else_stays_bit_for_bit(trainable, learns, trajectories, tmp_path):
+    policy = make_policy(trainable)
+    before = parts(policy)
+    PolicySFTTrainer(policy, settings(tmp_path), demonstrations(trajectories, policy), tmp_path).train()
+    after = parts(policy)
+    moved = {part for part in before if difference(before[part], after[part]) > 0}
+    assert moved == learns
+    assert not policy.vlm.training
+
+
+def test_the_loss_is_on_the_answer_and_the_prompt_is_the_policys(trajectories, tmp_path):
+    policy = make_policy()
+    data = demonstrations(trajectories, policy)
+    trainer = PolicySFTTrainer(policy, settings(tmp_path, per_device_train_batch_size=1), data, tmp_path)
+    for number in range(5):
+        batch = trainer.data_collator([data[number]])
+        check_tokens(batch, policy, data[number], trajectories["instruction"][number])
+        trained = batch["labels"][0][batch["labels"][0] != -100].tolist()
+        answer = policy.codec.token_ids[trajectories["action"][number]]
+        assert tuple(trained[: len(answer)]) == answer and len(trained) <= len(answer) + 1  # and the end
+    with pytest.raises(TrainingError, match="not what this policy acts on"):
+        check_tokens(batch, policy, data[4], "go somewhere else")
+
+
+def test_a_few_steps_make_the_demonstrations_likelier(trajectories, tmp_path):
+    policy = make_policy()
+    data = demonstrations(trajectories, policy, only_success=True)
+    assert 0 < len(data) < len(trajectories)
+    trainer = PolicySFTTrainer(policy, settings(tmp_path, max_steps=40, learning_rate=3e-3), data, tmp_path)
+    trainer.train()
+    assert trainer.rows[-1]["loss"] < 0.5 * trainer.rows[0]["loss"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40 and not (tmp_path / ".staging").exists()
+
+
+def test_captions_train_the_adapter_alone(tmp_path):
+    policy = make_policy("adapter")
+    env = EpisodeVectorEnv(GOTO, 8)
+    data = captions(env.reset().images, env.captions())
+    assert data[0]["prompt"][0]["content"][0]["text"] == CAPTION_PROMPT
+    trainer = PolicySFTTrainer(policy, settings(tmp_path), data, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trained = [policy.processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert all(text.startswith("cross at ") for text in trained)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_preferences_against_the_policy_as_it_was(method, trainable, trajectories, tmp_path):
+    from trl import KTOConfig
+
+    policy = make_policy(trainable)
+    pairs = pair_dataset(trajectories, expert_pairs(trajectories), policy)
+    before = weights(policy)
+    if method == "dpo":
+        args = settings(tmp_path, DPOConfig, max_steps=12, learning_rate=5e-3)
+        trainer = PolicyDPOTrainer(policy, args, pairs, tmp_path)
+        trainer.train()
+        assert abs(trainer.rows[0]["loss"] - 0.6931) < 1e-3  # the model still is its reference
+        assert sum(row["loss"] for row in trainer.rows[-3:]) / 3 < 0.685
+    else:
+        trainer = PolicyKTOTrainer(policy, settings(tmp_path, KTOConfig), unpaired(pairs), tmp_path)
+        trainer.train()
+    assert difference(before, weights(policy)) > 0
+
+
+def test_trls_own_trainer_takes_the_pairs_without_us(trajectories, tmp_path):
+    policy = make_policy()
+    save_policy(policy, tmp_path)
+    pair_dataset(trajectories, expert_pairs(trajectories), policy).save_to_disk(str(tmp_path / "pairs"))
+    trainer = DPOTrainer(
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        args=settings(tmp_path, DPOConfig),
+        train_dataset=load_from_disk(str(tmp_path / "pairs")),
+        processing_class=AutoProcessor.from_pretrained(tmp_path),
+    )
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - 0.6931) < 1e-3
+
+
+def test_lora_off_is_the_base_and_plain_peft_loads_the_folder(trajectories, tmp_path):
+    base = make_policy()
+    save_policy(base, folder := tmp_path / "base") if (tmp_path / "base").mkdir() is None else None
+    policy = make_policy("lora", folder)
+    PolicySFTTrainer(policy, settings(tmp_path), demonstrations(trajectories, policy), tmp_path).train()
+    env = EpisodeVectorEnv(GOTO, 8)
+    seen = env.reset()
+    inputs = policy.prepare(seen.images, seen.instructions)
+    with torch.no_grad():
+        tuned, merged = policy(inputs).logprobs, frozen_copy(policy)
+        with policy.as_reference():
+            assert torch.equal(policy(inputs).logprobs, base(inputs).logprobs)
+    assert not torch.equal(tuned, base(inputs).logprobs)
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    (tmp_path / "lora").mkdir()
+    save_policy(policy, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), str(tmp_path / "lora"))
+    mine = {name: tensor for name, tensor in policy.vlm.state_dict().items() if "lora" in name}
+    assert mine and all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in mine.items())
+
+
+def test_forgetting_is_seen():
+    policy = make_policy()
+    before = remember(policy)
+    assert before == remember(policy) and before.perplexity > 100 and 0 <= before.probes <= 1
+    with torch.no_grad():
+        policy.base_vlm.get_output_embeddings().weight.mul_(-30)
+    assert remember(policy).perplexity > 10 * before.perplexity
+    assert len({start for start, _, _ in PROBES}) == len(PROBES) == 20
+
+
+# ---- the runners -----------------------------------------------------------------------------------------------------
+
+
+def run(name, folder, **given):
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / name), *words], cwd=folder, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
+    """All four runners, one after another, and the report that compares them."""
+    ladder = {
+        "common": {"env": GOTO, "policy": "tiny", "trainable": "full"},
+        "steps": [
+            {"name": "demos", "runner": "collect", "episodes": 30, "error_rate": 0.3},
+            {"name": "sft", "runner": "sft", "dataset": "demos", "batch_size": 16, **SMALL},
+            {"name": "dpo", "runner": "dpo", "episodes": 20, "num_steps": 10, "batch_size": 16, **SMALL},
+            {"name": "ppo", "runner": "ppo", "total_steps": 64, "num_envs": 8, "minibatch_size": 128, **SMALL},
+        ],
+    }
+    (tmp_path / "ladder.yaml").write_text(json.dumps(ladder))
+    done = run("run_ladder.py", tmp_path, ladder="ladder.yaml", output_dir="out", eval_episodes=6)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [row["step"] for row in report["steps"]] == ["start", "sft", "dpo", "ppo"]
+    for row in report["steps"][1:]:
+        assert row["episodes"] == 6 and 0 <= row["p_against_before"] <= 1 and row["trained_parameters"] > 200_000
+        assert row["seconds"] > 0 and row["perplexity"] > 1
+    before = (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime
+    done = run("run_ladder.py", tmp_path, resume="out", eval_episodes=6)
+    assert done.returncode == 0 and (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime == before
+
+
+def test_alignment_as_a_program(tmp_path):
+    done = run("run_sft.py", tmp_path, stage="align", captions=16, batch_size=8, output_dir="align")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
+
+
+BAD = {
+    "no dataset": ("run_sft.py", {"output_dir": "a"}, "--dataset is missing"),
+    "no such dataset": ("run_sft.py", {"output_dir": "a", "dataset": "nowhere"}, "There is no folder 'nowhere'"),
+    "dataset to align": (
+        "run_sft.py",
+        {"output_dir": "a", "stage": "align", "dataset": "x"},
+        "is for --stage instruct",
+    ),
+    "no captions": ("run_sft.py", {"output_dir": "a", "stage": "align", "env": "CartPole-v1"}, "a method caption()"),
+    "unknown pairs": ("run_dpo.py", {"output_dir": "a", "pairs": "luck"}, "--pairs is 'luck': expected one of expert"),
+    "no output": ("collect.py", {}, "--output is missing"),
+    "error of nobody": (
+        "collect.py",
+        {"output": "a", "player": "random", "error_rate": 0.5},
+        "--error_rate is the expert's",
+    ),
+    "no expert": ("collect.py", {"output": "a", "env": "CartPole-v1"}, "CartPole-v1 has no expert"),
+    "group": ("collect.py", {"output": "a", "group_size": 3}, "expected a divisor"),
+    "no ladder": ("run_ladder.py", {}, "--ladder and --output_dir are needed"),
+    "a strange ladder": ("run_ladder.py", {"ladder": "strange.yaml", "output_dir": "a"}, "Step 1 of strange.yaml"),
+}
+
+
+@pytest.mark.parametrize(("name", "given", "message"), BAD.values(), ids=BAD)
+def test_bad_input(name, given, message, tmp_path):
+    (tmp_path / "strange.yaml").write_text("steps: [{name: a, runner: fly}]")
+    done = run(name, tmp_path, **given)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "a").exists()
