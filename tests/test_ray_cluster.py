@@ -118,8 +118,6 @@ def test_an_environment_that_breaks_in_workers_stops_the_run_with_a_checkpoint(f
     done = command(sys.executable, RUNNER, "--resume", "b", "--rollout_backend", "local", folder=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "b/evaluation.json").is_file()
-        folder / "b/final/model.safetensors"
-    ).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,6 @@ def test_ladders(path):
                 kinds[step["runner"]], [f"--{key}", json.dumps(value) if isinstance(value, dict | bool) else str(value)]
             )
     assert f"python experiments/run_ladder.py --ladder experiments/configs/{path.name}" in head
-    assert "%" in head and "min" in head  # the score and the time to expect
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if not p.stem.startswith("ladder_")], ids=lambda path: path.stem)
