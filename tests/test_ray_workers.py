@@ -287,6 +287,13 @@ def test_a_worker_that_cannot_start_is_not_tried_for_ever():
         Supervisor(ray_runs.Unready, (), options(1), 1)
 
 
+def test_our_own_cluster_has_no_dashboard_and_sends_no_statistics(session):
+    from ray._private.usage.usage_lib import usage_stats_enabled
+    from ray._private.worker import get_dashboard_url
+
+    assert not get_dashboard_url() and not usage_stats_enabled()
+
+
 def test_a_worker_without_the_segment_says_so():
     worker = EnvWorker(env_maker())
     with pytest.raises(LookupError):
