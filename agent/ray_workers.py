@@ -79,7 +79,7 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
     One of our own has no dashboard, sends no usage statistics and ends with the block.
 
     Args:
-        address: host:port of a cluster's head, or `auto` for the one that runs on this machine.
+        address: host:port of a head, `auto` for the cluster that runs on this machine, `local` for one of our own.
         paths: folders from which workers import, beside their own.
         num_cpus: CPU cores that a cluster of our own counts; by default those of the machine.
 
@@ -92,20 +92,20 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
     if ray.is_initialized():  # somebody else's session: used, and left as it is
         yield
         return
+    own = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
     if address is not None:
         _check_address(address)
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([*paths, *([inherited] if inherited else [])])
     # A cluster of our own inherits this process' environment; elsewhere the runtime environment brings it.
-    remote = address is not None or "RAY_ADDRESS" in os.environ
-    runtime = {"env_vars": {"PYTHONPATH": path}} if remote and path and not in_job() else None
-    if not remote:
+    runtime = None if own or in_job() else {"env_vars": {"PYTHONPATH": path}}
+    if own:
         os.environ["PYTHONPATH"] = path
     try:
         ray.init(
-            address=address,
-            include_dashboard=None if remote else False,
-            num_cpus=None if remote else num_cpus,
+            address="local" if own else address,  # without it Ray joins whatever runs on this machine
+            include_dashboard=False if own else None,
+            num_cpus=num_cpus if own else None,
             logging_level=logging.ERROR,
             log_to_driver=False,
             runtime_env=runtime,
@@ -120,14 +120,18 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
         yield
     finally:
         ray.shutdown()
-        if not remote:
+        if own:
             os.environ.pop("PYTHONPATH")
             if inherited is not None:
                 os.environ["PYTHONPATH"] = inherited
 
 
 def _prepare_environment() -> None:
-    """What Ray reads when it is imported: no usage statistics, and the token of this user where there is one."""
+    """What Ray reads when it is imported: no usage statistics, and the token of this user where there is one.
+
+    Answers up to 1 MiB (a step's frames) come with the reply and not by shared memory, which is slower for them.
+    """
+    os.environ.setdefault("RAY_max_direct_call_object_size", str(1 << 20))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     token = os.environ.get("RAY_AUTH_TOKEN_PATH", os.path.expanduser("~/.ray/auth_token"))

@@ -69,7 +69,7 @@ class RolloutConfig(PlayConfig):
     worker_timeout: float = setting(300.0, "seconds after which a worker that does not answer is replaced", gt=0)
     placement_timeout: float = setting(20.0, "seconds that a worker may wait for its place in the cluster", gt=0)
     ray_address: str | None = setting(
-        None, "host:port of a Ray cluster, or auto; by default that of RAY_ADDRESS, else one is started"
+        None, "host:port of a Ray cluster, or auto for this machine's; by default RAY_ADDRESS, else one is started"
     )
     rollout_batch_size: int | None = setting(
         None, "slots of one forward while acting; with the same one all backends compute the same bits", ge=1

@@ -68,8 +68,9 @@ class Poison(Corridor):
         return place, float("nan") if self.steps == self.at else reward, terminated, truncated, info
 
 
-gym.register("tests/Corridor-v0", entry_point=Corridor)
-gym.register("tests/Poison-v0", entry_point=Poison)
+for _id, _kind in (("tests/Corridor-v0", Corridor), ("tests/Poison-v0", Poison)):
+    if _id not in gym.registry:  # this file is imported under two names
+        gym.register(_id, entry_point=_kind)
 
 
 def tiny_policy(env: "EpisodeVectorEnv", **source: Any) -> "VLMPolicy":

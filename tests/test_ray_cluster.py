@@ -57,12 +57,12 @@ def folder(tmp_path):
 
 
 def command(*words, folder, timeout=200, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    inherited = {name: os.environ[name] for name in os.environ if name not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         [str(word) for word in words],
         cwd=folder,
-        env={**inherited, "PATH": paths, "PYTHONPATH": "", "RAY_ADDRESS": "", **environment},
+        env={**inherited, "PATH": paths, "PYTHONPATH": "", **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -151,6 +151,7 @@ def test_bad_input(words, message, folder):
 # ---- several nodes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
     import ray
     from ray.cluster_utils import Cluster
@@ -234,6 +235,7 @@ def test_a_submitted_job_trains_with_a_plugin_and_writes_its_run(head, folder):
     assert "ray-env" in (folder / "run/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_of_the_plain_command_trains_and_a_relative_folder_is_refused(head, folder):
     ray_command = Path(sys.executable).with_name("ray")
     job = [ray_command, "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python"]
