@@ -288,7 +288,7 @@ def test_a_worker_that_cannot_start_is_not_tried_for_ever():
 
 
 def test_our_own_cluster_has_no_dashboard_and_sends_no_statistics(session):
-    from ray._private.usage.usage_lib import usage_stats_enabled
+    from ray._common.usage.usage_lib import usage_stats_enabled
     from ray._private.worker import get_dashboard_url
 
     assert not get_dashboard_url() and not usage_stats_enabled()
