@@ -493,16 +493,7 @@ def with_advantages(
         gae_lambda=gae_lambda,
         importance=importance,
     )
-    return Samples(
-        inputs=rollout.inputs,
-        actions=rollout.actions.flatten(),
-        logprobs=rollout.logprobs.flatten(),
-        values=rollout.values.flatten(),
-        advantages=normalize(advantages).flatten(),
-        returns=returns.flatten(),
-        reference=rollout.reference,
-        importance=None if importance is None else importance.flatten(),
-    )
+    return _flat(rollout, normalize(advantages), returns, importance)
 
 
 def state_digests(inputs: PolicyInputs) -> torch.Tensor:
@@ -535,14 +526,25 @@ def with_group_advantages(
         gamma,
         step_weight,
     )
+    return _flat(rollout, advantages, torch.zeros(shape), importance, usable)
+
+
+def _flat(
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    importance: torch.Tensor | None,
+    usable: torch.Tensor | None = None,
+) -> Samples:
+    """The rollout's samples with these (T, N) numbers."""
     return Samples(
         inputs=rollout.inputs,
         actions=rollout.actions.flatten(),
         logprobs=rollout.logprobs.flatten(),
         values=rollout.values.flatten(),
         advantages=advantages.flatten(),
-        returns=torch.zeros(shape.numel()),
+        returns=returns.flatten(),
         reference=rollout.reference,
         importance=None if importance is None else importance.flatten(),
-        usable=usable.flatten(),
+        usable=None if usable is None else usable.flatten(),
     )

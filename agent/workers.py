@@ -125,11 +125,7 @@ class EnvWorker:
         Raises:
             LookupError: the worker does not hold the segment at this position, and no history came.
         """
-        held = self.held.get(segment)
-        if history is not None:
-            held = self._take(segment, history)
-        elif held is None or held.position != position:
-            raise LookupError(f"{segment} is not here at step {position}")
+        held = self._at(segment, position, history)
         try:
             result, returns, lengths, seeds = held.step(actions)
             state = held.env.state_dict() if want_state else None
@@ -156,11 +152,7 @@ class EnvWorker:
 
     def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray:
         """What the env's expert would do now, (n,); arguments and errors as of `step`."""
-        held = self.held.get(segment)
-        if history is not None:
-            held = self._take(segment, history)
-        elif held is None or held.position != position:
-            raise LookupError(f"{segment} is not here at step {position}")
+        held = self._at(segment, position, history)
         return held.env.expert_actions()
 
     def state(self, segment: Segment, history: History) -> State:
@@ -173,6 +165,15 @@ class EnvWorker:
             held = self._take(segment, history)
         held.position = 0
         return held.env.state_dict()
+
+    def _at(self, segment: Segment, position: int, history: History | None) -> _Held:
+        """The segment at this position, taken over from its history where one came; LookupError if it is not here."""
+        if history is not None:
+            return self._take(segment, history)
+        held = self.held.get(segment)
+        if held is None or held.position != position:
+            raise LookupError(f"{segment} is not here at step {position}")
+        return held
 
     def _take(self, segment: Segment, history: History) -> _Held:
         if segment in self.held and history.state is not None and ROUND in history.state:

@@ -63,8 +63,7 @@ def _collect(given: CollectConfig) -> int:
     import torch
 
     from agent.trajectories import RandomPlayer, ScriptedDemonstrator, save_trajectories, to_dataset
-    from envs import EnvError
-    from experiments.environments import make_env
+    from experiments.environments import knows_expert, make_env
     from experiments.setup import make_policy, make_rollouts, quiet_libraries
 
     quiet_libraries()
@@ -72,14 +71,7 @@ def _collect(given: CollectConfig) -> int:
     torch.manual_seed(given.seed)
     with contextlib.closing(make_env(given, 1, held_out=True)) as env:
         policy = make_policy(given, env.action_names, env.frame_shape)
-        env.reset()
-        try:
-            env.expert_actions()
-            has_expert = True
-        except EnvError:
-            if given.player == "expert":
-                raise
-            has_expert = False
+        has_expert = knows_expert(env, needed=given.player == "expert")
     players = {"expert": ScriptedDemonstrator(given.error_rate), "random": RandomPlayer(), "policy": None}
     recorded = {"demonstrator": players[given.player], "record": True, "ask_expert": has_expert}
     named = {

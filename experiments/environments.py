@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from envs import HELD_OUT, TRAINING, EpisodeVectorEnv, episode_seed
+from envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv, episode_seed
 from experiments.command_line import UsageError
 from experiments.settings import PlayConfig, RolloutConfig
 
@@ -26,6 +26,22 @@ def make_env(
         image_source=config.image_source,  # type: ignore[arg-type]
         success_return=config.success_return,
     )
+
+
+def knows_expert(env: EpisodeVectorEnv, needed: bool = False) -> bool:
+    """Starts the environments, and says whether they have a scripted expert.
+
+    Raises:
+        EnvError: they have none, and one is needed.
+    """
+    env.reset()
+    try:
+        env.expert_actions()
+    except EnvError:
+        if needed:
+            raise
+        return False
+    return True
 
 
 def held_out_seeds(seed: int, count: int) -> list[int]:

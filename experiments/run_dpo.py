@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,16 +110,10 @@ def own_trajectories(config: DPORunConfig, policy: Any, number: int) -> Any:
     """The policy's own episodes, sampled, other ones in every round."""
     from agent.rollout import RolloutCollector
     from agent.trajectories import to_dataset
-    from envs import EnvError
-    from experiments.environments import make_env
+    from experiments.environments import knows_expert, make_env
 
     with contextlib.closing(make_env(config, config.num_envs, group_size=config.group_size)) as env:
-        env.reset()
-        try:
-            env.expert_actions()
-            has_expert = True
-        except EnvError:
-            has_expert = False
+        has_expert = knows_expert(env)
         collector = RolloutCollector(
             env, policy, config.num_steps, config.seed, rounds=True, record=True, ask_expert=has_expert
         )
@@ -153,34 +146,14 @@ def make_pairs(config: DPORunConfig, policy: Any, trajectories: Any, number: int
 
 def train(config: DPORunConfig, policy: Any, data: Any, run_dir: Path) -> list[dict[str, Any]]:
     """One round's training; its rows of metrics.jsonl."""
-    import torch
     from trl import DPOConfig, KTOConfig
 
     from agent.tuning import PolicyDPOTrainer, PolicyKTOTrainer
+    from experiments.setup import make_tuning_args
 
     kinds: dict[str, Any] = {"dpo": (DPOConfig, PolicyDPOTrainer), "kto": (KTOConfig, PolicyKTOTrainer)}
-    make_args, make_trainer = kinds[config.method]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
-        args = make_args(
-            output_dir=str(run_dir / ".staging"),
-            per_device_train_batch_size=config.batch_size,
-            num_train_epochs=config.epochs,
-            beta=config.beta,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            max_grad_norm=config.max_grad_norm,
-            max_length=None,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            bf16=config.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            seed=config.seed,
-        )
+    kind, make_trainer = kinds[config.method]
+    args = make_tuning_args(kind, config, run_dir, beta=config.beta)
     trainer = make_trainer(policy, args, data, run_dir, adapter_learning_rate=config.adapter_learning_rate)
     trainer.train()
     return trainer.rows

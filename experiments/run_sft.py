@@ -17,7 +17,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,31 +163,12 @@ def frames_and_captions(config: SFTRunConfig) -> tuple[list[Any], list[str]]:
 
 def train(config: SFTRunConfig, policy: Any, data: Any, run_dir: Path) -> list[dict[str, Any]]:
     """The training; the rows of metrics.jsonl."""
-    import torch
     from trl import SFTConfig
 
     from agent.tuning import PolicySFTTrainer
+    from experiments.setup import make_tuning_args
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
-        args = SFTConfig(
-            output_dir=str(run_dir / ".staging"),
-            per_device_train_batch_size=config.batch_size,
-            num_train_epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            max_grad_norm=config.max_grad_norm,
-            max_length=None,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            bf16=config.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            seed=config.seed,
-        )
+    args = make_tuning_args(SFTConfig, config, run_dir)
     trainer = PolicySFTTrainer(policy, args, data, run_dir, config.adapter_learning_rate)
     trainer.train()
     return trainer.rows

@@ -38,7 +38,6 @@ class PlayConfig:
     torch_threads: int | None = setting(
         None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
     )
-
     bf16: bool = setting(False, "bfloat16 autocast in rollouts and updates")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from agent.ppo_trainer import PPOConfig
 from agent.rollout import RolloutCollector, Rollouts
 from envs import EpisodeVectorEnv
 from experiments.command_line import UsageError
-from experiments.environments import make_env, make_segment
+from experiments.environments import make_segment
 from experiments.settings import PlayConfig, RolloutConfig, RunConfig
 from policies import PolicySource, VLMPolicy, load_policy
 from policies.prompts import SYSTEM
@@ -117,6 +118,40 @@ def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
     )
 
 
+def make_tuning_args(kind: Any, config: Any, run_dir: Path, **own: Any) -> Any:
+    """Arguments of one of TRL's trainers: those that SFT, DPO and KTO share, and the method's own.
+
+    Args:
+        kind: trl.SFTConfig, DPOConfig or KTOConfig.
+        config: settings of run_sft.py or run_dpo.py.
+        run_dir: the run folder.
+        own: further arguments.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
+        return kind(
+            output_dir=str(run_dir / ".staging"),
+            per_device_train_batch_size=config.batch_size,
+            num_train_epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            max_grad_norm=config.max_grad_norm,
+            max_length=None,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            bf16=config.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=config.seed,
+            **own,
+        )
+
+
 def make_rollouts(
     config: RolloutConfig,
     policy: VLMPolicy,
@@ -146,7 +181,7 @@ def make_rollouts(
         from agent.ray_workers import ReplicaRollouts
 
         spec = policy.spec
-        arguments = {
+        of_workers = {
             "make_env": segment,
             "make_policy": functools.partial(make_policy, config, spec.action_names, spec.frame_shape),
             "num_steps": config.num_steps,
@@ -158,7 +193,7 @@ def make_rollouts(
             "recorded": recorded,
         }
         return ReplicaRollouts(
-            arguments,
+            of_workers,
             policy,
             config.num_envs,
             config.num_steps,
@@ -166,32 +201,18 @@ def make_rollouts(
             worker_options(config),
             asynchronous,
         )
-    frozen = policy if reference else None
+    arguments = {
+        "reference": policy if reference else None,
+        "batch_size": config.rollout_batch_size,
+        "rounds": rounds,
+        **(recorded or {}),
+    }
     if config.rollout_backend == "ray-env":
         from agent.ray_workers import CentralRollouts, RayVectorEnv
 
         central = RayVectorEnv(segment, config.num_envs, policy.spec.action_names, worker_options(config))
-        return CentralRollouts(
-            central,
-            policy,
-            config.num_steps,
-            config.seed,
-            frozen,
-            batch_size=config.rollout_batch_size,
-            rounds=rounds,
-            **(recorded or {}),
-        )
-    env = make_env(config, config.num_envs, group_size=group_size)
-    return RolloutCollector(
-        env,
-        policy,
-        config.num_steps,
-        config.seed,
-        frozen,
-        batch_size=config.rollout_batch_size,
-        rounds=rounds,
-        **(recorded or {}),
-    )
+        return CentralRollouts(central, policy, config.num_steps, config.seed, **arguments)
+    return RolloutCollector(segment(0, config.num_envs), policy, config.num_steps, config.seed, **arguments)
 
 
 def worker_options(config: RolloutConfig) -> "WorkerOptions":
