@@ -132,7 +132,7 @@ class PolicyKTOTrainer(_OfPolicy, KTOTrainer):
 
 
 def score_labels_only(model: Any) -> None:
-    """Makes the fused LM head that TRL gave to `model` see the positions with a label alone; same numbers, less work."""
+    """Makes the LM head that TRL gave to `model` see the positions with a label alone: same numbers, less work."""
     of_trl = model.forward
 
     @functools.wraps(of_trl)

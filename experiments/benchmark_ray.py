@@ -39,7 +39,7 @@ class RayBenchmarkConfig:
     env: str = setting("manako/GoTo-v0", "Gymnasium id")
     env_kwargs: str | None = setting(None, "arguments of the env's constructor, a JSON object")
     policy: str = setting("tiny", "preset or folder")
-    trainable: str = setting("full", "what learns", choices=("full", "adapter", "lora"))
+    trainable: str = setting("full", "what learns")
     num_envs: int = setting(64, "environments, an even number", ge=2)
     num_steps: int = setting(16, "env steps of a rollout", ge=1)
     core_price: float = setting(0.04, "price of a CPU core for an hour", ge=0)

@@ -45,10 +45,6 @@ class Progress(TrainerCallback):
     def header(self, env: Any, checkpoint: Path | None) -> None:
         """What is about to run."""
         config, policy = self.config, self.policy
-        parts = ", ".join(
-            f"{name} {learning:,} of {total:,}"
-            for name, total, learning in parameter_table(policy.vlm, policy.value_head)
-        )
         instruction_from = "replaced" if config.instruction else "the env's own"
         self.console.print(f"run          {self.run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
         self.console.print(
@@ -58,7 +54,8 @@ class Progress(TrainerCallback):
         self.console.print(
             f"actions      {', '.join(env.action_names)} (as {policy.codec.format}); success: {env.success_rule}"
         )
-        self.console.print(f"policy       {config.policy}, {config.trainable}; learning: {parts}")
+        self.console.print(f"policy       {config.policy}, trainable: {config.trainable}")
+        print_parts(self.console, policy)
         prefix = (
             f"{len(policy.prefix_ids)} tokens shared by all prompts"
             if policy.uses_prefix
@@ -122,6 +119,13 @@ class Progress(TrainerCallback):
         written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
         self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
         self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
+
+
+def print_parts(console: Console, policy: Any) -> None:
+    """A line for each part of the policy: what it has, and what of it learns."""
+    for part, total, learning in parameter_table(policy.vlm, policy.value_head):
+        state = "learns" if learning else "frozen"
+        console.print(f"  {part:<15}{total:>13,} parameters, {learning:>11,} learn  {state}")
 
 
 def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:

@@ -31,7 +31,7 @@ from experiments.settings import TrainConfig  # noqa: E402
 class DPORunConfig(TrainConfig):
     """Settings of run_dpo.py."""
 
-    trainable: str = setting("lora", "what learns: full, adapter or lora", choices=("full", "adapter", "lora"))
+    trainable: str = setting("lora", "what learns: full, adapter, lora, or parts joined by +")
     method: str = setting("dpo", "dpo, or kto on the same answers one by one", choices=("dpo", "kto"))
     pairs: str = setting("expert", "expert, return or branch", choices=("expert", "return", "branch"))
     dataset: str | None = setting(None, "folder of trajectories for the first round")
@@ -62,7 +62,7 @@ def main() -> int:
     from agent.preferences import pair_dataset, unpaired
     from agent.trajectories import load_trajectories
     from experiments.environments import make_env
-    from experiments.progress import plain_console
+    from experiments.progress import plain_console, print_parts
     from experiments.setup import make_policy, quiet_libraries
     from policies import save_policy
 
@@ -71,6 +71,7 @@ def main() -> int:
     console = plain_console()
     with contextlib.closing(make_env(config, 1, held_out=True)) as env:
         policy = make_policy(config, env.action_names, env.frame_shape)
+    policy.value_head.requires_grad_(False)  # nothing here asks for values
     before = remember(policy)
     reports = []
     for number in range(config.rounds):
@@ -83,6 +84,7 @@ def main() -> int:
         if number == 0:  # what can be refused has been
             run_dir.mkdir(parents=True, exist_ok=True)
             write_description(run_dir, config)
+            print_parts(console, policy)
         start = time.perf_counter()
         rows = train(config, policy, pairs if config.method == "dpo" else unpaired(pairs), run_dir)
         seconds = time.perf_counter() - start

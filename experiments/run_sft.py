@@ -42,8 +42,7 @@ class SFTRunConfig(TrainConfig):
     )
     trainable: str = setting(
         "auto",
-        "what learns: auto (the adapter to align, LoRA too to instruct), full, adapter or lora",
-        choices=("auto", "full", "adapter", "lora"),
+        "what learns: auto (the adapter to align, LoRA too to instruct), full, adapter, lora, or parts joined by +",
     )
     dataset: str | None = setting(None, "folder of trajectories, for instruct")
     only_success: bool = setting(False, "leave out episodes without success")
@@ -74,24 +73,23 @@ def main() -> int:
     from agent.supervised import captions, demonstrations
     from agent.trajectories import load_trajectories
     from experiments.environments import make_env
-    from experiments.progress import plain_console
+    from experiments.progress import plain_console, print_parts
     from experiments.setup import make_policy, quiet_libraries
-    from policies import parameter_table, save_policy
+    from policies import save_policy
 
     quiet_libraries()
     torch.manual_seed(config.seed)
     console = plain_console()
     with contextlib.closing(make_env(config, 1, held_out=True)) as env:
         policy = make_policy(config, env.action_names, env.frame_shape)
+    policy.value_head.requires_grad_(False)  # nothing here asks for values
     if config.stage == "align":
         data = captions(*frames_and_captions(config))
     else:
         trajectories, _ = load_trajectories(str(config.dataset), config.env, policy.spec.action_names)
         data = demonstrations(trajectories, policy, config.only_success)
     console.print(f"run          {run_dir}\ndata         {len(data):,} examples, {config.stage}")
-    for part, total, learning in parameter_table(policy.vlm, policy.value_head):
-        state = "learns" if learning else "frozen"
-        console.print(f"  {part:<16}{total:>13,} parameters, {learning:>11,} learn  {state}")
+    print_parts(console, policy)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, config)
     before = remember(policy)

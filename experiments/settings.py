@@ -26,7 +26,9 @@ class PlayConfig:
     image_size: int | None = setting(None, "side in pixels that a small random encoder sees", ge=8)
     patch_size: int | None = setting(None, "side in pixels of its patches", ge=2)
     trainable: str = setting(
-        "full", "what learns: full, adapter or lora (with the adapter)", choices=("full", "adapter", "lora")
+        "full",
+        "what learns: full, adapter, lora (with the adapter), or parts among encoder, adapter, language_model, lora, "
+        "value_head joined by +",
     )
     lora_rank: int = setting(16, "rank of LoRA", ge=1)
     lora_alpha: int = setting(32, "LoRA is scaled by lora_alpha / lora_rank", ge=1)
@@ -141,7 +143,7 @@ def check_together(config: RunConfig) -> None:
             "--async_rollouts needs workers that act by themselves, and --rollout_backend is "
             f"{config.rollout_backend}: expected ray-replica."
         )
-    if config.kl_coef and config.trainable != "lora":
+    if config.kl_coef and "lora" not in config.trainable.split("+"):
         raise UsageError(
             f"--kl_coef is {config.kl_coef}, and --trainable {config.trainable} keeps no reference policy to stay "
             "close to: expected --trainable lora (its off state is the reference), or --kl_coef 0."

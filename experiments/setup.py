@@ -70,7 +70,7 @@ def make_policy(config: PlayConfig, action_names: tuple[str, ...], frame_shape: 
         language_model=config.language_model,
         image_size=config.image_size,
         patch_size=config.patch_size,
-        trainable=config.trainable,  # type: ignore[arg-type]
+        trainable=config.trainable,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         dtype=config.dtype,

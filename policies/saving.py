@@ -23,7 +23,7 @@ from .errors import PolicyError
 from .policy import PolicySpec, VLMPolicy
 from .presets import LOADING_ERRORS, PRESETS, build_vlm, check_complete, first_line, quietly
 from .prompts import SYSTEM
-from .training import Trainable, set_trainable
+from .training import parts_of, set_trainable
 
 POLICY_FILE, VALUE_HEAD_FILE = "policy.json", "value_head.safetensors"
 LORA_CONFIG_FILE, LORA_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -51,7 +51,7 @@ class PolicySource:
         language_model: replaces the preset's language model.
         image_size: see `policies.presets.build_vlm`.
         patch_size: see `policies.presets.build_vlm`.
-        trainable: `full`, `adapter` or `lora`.
+        trainable: see `policies.training`.
         lora_rank: rank of the LoRA matrices.
         lora_alpha: their scale is lora_alpha / lora_rank.
         dtype: of the weights, `float32` or `bfloat16`.
@@ -66,7 +66,7 @@ class PolicySource:
     language_model: str | None = None
     image_size: int | None = None
     patch_size: int | None = None
-    trainable: Trainable = "full"
+    trainable: str = "full"
     lora_rank: int = 16
     lora_alpha: int = 32
     dtype: str = "float32"
@@ -86,6 +86,7 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     """
     if source.dtype not in DTYPES:
         raise PolicyError(f"dtype is {source.dtype!r}: expected one of {', '.join(DTYPES)}.")
+    parts = parts_of(source.trainable)
     dtype, base_sha, head = DTYPES[source.dtype], None, None
     folder = Path(source.policy)
     if source.policy in PRESETS:
@@ -102,14 +103,16 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
             saved, description = _read_description(folder)
             source = _fill_in(source, action_names, description)
             vlm, processor, head = _load_own(folder, saved, description)
-            if isinstance(vlm, PeftModel) and source.trainable == "lora":
+            if isinstance(vlm, PeftModel) and parts ^ parts_of(saved.trainable) <= {"value_head"}:
                 if source.dtype != saved.dtype:
                     raise PolicyError(
                         f"dtype is {source.dtype}, but the LoRA weights in {folder} belong to a {saved.dtype} model: "
                         f"expected dtype: {saved.dtype}, or trainable: full, which merges them."
                     )
                 # from here on it is what it was: LoRA on the same base
-                source = replace(saved, system=source.system, action_format=source.action_format)
+                source = replace(
+                    saved, system=source.system, action_format=source.action_format, trainable=source.trainable
+                )
                 base_sha = description["base_sha256"]
             elif isinstance(vlm, PeftModel):
                 vlm = vlm.float().merge_and_unload()
@@ -119,18 +122,19 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
             source = replace(source, policy=str(folder.resolve()))
     if base_sha is None:
         vlm = vlm.to(dtype)
-        if source.trainable == "lora":
+        if "lora" in parts:
             base_sha = digest(vlm.state_dict())
         with quietly():
             vlm = set_trainable(vlm, source.trainable, source.lora_rank, source.lora_alpha)
-        if source.trainable == "adapter":
-            base_sha = digest(_frozen(vlm))
+        if "lora" not in parts and (frozen := _frozen(vlm)):
+            base_sha = digest(frozen)
     height, width, channels = frame_shape
     spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
     with quietly():
         policy = VLMPolicy(vlm, processor, spec)
     if head is not None:
         _fill(policy.value_head, head, folder)
+    policy.value_head.requires_grad_("value_head" in parts)
     policy.origin = {"source": asdict(source), "base_sha256": base_sha}
     return policy
 
@@ -212,7 +216,7 @@ def _frozen(vlm: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _learned(vlm: torch.nn.Module, value_head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What learns of a model, and the value head, which always does."""
+    """What learns of a model, and the value head, which is no part of its files."""
     of_model = {f"vlm.{name}": parameter for name, parameter in vlm.named_parameters() if parameter.requires_grad}
     return of_model | {f"value_head.{name}": tensor for name, tensor in value_head.items()}
 
@@ -290,6 +294,9 @@ def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) 
         if saved.policy in PRESETS:
             base, processor = _build_preset(saved, tuple(description["frame_shape"]))
             base = base.to(DTYPES[saved.dtype])
+        elif (Path(saved.policy) / LORA_CONFIG_FILE).is_file():  # LoRA on a policy whose own LoRA was merged
+            base, processor, _ = _load_own(Path(saved.policy), *_read_description(Path(saved.policy)))
+            base = base.float().merge_and_unload().to(DTYPES[saved.dtype])
         else:
             base, processor = _load_any(saved.policy, DTYPES[saved.dtype])
     except PolicyError as error:

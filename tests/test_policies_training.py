@@ -5,8 +5,8 @@ import torch
 from small_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames, idefics3_folder, llava_folder, text_folder
 from torch import nn
 
-from policies import PolicyError, PolicySource, build_vlm, load_policy, parameter_table
-from policies.training import adapter_name, set_trainable
+from policies import PolicyError, PolicySource, build_vlm, load_policy, parameter_table, save_policy
+from policies.training import adapter_name, part_of, parts_of, set_trainable
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,45 @@ def test_the_parameter_table_adds_up(model, trainable, sources):
     assert learns == expected | {"adapter", "value head"}
 
 
+LISTS = ("encoder+adapter", "language_model", "value_head", "encoder+lora", "encoder+adapter+lora+value_head", "lora")
+
+
+@pytest.mark.parametrize("trainable", LISTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_named_parts_learn_and_all_others_stay_bit_for_bit(model, trainable, sources, tmp_path):
+    policy = load(sources, model, trainable, lora_rank=2)
+    named = {part: learns for part, _, learns in parameter_table(policy.vlm, policy.value_head)}
+    adapter = adapter_name(policy.base_vlm)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with torch.no_grad():
+        policy.value_head.out.weight.fill_(0.1)  # at 0 the values send no gradient on
+        before["value_head.out.weight"].fill_(0.1)
+    train_a_little(policy)
+    changed = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
+    parts = {"value_head" if name.startswith("value_head") else part_of(name, adapter) for name in changed}
+    assert parts == parts_of(trainable) == {part.lower().replace(" ", "_") for part, learns in named.items() if learns}
+    may = {name for name, parameter in policy.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    assert changed <= may and not any("original_module" in name for name in changed)
+    save_policy(policy, tmp_path)
+    again = load_policy(PolicySource(policy=str(tmp_path), trainable=trainable, lora_rank=2), NAMES, FRAME)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_lora_on_a_policy_whose_lora_was_merged(sources, tmp_path):
+    first = load(sources, "tiny", "lora", lora_rank=2)
+    inputs = train_a_little(first)
+    (tmp_path / "first").mkdir()
+    save_policy(first, tmp_path / "first")
+    wider = PolicySource(policy=str(tmp_path / "first"), trainable="encoder+lora+adapter", lora_rank=4)
+    second = load_policy(wider, NAMES, FRAME)
+    assert torch.allclose(second(inputs).logprobs, first(inputs).logprobs, atol=1e-5)
+    train_a_little(second)
+    (tmp_path / "second").mkdir()
+    save_policy(second, tmp_path / "second")
+    again = load_policy(PolicySource(**{**vars(wider), "policy": str(tmp_path / "second")}), NAMES, FRAME)
+    assert torch.equal(again(inputs).logprobs, second(inputs).logprobs)
+
+
 class NoAdapter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -144,6 +183,10 @@ def test_what_cannot_be_trained_is_named():
     model, _ = build_vlm("vit", "mlp", "tiny-llama", FRAME)
     with pytest.raises(PolicyError, match="trainable is 'lorra': expected one of full, adapter, lora"):
         set_trainable(model, "lorra")
+    with pytest.raises(PolicyError, match="LoRA learns in place of the language model's own weights"):
+        set_trainable(model, "language_model+lora")
+    with pytest.raises(PolicyError, match="parts joined by '\\+' among encoder, adapter"):
+        set_trainable(model, "encoder+head")
     with pytest.raises(PolicyError, match="lora_rank is 0, lora_alpha 32: expected 1 or more"):
         set_trainable(model, "lora", lora_rank=0)
     with pytest.raises(PolicyError, match="NoAdapter has no module named adapter, .* use trainable: full"):

@@ -93,6 +93,47 @@ def test_the_loss_is_on_the_answer_and_the_prompt_is_the_policys(trajectories, t
         check_tokens(batch, policy, data[4], "go somewhere else")
 
 
+def test_only_labelled_positions_are_scored_and_the_numbers_are_trls(trajectories, tmp_path, monkeypatch):
+    from trl.kernels import chunked_logprob
+
+    scored = []
+    fold = chunked_logprob._forward_tile
+    monkeypatch.setattr(
+        chunked_logprob,
+        "_forward_tile",
+        lambda tile, *rest, **named: (scored.append(len(tile)), fold(tile, *rest, **named)),
+    )
+    runs = {}
+    for name in ("ours", "TRL's"):
+        if name == "TRL's":
+            monkeypatch.setattr("agent.tuning.score_labels_only", lambda model: None)
+        torch.manual_seed(0)
+        policy = make_policy()
+        pairs = pair_dataset(trajectories, expert_pairs(trajectories), policy)
+        trainer = PolicyDPOTrainer(policy, settings(tmp_path, DPOConfig), pairs, tmp_path)
+        trainer.train()
+        runs[name] = policy, trainer.rows, sum(scored)
+        scored.clear()
+    (ours, rows, few), (theirs, their_rows, many) = runs.values()
+    assert 0 < 5 * few < many
+    assert difference(weights(ours), weights(theirs)) < 1e-4
+    for row, other in zip(rows, their_rows, strict=True):
+        assert all(
+            abs(row[key] - other[key]) < 1e-4 for key in ("loss", "rewards/margins", "logps/chosen", "grad_norm")
+        )
+    assert "forward" not in ours.vlm.__dict__
+
+
+def test_after_training_in_bf16_the_model_is_itself_again(trajectories, tmp_path):
+    policy = make_policy("adapter")
+    PolicySFTTrainer(policy, settings(tmp_path, bf16=True), demonstrations(trajectories, policy), tmp_path).train()
+    ids = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        logits = policy.vlm(input_ids=ids).logits
+        hidden = policy.vlm.model(input_ids=ids).last_hidden_state
+        assert torch.equal(logits, policy.vlm.lm_head(hidden))  # no autocast is left around it
+
+
 def test_a_few_steps_make_the_demonstrations_likelier(trajectories, tmp_path):
     policy = make_policy()
     data = demonstrations(trajectories, policy, only_success=True)
