@@ -93,12 +93,10 @@ def main() -> int:
     load_before = os.getloadavg()
     memory = peak_memory(values)
 
-    from transformers.utils import logging
-
     from experiments.measuring import Bench, Workload, trainer_args
+    from experiments.setup import quiet_libraries
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     bench = Bench(Workload(**values))
     results: dict[str, Any] = {"settings": values, "machine": {}, "memory_mib": memory}
     with tempfile.TemporaryDirectory() as folder:
@@ -264,12 +262,10 @@ def peak_memory(values: dict[str, Any]) -> dict[str, Any]:
 
 def _peak_of(values: dict[str, Any], name: str) -> tuple[float, float]:
     """In a process of its own: the peak after loading, and after one rollout or update."""
-    from transformers.utils import logging
-
     from experiments.measuring import Bench, Learner, Workload, trainer_args, update_work
+    from experiments.setup import quiet_libraries
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     bench = Bench(Workload(**{**values, "num_steps": 1}))
     loaded = _peak_mib()
     if name == "rollout":

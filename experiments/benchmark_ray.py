@@ -118,16 +118,14 @@ def main() -> int:
     if given.output and Path(given.output).exists():
         raise UsageError(f"{given.output!r} exists and is not overwritten: give another file.")
     import torch
-    from transformers.utils import logging
 
     from agent.ray_workers import call_seconds, cluster
     from agent.rollout import with_advantages
     from experiments.environments import make_env
     from experiments.measuring import BareLoop
-    from experiments.setup import make_policy, make_rollouts, make_trainer_args
+    from experiments.setup import make_policy, make_rollouts, make_trainer_args, quiet_libraries
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     config = RunConfig(
         env=given.env,
         env_kwargs=given.env_kwargs,

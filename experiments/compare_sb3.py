@@ -140,15 +140,13 @@ def train_ours(config: RunConfig, seeds: list[int], every: int, judge: Judge) ->
     """
     import torch
     from transformers import TrainerCallback
-    from transformers.utils import logging
 
     from agent.evaluation import evaluate
     from agent.ppo_trainer import PPOTrainer
     from experiments.environments import make_env
-    from experiments.setup import make_policy, make_trainer_args
+    from experiments.setup import make_policy, make_trainer_args, quiet_libraries
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     torch.manual_seed(config.seed)
     env = make_env(config, config.num_envs)
     held_out = make_env(config, min(config.num_envs, len(seeds)), held_out=True)

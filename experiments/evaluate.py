@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from experiments.command_line import UsageError, parse, read_settings, run_main, setting  # noqa: E402
+from experiments.command_line import UsageError, check, parse, read_yaml, run_main, setting  # noqa: E402
+from experiments.run_folder import is_run, policy_folder  # noqa: E402
 from experiments.settings import RunConfig  # noqa: E402
 
 OF_THE_POLICY = ("trainable", "action_format", "system", "dtype")  # likewise, and no flags here
@@ -57,16 +58,14 @@ def main() -> int:
             raise UsageError(f"The folder of --{name} {file!r} does not exist: make it or give another file.")
     config = _run_config(given)
     import torch
-    from transformers.utils import logging
 
     from agent.evaluation import evaluate_all, record_episodes
     from agent.figures import episode_gif
     from experiments.environments import held_out_seeds, make_env
     from experiments.progress import plain_console, print_table
-    from experiments.setup import make_policy
+    from experiments.setup import make_policy, quiet_libraries
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     torch.manual_seed(config.seed)
     env = make_env(config, min(given.num_envs, given.episodes), held_out=True)
     policy = make_policy(config, env.action_names, env.frame_shape)
@@ -94,24 +93,17 @@ def main() -> int:
 def _run_config(given: EvaluateConfig) -> RunConfig:
     """The run's settings where the policy lies in a run, with what the flags replace."""
     folder = Path(given.policy)
-    policy = given.policy
-    if _is_run(folder):
-        if not (folder / "final").is_dir():
-            raise UsageError(f"The run {given.policy!r} has no final policy yet: give one of its checkpoints.")
-        policy = str(folder / "final")
-    run = next((place for place in (folder, folder.parent, folder.parent.parent) if _is_run(place)), None)
-    values = read_settings(RunConfig, run / "config.yaml") if folder.is_dir() and run else {}
+    policy = policy_folder(given.policy)
+    run = next((place for place in (folder, folder.parent, folder.parent.parent) if is_run(place)), None)
+    values = read_yaml(run / "config.yaml") if folder.is_dir() and run else {}
     kept = {key: value for key, value in values.items() if key in (*TAKEN, *OF_THE_POLICY, "seed")}
+    check(RunConfig, kept, source=f"{run}/config.yaml")
     replaced = {key: getattr(given, key) for key in (*TAKEN, "seed") if getattr(given, key) is not None}
     if "env" in replaced and replaced["env"] != kept.get("env"):
         kept = {key: value for key, value in kept.items() if key not in TAKEN}
     return RunConfig(
         **{**kept, **replaced, "policy": policy, "eval_episodes": given.episodes, "gif_episodes": given.gif_episodes}
     )
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and (folder / "run.json").is_file()
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from experiments.command_line import parse, run_main, setting  # noqa: E402
-from experiments.run_folder import new_run_dir, write_description, write_text  # noqa: E402
-from experiments.run_sft import evaluate_run, save_policy_folder  # noqa: E402
+from experiments.run_folder import (  # noqa: E402
+    evaluate_run,
+    new_run_dir,
+    write_description,
+    write_final,
+    write_text,
+)
 from experiments.settings import TrainConfig  # noqa: E402
 
 
@@ -62,9 +67,8 @@ def main() -> int:
     from agent.preferences import pair_dataset, unpaired
     from agent.trajectories import load_trajectories
     from experiments.environments import make_env
-    from experiments.progress import plain_console, print_parts
+    from experiments.progress import plain_console, print_parts, print_table
     from experiments.setup import make_policy, quiet_libraries
-    from policies import save_policy
 
     quiet_libraries()
     torch.manual_seed(config.seed)
@@ -89,9 +93,10 @@ def main() -> int:
         rows = train(config, policy, pairs if config.method == "dpo" else unpaired(pairs), run_dir)
         seconds = time.perf_counter() - start
         reports.append({"round": number + 1, "pairs": len(pairs), "seconds": seconds, "loss": rows[-1]["loss"]})
-        evaluate_run(config, policy, run_dir, console)
-        reports[-1]["evaluation"] = json.loads((run_dir / "evaluation.json").read_text())
-    save_policy_folder(policy, run_dir / "final", save_policy)
+        reports[-1]["evaluation"] = evaluate_run(config, policy, run_dir, config.num_envs)
+        print_table(console, reports[-1]["evaluation"], f"{config.env}, held-out seeds")
+    write_final(policy, run_dir)
+    write_text(run_dir / "evaluation.json", json.dumps(reports[-1]["evaluation"], indent=2))
     after = remember(policy)
     report = {
         "stage": config.method,

@@ -1,5 +1,6 @@
-"""Run folders: where they lie, what describes them, and the GIFs in them. Shared by the runners that train."""
+"""Run folders: where they lie, what describes them, the final policy, its evaluation. Shared by the runners."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -79,6 +80,58 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a runner that trains made this folder."""
+    return (folder / "config.yaml").is_file() and (folder / "run.json").is_file()
+
+
+def policy_folder(name: str) -> str:
+    """What `--policy` means: of a run its final policy, anything else as it is.
+
+    Raises:
+        UsageError: the run has none yet.
+    """
+    folder = Path(name)
+    if not is_run(folder):
+        return name
+    if not (folder / "final").is_dir():
+        raise UsageError(f"The run {name!r} has no final policy yet: give one of its checkpoints.")
+    return str(folder / "final")
+
+
+def write_final(policy: Any, run_dir: Path) -> None:
+    """final/, whole or not there; one that is there stays."""
+    from agent.checkpoint import write_folder
+    from policies import save_policy
+
+    if not (run_dir / "final").exists():
+        write_folder(run_dir / "final", lambda folder: save_policy(policy, folder))
+
+
+def evaluate_run(config: TrainConfig, policy: Any, run_dir: Path, num_envs: int) -> dict[str, Any]:
+    """The policy and its controls on held-out seeds; writes episodes.json and after.gif.
+
+    Args:
+        config: the run's settings.
+        policy: the policy.
+        run_dir: the run folder.
+        num_envs: episodes side by side, at most.
+
+    Returns:
+        The content of evaluation.json, which the caller writes last.
+    """
+    from agent.evaluation import evaluate_all
+    from experiments.environments import held_out_seeds, make_env
+
+    seeds = held_out_seeds(config.seed, max(config.eval_episodes, config.gif_episodes))
+    with contextlib.closing(make_env(config, min(num_envs, config.eval_episodes), held_out=True)) as env:
+        evaluations = evaluate_all(policy, env, seeds[: config.eval_episodes])
+    success = {name: [episode.success for episode in result.episodes] for name, result in evaluations.items()}
+    write_text(run_dir / "episodes.json", json.dumps({"seeds": seeds[: config.eval_episodes], "success": success}))
+    write_gif(config, policy, seeds[: config.gif_episodes], run_dir / "after.gif")
+    return {name: evaluation.summary() for name, evaluation in evaluations.items()}
 
 
 def write_gif(config: PlayConfig, policy: Any, seeds: list[int], path: Path) -> None:

@@ -31,8 +31,10 @@ if str(ROOT) not in sys.path:
 from experiments.command_line import UsageError, parse, read_settings, run_main  # noqa: E402
 from experiments.run_folder import (  # noqa: E402
     check_job_folder,
+    evaluate_run,
     new_run_dir,
     write_description,
+    write_final,
     write_gif,
     write_text,
 )
@@ -68,16 +70,14 @@ def main() -> int:
 def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: float) -> int:
     """Trains from the start or from a checkpoint, and evaluates; returns the exit code."""
     import torch
-    from transformers.utils import logging
 
     from agent.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
     from agent.ppo_trainer import PPOTrainer
     from experiments.environments import held_out_seeds, make_env
     from experiments.progress import Progress
-    from experiments.setup import make_policy, make_rollouts, make_trainer_args, try_out
+    from experiments.setup import make_policy, make_rollouts, make_trainer_args, quiet_libraries, try_out
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     torch.manual_seed(config.seed)
     with contextlib.closing(make_env(config, 1, held_out=True)) as env:
         policy = make_policy(config, env.action_names, env.frame_shape)
@@ -115,14 +115,14 @@ def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: flo
         for callback in (metrics, saver, progress):
             trainer.add_callback(callback)
         progress.header(env, checkpoint)
-        seeds = held_out_seeds(config.seed, max(config.eval_episodes, config.gif_episodes))
         if checkpoint is None:
-            write_gif(config, policy, seeds[: config.gif_episodes], run_dir / "before.gif")
+            seeds = held_out_seeds(config.seed, config.gif_episodes)
+            write_gif(config, policy, seeds, run_dir / "before.gif")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             rollouts.close()  # workers have nothing more to do
             if not saver.interrupted and trainer.failure is None:
-                _finish(config, policy, run_dir, seeds, read_metrics(run_dir), progress)
+                _finish(config, policy, run_dir, read_metrics(run_dir), progress)
                 return 0
         except KeyboardInterrupt:  # a second signal, or one during the evaluation
             pass
@@ -141,20 +141,12 @@ def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: flo
     return 130
 
 
-def _finish(config: RunConfig, policy: Any, run_dir: Path, seeds: list[int], rows: list[dict], progress: Any) -> None:
+def _finish(config: RunConfig, policy: Any, run_dir: Path, rows: list[dict], progress: Any) -> None:
     """The final policy folder, evaluation with controls, learning curve, after.gif; evaluation.json ends the run."""
-    from agent.checkpoint import write_folder
-    from agent.evaluation import evaluate_all
     from agent.figures import learning_curve
-    from experiments.environments import make_env
-    from policies import save_policy
 
-    if not (run_dir / "final").exists():  # else a former start wrote it and was stopped in what follows
-        write_folder(run_dir / "final", lambda folder: save_policy(policy, folder))
-    env = make_env(config, min(config.num_envs, config.eval_episodes), held_out=True)
-    evaluations = evaluate_all(policy, env, seeds[: config.eval_episodes])
-    env.close()
-    summary: dict[str, Any] = {name: evaluation.summary() for name, evaluation in evaluations.items()}
+    write_final(policy, run_dir)  # unless a former start wrote it and was stopped in what follows
+    summary = evaluate_run(config, policy, run_dir, config.num_envs)
     random = summary["random"]
     learning_curve(
         rows,
@@ -162,7 +154,6 @@ def _finish(config: RunConfig, policy: Any, run_dir: Path, seeds: list[int], row
         f"{config.policy} on {config.env}, seed {config.seed}",
         baselines={"random policy": (random["success"], tuple(random["success_ci95"]))},
     )
-    write_gif(config, policy, seeds[: config.gif_episodes], run_dir / "after.gif")
     write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
     progress.table(summary)
 

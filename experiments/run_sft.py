@@ -27,7 +27,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
-from experiments.run_folder import new_run_dir, write_description, write_gif, write_text  # noqa: E402
+from experiments.run_folder import (  # noqa: E402
+    evaluate_run,
+    new_run_dir,
+    write_description,
+    write_final,
+    write_text,
+)
 from experiments.settings import TrainConfig  # noqa: E402
 
 LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says otherwise
@@ -73,9 +79,8 @@ def main() -> int:
     from agent.supervised import captions, demonstrations
     from agent.trajectories import load_trajectories
     from experiments.environments import make_env
-    from experiments.progress import plain_console, print_parts
+    from experiments.progress import plain_console, print_parts, print_table
     from experiments.setup import make_policy, quiet_libraries
-    from policies import save_policy
 
     quiet_libraries()
     torch.manual_seed(config.seed)
@@ -95,7 +100,7 @@ def main() -> int:
     before = remember(policy)
     rows = train(config, policy, data, run_dir)
     seconds = time.perf_counter() - started
-    save_policy_folder(policy, run_dir / "final", save_policy)
+    write_final(policy, run_dir)
     after = remember(policy)
     report: dict[str, Any] = {
         "stage": config.stage,
@@ -111,33 +116,11 @@ def main() -> int:
         f"{after.probes:.0%}"
     )
     if config.eval_episodes and config.stage == "instruct":
-        evaluate_run(config, policy, run_dir, console)
+        summary = evaluate_run(config, policy, run_dir, num_envs=32)
+        write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+        print_table(console, summary, f"{config.env}, held-out seeds")
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
     return 0
-
-
-def save_policy_folder(policy: Any, folder: Path, save: Any) -> None:
-    """The policy's folder, whole or not there."""
-    from agent.checkpoint import write_folder
-
-    write_folder(folder, lambda place: save(policy, place))
-
-
-def evaluate_run(config: Any, policy: Any, run_dir: Path, console: Any) -> None:
-    """evaluation.json and after.gif on held-out seeds."""
-    from agent.evaluation import evaluate_all
-    from experiments.environments import held_out_seeds, make_env
-    from experiments.progress import print_table
-
-    seeds = held_out_seeds(config.seed, max(config.eval_episodes, config.gif_episodes))
-    with contextlib.closing(make_env(config, min(32, config.eval_episodes), held_out=True)) as env:
-        evaluations = evaluate_all(policy, env, seeds[: config.eval_episodes])
-    summary = {name: evaluation.summary() for name, evaluation in evaluations.items()}
-    episodes = {name: [e.success for e in evaluation.episodes] for name, evaluation in evaluations.items()}
-    write_gif(config, policy, seeds[: config.gif_episodes], run_dir / "after.gif")
-    write_text(run_dir / "episodes.json", json.dumps({"seeds": seeds[: config.eval_episodes], "success": episodes}))
-    write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
-    print_table(console, summary, f"{config.env}, held-out seeds")
 
 
 def frames_and_captions(config: SFTRunConfig) -> tuple[list[Any], list[str]]:

@@ -13,6 +13,7 @@ from agent.rollout import RolloutCollector, Rollouts
 from envs import EpisodeVectorEnv
 from experiments.command_line import UsageError
 from experiments.environments import make_segment
+from experiments.run_folder import policy_folder
 from experiments.settings import PlayConfig, RolloutConfig, RunConfig
 from policies import PolicySource, VLMPolicy, load_policy
 from policies.prompts import SYSTEM
@@ -64,7 +65,7 @@ def make_policy(config: PlayConfig, action_names: tuple[str, ...], frame_shape: 
     import torch
 
     source = PolicySource(
-        policy=config.policy,
+        policy=policy_folder(config.policy),
         vision_encoder=config.vision_encoder,
         adapter=config.adapter,
         language_model=config.language_model,

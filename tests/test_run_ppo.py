@@ -79,6 +79,7 @@ def test_a_run_leaves_everything_behind(finished):
         "after.gif",
         "checkpoints",
         "final",
+        "episodes.json",
         "evaluation.json",
     }
     assert [row["iteration"] for row in rows(finished)] == list(range(1, 7))
