@@ -5,6 +5,7 @@ that looks and reads falls to what guessing gives. All four play the same episod
 pairs.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -32,12 +33,19 @@ class EvaluationEnv(VectorEnv, Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Episodes of one condition, in the order of their seeds."""
+    """Episodes of one condition.
+
+    Attributes:
+        episodes: in the order of their seeds.
+        starts: how many different first sights (frame and instruction) they have; where it is 1, a deterministic
+            environment plays the same episode over and over, and an interval over episodes says little.
+    """
 
     episodes: list[Episode]
+    starts: int
 
     def summary(self) -> dict[str, Any]:
-        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, episodes."""
+        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, episodes, starts."""
         success = [episode.success for episode in self.episodes]
         returns = [episode.episode_return for episode in self.episodes]
         return {
@@ -47,6 +55,7 @@ class Evaluation:
             "return_ci95": list(bootstrap_interval(returns)),
             "length_mean": float(np.mean([episode.length for episode in self.episodes])),
             "episodes": len(self.episodes),
+            "starts": self.starts,
         }
 
 
@@ -82,6 +91,7 @@ def evaluate(
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
     # slots beyond the last seed play its episodes again, uncounted, since all slots step together
     observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
+    starts = {_sight(observations, slot) for slot in range(n)}
     with policy.frozen_weights():
         while any(index is not None for index in playing):
             uniforms = draws.random(n)
@@ -106,7 +116,14 @@ def evaluate(
                 playing[slot] = index = waiting.pop() if waiting else None
                 following.append(seeds[-1 if index is None else index])
             observations = env.reset_done(ended, seeds=following)
-    return Evaluation([episode for episode in results if episode is not None])
+            starts |= {_sight(observations, slot) for slot in np.flatnonzero(ended).tolist()}
+    return Evaluation([episode for episode in results if episode is not None], len(starts))
+
+
+def _sight(observations: Any, slot: int) -> bytes:
+    """Equal where frame and instruction are."""
+    text = observations.instructions[slot].encode()
+    return hashlib.blake2b(observations.images[slot].tobytes() + text, digest_size=16).digest()
 
 
 def _act(

@@ -1,6 +1,8 @@
 """Preference pairs from trajectories, in the form that TRL's DPO and KTO trainers take.
 
     expert    at each step where the player did something else than the expert: the expert's action over the player's
+    state     of the actions taken where the same frame and instruction were seen: the one after which most was paid on
+              average, over the others
     return    of two episodes from the same seed: where they first part, the action of the one with the higher return
     branch    at a step, other actions are tried: the seed is played again to that step, another action taken, and the
               policy goes on from there; the action with the higher return is preferred
@@ -8,6 +10,7 @@
 Each row: {"prompt", "chosen", "rejected", "images"}; equal returns make no pair.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +22,7 @@ from agent.errors import TrainingError
 from agent.supervised import MESSAGES, say
 from policies import VLMPolicy
 
-METHODS = ("expert", "return", "branch")
+METHODS = ("expert", "state", "return", "branch")
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
 UNPAIRED = Features({"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "images": List(Image())})
 Pair = tuple[int, int, int]  # row of the trajectories, chosen action, rejected action
@@ -37,6 +40,31 @@ def expert_pairs(trajectories: Dataset) -> list[Pair]:
             "These trajectories know no expert: expected an environment that has one, or --pairs return."
         )
     return [(row, best, taken) for row, (best, taken) in enumerate(zip(experts, actions, strict=True)) if best != taken]
+
+
+def state_pairs(trajectories: Dataset) -> list[Pair]:
+    """At each step whose action was not the best known at its state: that action over the one taken.
+
+    A state is a frame and an instruction. Its actions are ranked by the mean of the rewards from there to the end of
+    the episode, over all steps that took them; of equal ones the lowest is the best, and they make no pair.
+    """
+    frames = trajectories.cast_column("image", Image(decode=False))["image"]
+    states = [(frame["bytes"], text) for frame, text in zip(frames, trajectories["instruction"], strict=True)]
+    actions, episodes, rewards = trajectories["action"], trajectories["episode"], trajectories["reward"]
+    to_go = list(rewards)
+    for row in reversed(range(len(to_go) - 1)):
+        if episodes[row] == episodes[row + 1]:
+            to_go[row] += to_go[row + 1]
+    paid: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for state, action, value in zip(states, actions, to_go, strict=True):
+        paid[state][action].append(value)
+    pairs = []
+    for row, (state, taken) in enumerate(zip(states, actions, strict=True)):
+        means = {action: math.fsum(values) / len(values) for action, values in sorted(paid[state].items())}
+        best = max(means, key=lambda action: means[action])
+        if means[best] > means[taken]:
+            pairs.append((row, best, taken))
+    return pairs
 
 
 def return_pairs(trajectories: Dataset) -> list[Pair]:

@@ -130,10 +130,9 @@ def print_parts(console: Console, policy: Any) -> None:
 
 def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:
     """One row a condition, with 95 % intervals."""
-    episodes = next(iter(summary.values()))["episodes"]
-    table = Table(
-        title=f"{title}, {episodes} episodes a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
-    )
+    first = next(iter(summary.values()))
+    episodes = episodes_in_words(first["episodes"], first["starts"])
+    table = Table(title=f"{title}, {episodes} a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("", "success [95 %]", "return [95 %]", "steps"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():
@@ -145,6 +144,13 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
             f"{row['length_mean']:.1f}",
         )
     console.print(table)
+
+
+def episodes_in_words(episodes: int, starts: int) -> str:
+    """How many, and from how many different first sights where those are fewer."""
+    if starts >= episodes:
+        return f"{episodes} episodes"
+    return f"{episodes} episodes from {'the same start' if starts == 1 else f'{starts} starts'}"
 
 
 def _clock(seconds: float) -> str:

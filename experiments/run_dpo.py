@@ -38,7 +38,9 @@ class DPORunConfig(TrainConfig):
 
     trainable: str = setting("lora", "what learns: full, adapter, lora, or parts joined by +")
     method: str = setting("dpo", "dpo, or kto on the same answers one by one", choices=("dpo", "kto"))
-    pairs: str = setting("expert", "expert, return or branch", choices=("expert", "return", "branch"))
+    pairs: str = setting(
+        "expert", "how pairs are made: expert, state, return or branch", choices=("expert", "state", "return", "branch")
+    )
     dataset: str | None = setting(None, "folder of trajectories for the first round")
     rounds: int = setting(1, "rounds of collecting, pairing, training and evaluating", ge=1)
     episodes: int = setting(256, "episodes of the policy's own in a round", ge=1)
@@ -134,13 +136,12 @@ def own_trajectories(config: DPORunConfig, policy: Any, number: int) -> Any:
 
 def make_pairs(config: DPORunConfig, policy: Any, trajectories: Any, number: int) -> list[Any]:
     """Pairs by the way that the settings name."""
-    from agent.preferences import branch_pairs, expert_pairs, return_pairs
+    from agent.preferences import branch_pairs, expert_pairs, return_pairs, state_pairs
     from experiments.environments import make_env
 
-    if config.pairs == "expert":
-        return expert_pairs(trajectories)
-    if config.pairs == "return":
-        return return_pairs(trajectories)
+    of_trajectories = {"expert": expert_pairs, "state": state_pairs, "return": return_pairs}
+    if config.pairs in of_trajectories:
+        return of_trajectories[config.pairs](trajectories)
 
     def act(observations: Any) -> Any:
         with policy.frozen_weights():

@@ -3,10 +3,12 @@
     python experiments/run_ladder.py --ladder experiments/configs/ladder_goto_tiny.yaml --output_dir runs/ladder
     python experiments/run_ladder.py --resume runs/ladder
 
-or ppo) and settings of its own. A name of an earlier step stands for what it wrote (`dataset: demos`, `policy: sft`);
+The file holds settings for all steps (`common`) and a list of `steps`, each with a name, a runner (collect, sft, dpo
 or ppo) and settings of its own. A name of an earlier step stands for what it wrote (`dataset: demos`, `policy: align`);
-without `policy` a step starts from the training before it. Every policy is then evaluated on the same held-out seeds:
-success with its interval, a paired test against the step before, time, what was trained, what was forgotten.
+without `policy` a step starts from the training before it, and `policy: start` is where the ladder starts. Every policy
+is then evaluated on the same held-out seeds: success with its interval, paired tests between all steps, time, how many
+parameters were trained, and what the language model has forgotten. `--sample` lets the policies draw their actions
+instead of taking the likeliest.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ from experiments.run_folder import check_job_folder, write_text  # noqa: E402
 
 RUNNERS = {"collect": "collect.py", "sft": "run_sft.py", "dpo": "run_dpo.py", "ppo": "run_ppo.py"}
 LADDER_FILE = "ladder.yaml"
+START = "start"  # the policy before any step
 OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has them
 
 
@@ -41,6 +44,7 @@ class LadderConfig:
     output_dir: str | None = setting(None, "folder of the ladder, must not exist")
     resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept")
     eval_episodes: int = setting(500, "held-out episodes of the comparison", ge=1)
+    sample: bool = setting(False, "in the comparison, draw actions from the policies' probabilities")
 
 
 def main() -> int:
@@ -49,14 +53,14 @@ def main() -> int:
     folder, ladder = _place(given)
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))
     done: dict[str, dict[str, Any]] = {}
-    policy: str | None = None
+    before = START
     for step in steps:
-        place = folder / step["name"]
-        seconds = run_step(step, ladder.get("common", {}), folder, place, policy, done)
-        done[step["name"]] = {"runner": step["runner"], "seconds": seconds}
         if step["runner"] != "collect":
-            policy = str(place / "final")
-    report(folder, ladder.get("common", {}), steps, done, given.eval_episodes)
+            before = step.setdefault("policy", before)
+        done[step["name"]] = run_step(step, ladder.get("common", {}), folder, done)
+        if step["runner"] != "collect":
+            before = step["name"]
+    report(folder, ladder.get("common", {}), done, given)
     return 0
 
 
@@ -104,40 +108,38 @@ def check_ladder(ladder: dict[str, Any], source: str) -> list[dict[str, Any]]:
                 f"Step {number} of {source} is {step!r}: expected a mapping with a name and a runner of "
                 f"{', '.join(RUNNERS)}."
             )
-        if step["name"] in names or not step["name"].isidentifier():
+        if step["name"] in (START, *names) or not step["name"].isidentifier():
             raise UsageError(f"The name {step['name']!r} in {source} is taken or no word: expected another.")
         names.append(step["name"])
     return steps
 
 
 def run_step(
-    step: dict[str, Any],
-    common: dict[str, Any],
-    folder: Path,
-    place: Path,
-    policy: str | None,
-    done: dict[str, dict[str, Any]],
-) -> float:
-    """Runs one step unless it is finished; its seconds.
+    step: dict[str, Any], common: dict[str, Any], folder: Path, done: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Runs one step unless it is finished.
+
+    Returns:
+        Its runner, seconds, and where it started from.
 
     Raises:
         UsageError: its runner refused it or failed.
     """
-    finished = folder / f"{step['name']}.json"
+    finished, place = folder / f"{step['name']}.json", folder / step["name"]
     if finished.is_file():
-        return float(json.loads(finished.read_text())["seconds"])
+        return dict(json.loads(finished.read_text()))
     shutil.rmtree(place, ignore_errors=True)  # of a start that was stopped
-    kind = "collect" if step["runner"] == "collect" else "train"
     settings = {**common, **{key: value for key, value in step.items() if key not in ("name", "runner")}}
+    if settings.get("policy") == START:
+        settings.pop("policy")
+        settings |= {key: value for key, value in common.items() if key == "policy"}
     for key in ("dataset", "policy"):
         if settings.get(key) in done:
             named = done[settings[key]]["runner"]
             settings[key] = str(folder / settings[key] / ("" if named == "collect" else "final"))
-    if kind == "train" and policy is not None and "policy" not in step:
-        settings["policy"] = policy
     if Path(str(settings.get("policy"))).is_dir():
         settings = {key: value for key, value in settings.items() if key not in OF_PRESETS}
-    settings["output" if kind == "collect" else "output_dir"] = str(place)
+    settings["output" if step["runner"] == "collect" else "output_dir"] = str(place)
     words = [
         word
         for key, value in settings.items()
@@ -151,24 +153,23 @@ def run_step(
             f"The step {step['name']!r} ended with exit code {code}: repair what it says above, and go on with "
             f"--resume {folder}."
         )
-    seconds = time.perf_counter() - start
-    write_text(finished, json.dumps({"seconds": seconds, "command": words}))
-    return seconds
+    result = {
+        "runner": step["runner"],
+        "seconds": time.perf_counter() - start,
+        "from": step.get("policy"),
+        "command": words,
+    }
+    write_text(finished, json.dumps(result))
+    return result
 
 
-def report(
-    folder: Path, common: dict[str, Any], steps: list[dict[str, Any]], done: dict[str, dict[str, Any]], episodes: int
-) -> None:
+def report(folder: Path, common: dict[str, Any], done: dict[str, dict[str, Any]], given: LadderConfig) -> None:
     """Evaluates every step's policy on the same held-out seeds; report.json and a table."""
     import torch
-    from rich import box
-    from rich.table import Table
 
     from agent.evaluation import evaluate
     from agent.forgetting import remember
-    from agent.statistics import mcnemar
     from experiments.environments import held_out_seeds, make_env
-    from experiments.progress import plain_console
     from experiments.settings import PlayConfig
     from experiments.setup import make_policy, quiet_libraries
 
@@ -176,53 +177,128 @@ def report(
     known = set(PlayConfig.__dataclass_fields__)
     settings = {key: value for key, value in common.items() if key in known}
     config = PlayConfig(**{**settings, "env_kwargs": _text(settings.get("env_kwargs"))})
-    seeds = held_out_seeds(config.seed, episodes)
-    places = {step["name"]: str(folder / step["name"] / "final") for step in steps if step["runner"] != "collect"}
+    seeds = held_out_seeds(config.seed, given.eval_episodes)
+    trained = {name: step for name, step in done.items() if step["runner"] != "collect"}
     rows: list[dict[str, Any]] = []
-    before: list[bool] | None = None
-    for name, place in {"start": config.policy, **places}.items():
+    success: dict[str, list[bool]] = {}
+    for name in (START, *trained):
         torch.manual_seed(config.seed)
-        config.policy = place
-        if name != "start":
+        if name != START:
+            config.policy = str(folder / name / "final")
             for key in OF_PRESETS:
                 setattr(config, key, None)
-            config.trainable = json.loads((Path(place) / "policy.json").read_text())["source"]["trainable"]
-        with contextlib.closing(make_env(config, min(32, episodes), held_out=True)) as env:
+            config.trainable = json.loads((Path(config.policy) / "policy.json").read_text())["source"]["trainable"]
+        with contextlib.closing(make_env(config, min(32, len(seeds)), held_out=True)) as env:
             policy = make_policy(config, env.action_names, env.frame_shape)
-            evaluation = evaluate(policy, env, seeds)
-        success = [episode.success for episode in evaluation.episodes]
+            evaluation = evaluate(policy, env, seeds, sample=given.sample)
+        success[name] = [episode.success for episode in evaluation.episodes]
+        learned = 0
+        if name != START:
+            of_head = policy.value_head.parameters() if trained[name]["runner"] == "ppo" else ()
+            learned = sum(p.numel() for p in (*policy.vlm.parameters(), *of_head) if p.requires_grad)
         rows.append(
             {
                 "step": name,
+                "from": trained[name]["from"] if name in trained else None,
                 **evaluation.summary(),
-                "p_against_before": None if before is None else mcnemar(before, success),
-                "seconds": done[name]["seconds"] if name in done else 0.0,
-                "trained_parameters": sum(p.numel() for p in policy.vlm.parameters() if p.requires_grad)
-                if name in done
-                else 0,
+                "seconds": trained[name]["seconds"] if name in trained else 0.0,
+                "trained_parameters": learned,
                 **remember(policy).summary(),
             }
         )
-        before = success
-    write_text(folder / "report.json", json.dumps({"seeds": seeds, "steps": rows}, indent=2))
-    table = Table(title=f"{config.env}, {episodes} held-out episodes", title_justify="left", box=box.SIMPLE)
-    for column in ("step", "success [95 %]", "p against before", "seconds", "trained", "perplexity", "questions"):
-        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
+    result = {
+        "env": config.env,
+        "seeds": seeds,
+        "sampled_actions": given.sample,
+        "demonstrations": {
+            name: {**_demonstrations(folder / name), "seconds": step["seconds"]}
+            for name, step in done.items()
+            if step["runner"] == "collect"
+        },
+        "steps": rows,
+        "comparisons": compare(success),
+        "success": success,
+    }
+    write_text(folder / "report.json", json.dumps(result, indent=2))
+    print_report(result, folder)
+
+
+def compare(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
+    """Every step against every one before it, in pairs of the same episodes.
+
+    Args:
+        success: of each step's episodes, in the order of the steps.
+    """
+    from agent.statistics import mcnemar
+
+    names = list(success)
+    return [
+        {
+            "step": name,
+            "against": other,
+            "difference": (sum(success[name]) - sum(success[other])) / len(success[name]),
+            "p": mcnemar(success[other], success[name]),
+        }
+        for number, name in enumerate(names)
+        for other in names[:number]
+    ]
+
+
+def _demonstrations(folder: Path) -> dict[str, Any]:
+    """Who played the trajectories in a folder, and how well."""
+    from agent.trajectories import load_trajectories
+
+    dataset, about = load_trajectories(str(folder))
+    first = [won for won, step in zip(dataset["success"], dataset["step"], strict=True) if step == 0]
+    return {
+        "player": about["player"],
+        "episodes": len(first),
+        "steps": len(dataset),
+        "success": sum(first) / len(first),
+    }
+
+
+def print_report(result: dict[str, Any], folder: Path) -> None:
+    """The content of report.json as tables."""
+    from rich import box
+    from rich.table import Table
+
+    from experiments.progress import episodes_in_words, plain_console
+
+    console = plain_console()
+    console.width = max(console.width, 120)
+    for name, data in result["demonstrations"].items():
+        console.print(
+            f"{name}: {data['episodes']:,} episodes, {data['steps']:,} steps of {data['player']}, success "
+            f"{data['success']:.1%}"
+        )
+    rows = result["steps"]
+    episodes = episodes_in_words(rows[0]["episodes"], rows[0]["starts"])
+    how = "sampled" if result["sampled_actions"] else "likeliest"
+    table = Table(
+        title=f"{result['env']}, {episodes}, held-out seeds, {how} actions", title_justify="left", box=box.SIMPLE
+    )
+    for column in ("step", "from", "success [95 %]", "return", "seconds", "trained", "perplexity", "questions"):
+        table.add_column(column, justify="left" if column in ("step", "from") else "right", no_wrap=True)
     for row in rows:
         low, high = row["success_ci95"]
-        p = row["p_against_before"]
         table.add_row(
             row["step"],
+            row["from"] or "",
             f"{row['success']:.1%} [{low:.1%}, {high:.1%}]",
-            "" if p is None else f"{p:.2g}",
+            f"{row['return_mean']:.2f}",
             f"{row['seconds']:.0f}",
             f"{row['trained_parameters']:,}",
             f"{row['perplexity']:.1f}",
             f"{row['probes']:.0%}",
         )
-    console = plain_console()
-    console.width = max(console.width, 120)
     console.print(table)
+    if rows[0]["starts"] > 1:  # else the episodes are no sample that could be tested
+        for pair in result["comparisons"]:
+            console.print(
+                f"{pair['step']} against {pair['against']}: {100 * pair['difference']:+.1f} points, p = {pair['p']:.2g}"
+            )
+        console.print("p: exact McNemar test on the same episodes, two-sided")
     console.print(f"written to {folder / 'report.json'}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.command_line import UsageError, parse, run_main
-from experiments.progress import plain_console, print_table
+from experiments.progress import episodes_in_words, plain_console, print_table
 from experiments.settings import RunConfig, check_together
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +124,7 @@ def test_the_results_print_as_they_are():
         "return_ci95": [-1.25, 0.25],
         "length_mean": 12.34,
         "episodes": 20,
+        "starts": 20,
     }
     console = plain_console()
     console.file = StringIO()
@@ -131,4 +132,6 @@ def test_the_results_print_as_they_are():
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert "env [red]:smile:, 20 episodes a row" in text
+    assert episodes_in_words(20, 7) == "20 episodes from 7 starts"
+    assert episodes_in_words(20, 1) == "20 episodes from the same start"
     assert "50.0% [25.0%, 75.0%]" in text and "-0.50 [-1.25, 0.25]" in text and "replaced instruction" in text

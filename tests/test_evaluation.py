@@ -30,6 +30,14 @@ def test_each_seed_is_played_once_and_in_order(policy, num_envs):
     assert evaluate(policy, go_to(num_envs), SEEDS).episodes == alone
 
 
+def test_starts_that_differ_are_counted_by_sight(policy):
+    assert evaluate(policy, go_to(4), SEEDS[:1] * 3).starts == 1
+    assert evaluate(policy, go_to(2), SEEDS[:5]).starts == 5
+    env = EpisodeVectorEnv("manako/GoTo-v0", 2, instruction="go to the red ball")
+    boards = {env.reset(seeds=[seed] * 2).images[0].tobytes() for seed in SEEDS}
+    assert evaluate(policy, env, SEEDS).starts == len(boards)  # here the instruction tells none apart
+
+
 def test_a_policy_that_always_says_the_same(policy, monkeypatch):
     """With the answer fixed, no condition but `random` differs, and the return is that of the scripted moves."""
     fixed = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))

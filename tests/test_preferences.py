@@ -1,11 +1,14 @@
 """Preference pairs against trajectories written by hand, and branches against the environment itself."""
 
+import io
+
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
+from PIL import Image as Picture
 
 from agent.errors import TrainingError
-from agent.preferences import branch_pairs, expert_pairs, pair_dataset, return_pairs, unpaired
+from agent.preferences import branch_pairs, expert_pairs, pair_dataset, return_pairs, state_pairs, unpaired
 from agent.rollout import RolloutCollector
 from agent.trajectories import RandomPlayer, to_dataset
 from envs import EpisodeVectorEnv
@@ -40,6 +43,34 @@ def test_the_better_of_two_episodes_is_preferred_where_they_first_part():
         (7, [2], [0], 1.0),  # row 9: as good as the first, worse than the last, better than the second
     )
     assert sorted(return_pairs(data)) == [(1, 1, 3), (7, 0, 2), (8, 1, 3), (9, 2, 0)]
+
+
+def test_at_the_same_sight_the_action_that_paid_more_on_average_is_preferred():
+    """Sight A: action 0 is followed by 1 and 3 (mean 2), action 1 by 2.5; sight B: both are followed by 0.5."""
+    steps = [  # sight, instruction, episode, action, reward
+        ("A", "go", 0, 0, 0.5),
+        ("B", "go", 0, 0, 0.5),
+        ("A", "go", 1, 0, 3.0),
+        ("A", "go", 2, 1, 2.0),
+        ("B", "go", 2, 1, 0.5),
+        ("A", "stay", 3, 2, 9.0),  # another instruction is another state
+    ]
+    frames = {"A": np.zeros((2, 2, 3), np.uint8), "B": np.ones((2, 2, 3), np.uint8)}
+    columns = {
+        "image": [{"bytes": png(frames[sight]), "path": None} for sight, *_ in steps],
+        "instruction": [text for _, text, *_ in steps],
+        "episode": [episode for _, _, episode, _, _ in steps],
+        "action": [action for *_, action, _ in steps],
+        "reward": [reward for *_, reward in steps],
+    }
+    data = Dataset.from_dict(columns).cast_column("image", Image())
+    assert state_pairs(data) == [(0, 1, 0), (2, 1, 0)]
+
+
+def png(frame):
+    buffer = io.BytesIO()
+    Picture.fromarray(frame).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

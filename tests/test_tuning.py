@@ -20,6 +20,7 @@ from agent.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrati
 from agent.trajectories import ScriptedDemonstrator, to_dataset
 from agent.tuning import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer, frozen_copy
 from envs import EpisodeVectorEnv
+from experiments.run_ladder import compare
 from policies import PolicySource, load_policy, save_policy
 from tests.small_runs import difference, weights
 
@@ -239,7 +240,15 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
             {"name": "demos", "runner": "collect", "episodes": 30, "error_rate": 0.3},
             {"name": "sft", "runner": "sft", "dataset": "demos", "batch_size": 16, **SMALL},
             {"name": "dpo", "runner": "dpo", "episodes": 20, "num_steps": 10, "batch_size": 16, **SMALL},
-            {"name": "ppo", "runner": "ppo", "total_steps": 64, "num_envs": 8, "minibatch_size": 128, **SMALL},
+            {
+                "name": "ppo",
+                "runner": "ppo",
+                "policy": "sft",
+                "total_steps": 64,
+                "num_envs": 8,
+                "minibatch_size": 128,
+                **SMALL,
+            },
         ],
     }
     (tmp_path / "ladder.yaml").write_text(json.dumps(ladder))
@@ -248,8 +257,12 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [row["step"] for row in report["steps"]] == ["start", "sft", "dpo", "ppo"]
     for row in report["steps"][1:]:
-        assert row["episodes"] == 6 and 0 <= row["p_against_before"] <= 1 and row["trained_parameters"] > 200_000
+        assert row["episodes"] == 6 and row["trained_parameters"] > 200_000
         assert row["seconds"] > 0 and row["perplexity"] > 1
+    assert [row["from"] for row in report["steps"]] == [None, "start", "sft", "sft"]
+    pairs = [(pair["step"], pair["against"]) for pair in report["comparisons"]]
+    assert pairs[:3] == [("sft", "start"), ("dpo", "start"), ("dpo", "sft")] and len(pairs) == 6
+    assert report["demonstrations"]["demos"]["episodes"] >= 30 and "ppo against sft" in done.stdout
     before = (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime
     done = run("run_ladder.py", tmp_path, resume="out", eval_episodes=6)
     assert done.returncode == 0 and (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime == before
@@ -259,6 +272,16 @@ def test_alignment_as_a_program(tmp_path):
     done = run("run_sft.py", tmp_path, stage="align", captions=16, batch_size=8, output_dir="align")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
+
+
+def test_every_step_is_compared_with_all_before_it():
+    """Three episodes more and none less: p = 2 / 2**3."""
+    won = {"a": [False] * 3 + [True], "b": [True] * 4, "c": [True] * 4}
+    assert compare(won) == [
+        {"step": "b", "against": "a", "difference": 0.75, "p": 0.25},
+        {"step": "c", "against": "a", "difference": 0.75, "p": 0.25},
+        {"step": "c", "against": "b", "difference": 0.0, "p": 1.0},
+    ]
 
 
 BAD = {
