@@ -178,7 +178,10 @@ def save_trajectories(dataset: Dataset, folder: Path) -> None:
 
 
 def load_trajectories(
-    folder: str, env_id: str | None = None, action_names: Sequence[str] | None = None
+    folder: str,
+    env_id: str | None = None,
+    action_names: Sequence[str] | None = None,
+    frame_shape: Sequence[int] | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
     """A dataset of `save_trajectories`, and what holds for all its rows.
 
@@ -186,9 +189,11 @@ def load_trajectories(
         folder: where it lies.
         env_id: the environment that it must be of.
         action_names: the actions that it must be of.
+        frame_shape: (H, W, 3) of the frames that it must hold.
 
     Raises:
-        TrainingError: no dataset there, an empty one, other columns, another environment or other actions.
+        TrainingError: no dataset there, an empty one, other columns, no images, another environment, other actions or
+            frames.
     """
     if not Path(folder).is_dir():
         raise TrainingError(
@@ -203,20 +208,31 @@ def load_trajectories(
             f"{folder!r} holds no trajectories ({reason}): expected a dataset of experiments/collect.py."
         ) from error
     missing = [name for name in FEATURES if name not in getattr(dataset, "column_names", ())]
-    if not isinstance(about, dict) or missing:
+    known = isinstance(about, dict) and {"env_id", "action_names", "frame_shape"} <= set(about)
+    if missing or not known:
         named = f"the column {missing[0]!r} is missing" if missing else "it does not say of which environment it is"
         raise TrainingError(
             f"{folder!r} holds no trajectories ({named}): expected a dataset of experiments/collect.py."
         )
     if len(dataset) == 0:
         raise TrainingError(f"The dataset {folder!r} is empty: expected at least one episode, so collect again.")
-    if dataset[0]["image"] is None:
-        raise TrainingError(f"The dataset {folder!r} has no images: expected a frame in every row, so collect again.")
+    lacking = sum(frame is None for frame in dataset.cast_column("image", Image(decode=False))["image"])
+    if lacking:
+        raise TrainingError(
+            f"The dataset {folder!r} has no images in {lacking:,} of {len(dataset):,} rows: expected a frame in every "
+            "row, so collect again."
+        )
     if env_id is not None and about["env_id"] != env_id:
         raise TrainingError(f"The dataset {folder!r} is of {about['env_id']}: expected one of {env_id}.")
     if action_names is not None and list(action_names) != about["action_names"]:
         raise TrainingError(
             f"The dataset {folder!r} has the actions {', '.join(about['action_names'])}: expected "
             f"{', '.join(action_names)}."
+        )
+    if frame_shape is not None and list(frame_shape) != about["frame_shape"]:
+        raise TrainingError(
+            f"The dataset {folder!r} has frames of {' x '.join(map(str, about['frame_shape']))}, but the environment "
+            f"shows {' x '.join(map(str, frame_shape))}: use the env_kwargs that it was collected with, "
+            f"{about.get('env_kwargs')}."
         )
     return dataset, about

@@ -82,7 +82,9 @@ def main() -> int:
     reports = []
     for number in range(config.rounds):
         if number == 0 and config.dataset is not None:
-            trajectories, _ = load_trajectories(config.dataset, config.env, policy.spec.action_names)
+            trajectories, _ = load_trajectories(
+                config.dataset, config.env, policy.spec.action_names, policy.spec.frame_shape
+            )
         else:
             trajectories = own_trajectories(config, policy, number)
         pairs = pair_dataset(trajectories, make_pairs(config, policy, trajectories, number), policy)

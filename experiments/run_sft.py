@@ -91,7 +91,9 @@ def main() -> int:
     if config.stage == "align":
         data = captions(*frames_and_captions(config))
     else:
-        trajectories, _ = load_trajectories(str(config.dataset), config.env, policy.spec.action_names)
+        trajectories, _ = load_trajectories(
+            str(config.dataset), config.env, policy.spec.action_names, policy.spec.frame_shape
+        )
         data = demonstrations(trajectories, policy, config.only_success)
     console.print(f"run          {run_dir}\ndata         {len(data):,} examples, {config.stage}")
     print_parts(console, policy)

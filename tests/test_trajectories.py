@@ -129,6 +129,12 @@ def dataset_names(dataset):
     return json.loads(dataset.info.description)["action_names"]
 
 
+def described(rows, about):
+    changed = rows.select(range(len(rows)))
+    changed.info.description = json.dumps(about)
+    return changed
+
+
 def spoil(dataset, folder, change):
     changed = change(dataset)
     changed.info.description = changed.info.description or dataset.info.description
@@ -140,10 +146,17 @@ def spoil(dataset, folder, change):
     [
         (lambda rows: rows.select([]), "is empty|holds no trajectories"),
         (lambda rows: rows.remove_columns("seed"), "the column 'seed' is missing"),
-        (lambda rows: rows.map(lambda row: {"image": None}), "has no images"),
+        (lambda rows: rows.map(lambda row: {"image": None}), "has no images in"),
+        (
+            lambda rows: rows.map(
+                lambda row, number: {"image": None if number == 9 else row["image"]}, with_indices=True
+            ),
+            "has no images in 1 of",
+        ),
         (lambda rows: Dataset.from_dict({"text": ["hello"]}), "the column 'image' is missing"),
+        (lambda rows: described(rows, {"of": "somebody else"}), "it does not say of which environment it is"),
     ],
-    ids=["empty", "column", "images", "other"],
+    ids=["empty", "column", "images", "an image", "other", "description"],
 )
 def test_datasets_that_cannot_be_used(change, message, dataset, tmp_path):
     spoil(dataset, tmp_path / "data", change)
@@ -158,6 +171,8 @@ def test_datasets_of_something_else(dataset, tmp_path):
         load_trajectories(str(tmp_path / "data"), "FrozenLake-v1")
     with pytest.raises(TrainingError, match="has the actions up, down, left, right: expected left, right"):
         load_trajectories(str(tmp_path / "data"), None, ["left", "right"])
+    with pytest.raises(TrainingError, match="has frames of 24 x 24 x 3, but the environment shows 40 x 40 x 3"):
+        load_trajectories(str(tmp_path / "data"), GOTO, dataset_names(dataset), (40, 40, 3))
     with pytest.raises(TrainingError, match="There is no folder"):
         load_trajectories(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()

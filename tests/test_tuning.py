@@ -17,9 +17,11 @@ from agent.forgetting import PROBES, remember
 from agent.preferences import expert_pairs, pair_dataset, unpaired
 from agent.rollout import RolloutCollector
 from agent.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrations
-from agent.trajectories import ScriptedDemonstrator, to_dataset
+from agent.trajectories import ScriptedDemonstrator, save_trajectories, to_dataset
 from agent.tuning import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer, frozen_copy
 from envs import EpisodeVectorEnv
+from experiments import run_dpo, run_sft
+from experiments.command_line import run_main
 from experiments.run_ladder import compare
 from policies import PolicySource, load_policy, save_policy
 from tests.small_runs import difference, weights
@@ -272,6 +274,55 @@ def test_alignment_as_a_program(tmp_path):
     done = run("run_sft.py", tmp_path, stage="align", captions=16, batch_size=8, output_dir="align")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
+
+
+@pytest.fixture(scope="module")
+def recorded(trajectories, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded")
+    save_trajectories(trajectories, folder / "wrong")
+    right = to_dataset(
+        [
+            RolloutCollector(
+                EpisodeVectorEnv(GOTO, 4),
+                make_policy(),
+                9,
+                0,
+                record=True,
+                ask_expert=True,
+                demonstrator=ScriptedDemonstrator(),
+            ).collect(0)
+        ],
+        make_policy(),
+        GOTO,
+        "expert",
+        {},
+    )
+    save_trajectories(right, folder / "right")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("runner", "words", "message"),
+    [
+        (run_sft, ["--env", "manako/ColorMatch-v0", "--dataset", "wrong"], "is of manako/GoTo-v0: expected one of"),
+        (run_sft, ["--env_kwargs", '{"size": 4}', "--dataset", "wrong"], "but the environment shows 32 x 32 x 3"),
+        (run_dpo, ["--pairs", "expert", "--dataset", "right"], "No two actions could be told apart"),
+        (run_dpo, ["--pairs", "return", "--dataset", "right"], "No two actions could be told apart"),
+        (run_dpo, ["--action_names", "n,s,w,e", "--dataset", "wrong"], "expected n, s, w, e"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(
+    runner, words, message, recorded, tmp_path, monkeypatch, capsys
+):
+    *flags, name = words
+    monkeypatch.setattr(
+        sys, "argv", ["run", *flags, str(recorded / name), "--trainable", "full", "--output_dir", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        run_main(runner.main)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_step_is_compared_with_all_before_it():
