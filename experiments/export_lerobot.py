@@ -1,0 +1,83 @@
+"""Writes trajectories of collect.py as a LeRobot dataset, which LeRobot's loaders, tools and policies read.
+
+    python experiments/export_lerobot.py --dataset data/goto --output data/goto-lerobot
+    python experiments/export_lerobot.py --dataset data/goto --output data/goto-lerobot --fps 10
+
+LeRobot is not needed for it. agent/lerobot_format.py says what is in the folder; there,
+`LeRobotDataset("goto", root="data/goto-lerobot")` opens it.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
+
+DEFAULT_FPS = 4  # where nothing says how fast an environment runs: that of this project's own
+
+
+@dataclass
+class ExportConfig:
+    """Settings of export_lerobot.py."""
+
+    dataset: str | None = setting(None, "trajectories, a folder of collect.py")
+    output: str | None = setting(None, "folder of the LeRobot dataset, must not exist")
+    fps: int | None = setting(
+        None, f"frames per second; by default the env's render_fps, and {DEFAULT_FPS} where it has none", ge=1
+    )
+
+
+def main() -> int:
+    """One export; returns the exit code."""
+    given = parse(ExportConfig, description="Writes trajectories as a LeRobot dataset.")
+    if not given.dataset:
+        raise UsageError("--dataset is missing: give a folder of experiments/collect.py.")
+    if not given.output:
+        raise UsageError("--output is missing: give the folder of the new dataset.")
+    if Path(given.output).exists():
+        raise UsageError(f"{given.output!r} exists and is not overwritten: give another --output.")
+    from agent.lerobot_format import export_lerobot
+    from agent.trajectories import load_trajectories
+    from experiments.setup import quiet_libraries
+
+    quiet_libraries()
+    dataset, about = load_trajectories(given.dataset)
+    rendered = None if given.fps else render_fps(about)
+    origin = "--fps" if given.fps else "its render_fps" if rendered else f"it has no render_fps here: {DEFAULT_FPS}"
+    fps = given.fps or rendered or DEFAULT_FPS
+    written = export_lerobot(dataset, about, Path(given.output), fps)
+    print(
+        f"{written.episodes:,} episodes, {written.frames:,} frames and {written.tasks:,} tasks of {about['env_id']} at "
+        f"{fps} frames per second ({origin}), written to {given.output}"
+    )
+    return 0
+
+
+def render_fps(about: dict[str, Any]) -> int | None:
+    """The frames per second in the metadata of the trajectories' environment.
+
+    Returns:
+        None where it has none, has no whole number, or cannot be made on this machine.
+    """
+    from envs import EnvError
+    from envs.making import make_raw_env
+
+    try:
+        with contextlib.closing(make_raw_env(about["env_id"], json.loads(about.get("env_kwargs") or "{}"))) as env:
+            fps = env.metadata.get("render_fps")
+    except EnvError:
+        return None
+    return int(fps) if isinstance(fps, int | float) and fps >= 1 and fps == int(fps) else None
+
+
+if __name__ == "__main__":
+    run_main(main)
