@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from agent.errors import TrainingError
-from agent.supervised import MESSAGES, say
+from agent.supervised import MESSAGES, say, stored_frames
 from policies import VLMPolicy
 
 METHODS = ("expert", "state", "return", "branch")
@@ -48,8 +48,8 @@ def state_pairs(trajectories: Dataset) -> list[Pair]:
     A state is a frame and an instruction. Its actions are ranked by the mean of the rewards from there to the end of
     the episode, over all steps that took them; of equal ones the lowest is the best, and they make no pair.
     """
-    frames = trajectories.cast_column("image", Image(decode=False))["image"]
-    states = [(frame["bytes"], text) for frame, text in zip(frames, trajectories["instruction"], strict=True)]
+    frames, texts = stored_frames(trajectories), trajectories["instruction"]
+    states = [(frame["bytes"], text) for frame, text in zip(frames, texts, strict=True)]
     actions, episodes, rewards = trajectories["action"], trajectories["episode"], trajectories["reward"]
     to_go = list(rewards)
     for row in reversed(range(len(to_go) - 1)):
@@ -154,18 +154,17 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: VLMPolicy) ->
             "so collect with --group_size, with a weaker player, or choose other --pairs."
         )
     rows = trajectories.select([row for row, _, _ in pairs])
-    answers = policy.codec.answers
-
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        _, chosen, rejected = pairs[index]
-        return {
-            "prompt": policy.prompts.messages(policy.prompts.clean(row["instruction"])),
-            "chosen": say(answers[chosen]),
-            "rejected": say(answers[rejected]),
-            "images": [row["image"]],
-        }
-
-    return rows.map(convert, with_indices=True, remove_columns=rows.column_names, features=FEATURES)
+    prompts = {text: policy.prompts.messages(policy.prompts.clean(text)) for text in set(rows["instruction"])}
+    answers = [say(answer) for answer in policy.codec.answers]
+    return Dataset.from_dict(
+        {
+            "prompt": [prompts[text] for text in rows["instruction"]],
+            "chosen": [answers[chosen] for _, chosen, _ in pairs],
+            "rejected": [answers[rejected] for _, _, rejected in pairs],
+            "images": [[frame] for frame in stored_frames(rows)],
+        },
+        features=FEATURES,
+    )
 
 
 def unpaired(pairs: Dataset) -> Dataset:

@@ -63,7 +63,7 @@ class WorkerOptions:
     cpus: float = 1.0
     gpus: float = 0.0
     timeout: float = 300.0
-    placement_timeout: float = 20.0
+    placement_timeout: float = 60.0
 
     def __str__(self) -> str:
         return f"{self.num_workers} x ({self.cpus:g} CPU, {self.gpus:g} GPU)"

@@ -41,14 +41,21 @@ def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool 
     if len(rows) == 0:
         raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "prompt": policy.prompts.messages(policy.prompts.clean(row["instruction"])),
-            "completion": say(policy.codec.answers[row["action"]]),
-            "images": [row["image"]],
-        }
+    prompts = {text: policy.prompts.messages(policy.prompts.clean(text)) for text in set(rows["instruction"])}
+    answers = [say(answer) for answer in policy.codec.answers]
+    return Dataset.from_dict(
+        {
+            "prompt": [prompts[text] for text in rows["instruction"]],
+            "completion": [answers[action] for action in rows["action"]],
+            "images": [[frame] for frame in stored_frames(rows)],
+        },
+        features=FEATURES,
+    )
 
-    return rows.map(convert, remove_columns=rows.column_names, features=FEATURES)
+
+def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:
+    """The frames as they are stored: PNG bytes, which a dataset takes without drawing them again."""
+    return list(trajectories.cast_column("image", Image(decode=False))["image"])
 
 
 def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:

@@ -6,8 +6,11 @@ An environment of your own offers it by a method `caption()`. Known here beside 
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from envs.errors import EnvError
+
+LAKE = {b"S": "ice", b"F": "ice", b"H": "hole", b"G": "goal"}
 
 
 def place_name(row: int, column: int, rows: int, columns: int) -> str:
@@ -29,20 +32,28 @@ def caption_of(env: gym.Env, env_id: str) -> str:
     if hasattr(raw, "caption"):
         return str(raw.caption())
     if hasattr(raw, "desc") and hasattr(raw, "s") and hasattr(raw, "ncol"):
-        rows, columns = raw.desc.shape
-
-        def cell(letter: bytes) -> list[str]:
-            return [
-                place_name(row, column, rows, columns)
-                for row in range(rows)
-                for column in range(columns)
-                if raw.desc[row, column] == letter
-            ]
-
-        player = place_name(*divmod(int(raw.s), int(raw.ncol)), rows, columns)
-        holes = "; ".join(cell(b"H"))
-        return f"player at {player}. goal at {'; '.join(cell(b'G'))}." + (f" holes at {holes}." if holes else "")
+        return _frozen_lake(raw.desc, *divmod(int(raw.s), int(raw.ncol)))
     raise EnvError(
         f"{env_id} says nowhere what its frames show: expected a method caption() on the environment that returns a "
         "sentence about its present state"
     )
+
+
+def _frozen_lake(board: np.ndarray, row: int, column: int) -> str:
+    """Where the player is and what lies around, then the goals.
+
+    The rest of the board is left out: where it is the same in every frame, a caption would teach to say it unseen.
+
+    Args:
+        board: (rows, columns) of b"S", b"F", b"H" and b"G".
+        row: the player's.
+        column: the player's.
+    """
+    rows, columns = board.shape
+    around = []
+    for side, (down, right) in {"left": (0, -1), "below": (1, 0), "right": (0, 1), "above": (-1, 0)}.items():
+        inside = 0 <= row + down < rows and 0 <= column + right < columns
+        what = LAKE[bytes(board[row + down, column + right])] if inside else "edge"
+        around.append(f"{what} {side}")
+    goals = [place_name(down, right, rows, columns) for down, right in np.argwhere(board == b"G").tolist()]
+    return f"player at {place_name(row, column, rows, columns)}: {', '.join(around)}. goal at {'; '.join(goals)}."

@@ -4,7 +4,8 @@
     python experiments/run_ladder.py --resume runs/ladder
 
 The file holds settings for all steps (`common`) and a list of `steps`, each with a name, a runner (collect, sft, dpo
-or ppo) and settings of its own. A name of an earlier step stands for what it wrote (`dataset: demos`, `policy: align`);
+or ppo) and settings of its own. A name of an earlier step stands for what it wrote (`dataset: demos`, `policy: align`,
+`vision_encoder: see`);
 without `policy` a step starts from the training before it, and `policy: start` is where the ladder starts. Every policy
 is then evaluated on the same held-out seeds: success with its interval, paired tests between all steps, time, how many
 parameters were trained, and what the language model has forgotten. `--sample` lets the policies draw their actions
@@ -133,7 +134,7 @@ def run_step(
     if settings.get("policy") == START:
         settings.pop("policy")
         settings |= {key: value for key, value in common.items() if key == "policy"}
-    for key in ("dataset", "policy"):
+    for key in ("dataset", "policy", "vision_encoder"):
         if settings.get(key) in done:
             named = done[settings[key]]["runner"]
             settings[key] = str(folder / settings[key] / ("" if named == "collect" else "final"))

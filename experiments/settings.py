@@ -68,7 +68,7 @@ class RolloutConfig(PlayConfig):
     worker_cpus: float = setting(1.0, "CPU cores of a worker", gt=0)
     worker_gpus: float = setting(0.0, "GPUs of a worker, such as 0.5", ge=0)
     worker_timeout: float = setting(300.0, "seconds after which a worker that does not answer is replaced", gt=0)
-    placement_timeout: float = setting(20.0, "seconds that a worker may wait for its place in the cluster", gt=0)
+    placement_timeout: float = setting(60.0, "seconds that a worker may wait for its place and start", gt=0)
     ray_address: str | None = setting(
         None, "host:port of a Ray cluster, or auto for this machine's; by default RAY_ADDRESS, else one is started"
     )

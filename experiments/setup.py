@@ -58,6 +58,8 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
 
 
 def make_policy(config: PlayConfig, action_names: tuple[str, ...], frame_shape: tuple[int, int, int]) -> VLMPolicy:

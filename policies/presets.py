@@ -68,6 +68,7 @@ PRESETS: dict[str, Preset] = {
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)  # what a bad folder or name raises
 INITIALIZER_RANGE = 0.15  # of the small random parts, width 64
 VISION_ENCODERS = ("vit", "clip_vit", "convnext")
+VISION_TOWERS = ("vision_model", "vision_tower", "visual")  # what models call it that have more parts
 LANGUAGE_MODELS = ("tiny-llama", "smollm2")
 
 # What the tiny tokenizer learns its merges from: the words of prompts, of our envs and of common action names. Any
@@ -276,7 +277,7 @@ def _small_encoder(
 
 
 def _pretrained_encoder(name: str) -> tuple[PreTrainedModel, PreTrainedConfig, Any]:
-    """Any encoder that AutoModel loads; of a two-tower model (CLIP, SigLIP) the vision tower."""
+    """Any encoder that AutoModel loads; of a two-tower model (CLIP, SigLIP) or a whole VLM its vision tower."""
     try:
         with quietly():
             model, loading = AutoModel.from_pretrained(
@@ -290,12 +291,14 @@ def _pretrained_encoder(name: str) -> tuple[PreTrainedModel, PreTrainedConfig, A
         ) from error
     check_complete(name, loading)
     if "vision_config" in model.config.sub_configs:
-        if not isinstance(getattr(model, "vision_model", None), PreTrainedModel):
+        parts = (getattr(model, part, None) for part in VISION_TOWERS)
+        tower = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+        if tower is None:
             raise PolicyError(
                 f"{name!r} holds a {type(model).__name__}, whose vision encoder is not a model of its own: expected a "
-                "vision encoder, or a two-tower model such as CLIP or SigLIP."
+                "vision encoder, a two-tower model such as CLIP or SigLIP, or a VLM such as a policy of ours."
             )
-        model = model.vision_model
+        model = tower
     return model, model.config, processor
 
 

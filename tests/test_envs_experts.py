@@ -119,7 +119,8 @@ def test_captions_say_what_is_there():
     lake = envs.make_env("FrozenLake-v1", env_kwargs={"is_slippery": False})
     lake.reset(seed=0)
     lake.step(1)
-    assert lake.caption().startswith("player at row 2, column 1. goal at row 4, column 4. holes at row 2, column 2;")
+    around = "edge left, ice below, hole right, ice above"
+    assert lake.caption() == f"player at row 2, column 1: {around}. goal at row 4, column 4."
 
 
 def test_places():

@@ -29,9 +29,12 @@ from agent.ray_workers import (
     cluster,
     segments_of,
 )
+from agent.trajectories import ScriptedDemonstrator, to_dataset
 from agent.workers import EnvWorker, ReplicaWorker, Segment, as_arrays, load_trainable, trainable_tensors
 from experiments.environments import make_segment
 from experiments.settings import RunConfig
+from experiments.setup import make_policy as make_run_policy
+from experiments.setup import make_rollouts
 
 ROOT = Path(__file__).parents[1]
 NUM_ENVS = 4
@@ -52,7 +55,7 @@ def policy():
 
 def options(num_workers=2, **given):
     return WorkerOptions(
-        **{"num_workers": num_workers, "cpus": 0.5, "timeout": 60.0, "placement_timeout": 20.0, **given}
+        **{"num_workers": num_workers, "cpus": 0.5, "timeout": 60.0, "placement_timeout": 60.0, **given}
     )
 
 
@@ -114,6 +117,27 @@ def test_without_a_common_batch_size_only_rounding_differs(backend, policy):
     with backend(policy, 2, batch_size=None) as rollouts:
         for iteration in range(2):
             close_enough(rollouts.collect(iteration), plain.collect(iteration))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_records_the_same_trajectories(name):
+    """Frames, the expert's word and all; the demonstrator is an expert that is wrong at times."""
+    config = RunConfig(num_envs=4, num_steps=12, rollout_backend=name, num_workers=2, worker_cpus=0.5)
+    config.rollout_batch_size, config.torch_threads = 2, 1
+    with contextlib.closing(make_segment(config, 1, 0, 1)) as env:
+        policy = make_run_policy(config, env.action_names, env.frame_shape)
+    recorded = {"demonstrator": ScriptedDemonstrator(0.3), "record": True, "ask_expert": True}
+    data = []
+    for backend in (name, "local"):
+        config.rollout_backend = backend
+        with contextlib.closing(make_rollouts(config, policy, 10, recorded=recorded)) as rollouts:
+            data.append(to_dataset([rollouts.collect(0), rollouts.collect(1)], policy, config.env, "expert", {}))
+    theirs, mine = data
+    assert len(mine) > 60 and min(mine["expert_action"]) >= 0
+    for column in mine.column_names:
+        if column != "image":
+            assert theirs[column] == mine[column], column
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(theirs["image"], mine["image"], strict=True))
 
 
 @backends
