@@ -2,6 +2,7 @@
 
 import functools
 import math
+import platform
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,21 @@ def try_out(env: EpisodeVectorEnv, policy: VLMPolicy) -> None:
     env.step(np.zeros(env.num_envs, dtype=np.int64))
 
 
+def check_bf16(config: PlayConfig) -> None:
+    """Says where bfloat16 is asked of a CPU that has to compute it in software, several times slower than float32."""
+    import torch
+
+    native = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    on_cpu = not torch.cuda.is_available() and platform.machine() in ("x86_64", "AMD64")
+    if config.bf16 and on_cpu and not any(supported() for supported in native):
+        print("note: this CPU has no bfloat16 instructions (AVX512-BF16, AMX): --bf16 false is faster here", flush=True)
+
+
 def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
     """Arguments of PPOTrainer; the Trainer writes its checkpoints into `output_dir`."""
     import torch
 
+    check_bf16(config)
     return PPOConfig(
         output_dir=str(output_dir),
         num_iterations=math.ceil(config.total_steps / (config.num_envs * config.num_steps)),
@@ -132,6 +144,7 @@ def make_tuning_args(kind: Any, config: Any, run_dir: Path, **own: Any) -> Any:
     """
     import torch
 
+    check_bf16(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
         return kind(

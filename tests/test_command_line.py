@@ -10,6 +10,7 @@ import pytest
 from experiments.command_line import UsageError, parse, run_main
 from experiments.progress import episodes_in_words, plain_console, print_table
 from experiments.settings import RunConfig, check_together
+from experiments.setup import check_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -135,3 +136,14 @@ def test_the_results_print_as_they_are():
     assert episodes_in_words(20, 7) == "20 episodes from 7 starts"
     assert episodes_in_words(20, 1) == "20 episodes from the same start"
     assert "50.0% [25.0%, 75.0%]" in text and "-0.50 [-1.25, 0.25]" in text and "replaced instruction" in text
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_in_software_is_pointed_out(native, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    check_bf16(RunConfig(bf16=True))
+    check_bf16(RunConfig(bf16=False))
+    assert capsys.readouterr().out.count("no bfloat16 instructions") == (0 if native else 1)
