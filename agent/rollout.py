@@ -21,7 +21,6 @@ from agent.group_advantages import group_advantages
 from policies import PolicyInputs, PolicyOutput, VLMPolicy
 
 Forward = Callable[[PolicyInputs], PolicyOutput]
-Demonstrator = Callable[["VectorEnv", PolicyInputs], PolicyOutput]  # log-probabilities (N, A) and values (N,)
 ACTIONS, SHUFFLES = 11, 12  # what a random stream is for; 0 and 1 are the episodes' seeds
 
 
@@ -70,6 +69,51 @@ class VectorEnv(Protocol):
 
     def close(self) -> None:
         """Ends it."""
+
+
+class Demonstrator(Protocol):
+    """Who chooses the actions in the policy's place: a scripted expert, recorded play, chance, a model far away.
+
+    Known: `ScriptedDemonstrator`, `RecordedDemonstrator` and `RandomPlayer` in agent/trajectories.py. One of your own
+    is any function or object that is called like this; here one that asks a service, frame by frame:
+
+        class Remote:
+            def __call__(self, env, observations):
+                names = [
+                    ask(image, instruction, env.action_names)  # (H, W, 3) uint8, text -> one of the names
+                    for image, instruction in zip(observations.images, observations.instructions, strict=True)
+                ]
+                actions = torch.tensor([env.action_names.index(name) for name in names])
+                return surely(actions, len(env.action_names))
+
+        collector = RolloutCollector(env, policy, num_steps, seed, demonstrator=Remote(), record=True)
+        to_dataset([collector.collect(0)], policy, env_id, "remote", {})
+
+    Locally and with ray-env there is one, which is called for all slots before each of their steps, in order. With
+    ray-replica every worker has its own copy (it must pickle) and may repeat a rollout: keep no state there.
+    """
+
+    def __call__(self, env: VectorEnv, observations: Observations) -> PolicyOutput:
+        """What to do now.
+
+        Args:
+            env: N environments; ask them (`action_names`, `expert_actions()`, with the local backend also
+                `episode_seeds` and `episode_lengths`, 0 at an episode's start), never step or reset them.
+            observations: what they show, (N, H, W, 3) uint8 and N texts.
+
+        Returns:
+            Log-probabilities (N, A) float32, from which each slot's action is drawn with the run's random numbers (-inf
+            rules an action out, see `surely`), and values (N,) float32, which the recorder keeps; 0 where there are
+            none.
+
+        Raises:
+            TrainingError: it cannot go on; nothing is made up in its place.
+        """
+
+
+def surely(actions: torch.Tensor, num_actions: int) -> PolicyOutput:
+    """These actions (N,) and no others: log-probabilities (N, A) of 0 and -inf, and values (N,) of 0."""
+    return PolicyOutput(F.one_hot(actions, num_actions).float().log(), torch.zeros(len(actions)))
 
 
 @dataclass(frozen=True)
@@ -325,7 +369,7 @@ class RolloutCollector:
                 if self.demonstrator is None:
                     output = self._forward(inputs, self._slots, policy)
                 else:
-                    output = self.demonstrator(env, inputs)
+                    output = self.demonstrator(env, self._observations)
                 logprobs = output.logprobs  # (N, A)
                 if not torch.isfinite(logprobs).all() and self.demonstrator is None:
                     raise TrainingError(

@@ -17,8 +17,9 @@ import torch
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 
 from agent.errors import TrainingError
-from agent.rollout import Rollout
-from policies import PolicyInputs, PolicyOutput, VLMPolicy
+from agent.recordings import Recording
+from agent.rollout import Observations, Rollout, surely
+from policies import PolicyOutput, VLMPolicy
 
 FORMAT = 1
 FEATURES = Features(
@@ -58,7 +59,7 @@ class ScriptedDemonstrator:
             raise TrainingError(f"error_rate is {error_rate}: expected a number from 0 to 1.")
         self.error_rate = error_rate
 
-    def __call__(self, env: Any, inputs: PolicyInputs) -> PolicyOutput:
+    def __call__(self, env: Any, observations: Observations) -> PolicyOutput:
         """Log-probabilities (N, A) and values 0."""
         actions, count = torch.from_numpy(env.expert_actions()), len(env.action_names)
         probabilities = torch.full((len(actions), count), self.error_rate / (count - 1))
@@ -69,14 +70,83 @@ class ScriptedDemonstrator:
 class RandomPlayer:
     """Every action alike."""
 
-    def __call__(self, env: Any, inputs: PolicyInputs) -> PolicyOutput:
+    def __call__(self, env: Any, observations: Observations) -> PolicyOutput:
         """Log-probabilities (N, A) and values 0."""
-        count = len(env.action_names)
-        return PolicyOutput(torch.full((len(inputs.lengths), count), 1 / count).log(), torch.zeros(len(inputs.lengths)))
+        slots, count = len(observations.instructions), len(env.action_names)
+        return PolicyOutput(torch.full((slots, count), 1 / count).log(), torch.zeros(slots))
+
+
+class RecordedDemonstrator:
+    """Plays recordings again: slot k those of `queues[k]`, one after another, and after the last the first again.
+
+    The slots' episodes must have the recordings' seeds: `EpisodeVectorEnv(seed_lists=demonstrator.seed_lists)`. It
+    keeps count of them, so it plays in one process and from the start.
+
+    Args:
+        queues: the recordings of each slot, N; see `in_slots`.
+
+    Attributes:
+        seed_lists: the seeds of the same, N.
+        quota: how many recordings each slot has, N; with it `to_dataset` takes every recording once.
+        num_steps: steps after which all have been played to their end, and a step more: with that one a recording that
+            is too short is noticed.
+    """
+
+    def __init__(self, queues: Sequence[Sequence[Recording]]) -> None:
+        self.queues = queues
+        self.seed_lists = [[recording.seed for recording in queue] for queue in queues]
+        self.quota = [len(queue) for queue in queues]
+        self.num_steps = 1 + max(sum(len(recording.actions) for recording in queue) for queue in queues)
+        self._started = [0] * len(queues)  # episodes
+        self._played = [0] * len(queues)  # steps of the present ones
+
+    def __call__(self, env: Any, observations: Observations) -> PolicyOutput:
+        """Log-probabilities (N, A), 0 for the recorded action and -inf for all others, and values 0.
+
+        Raises:
+            TrainingError: an episode goes on after its recording's end, or the other way round, or has another seed.
+        """
+        actions = [
+            self._next(slot, int(step), seed)
+            for slot, (step, seed) in enumerate(zip(env.episode_lengths, env.episode_seeds, strict=True))
+        ]
+        return surely(torch.tensor(actions), len(env.action_names))
+
+    def _next(self, slot: int, step: int, seed: int) -> int:
+        if step == 0:
+            if self._started[slot] and self._played[slot] < len(self._present(slot).actions):
+                recording, last = self._present(slot), self._played[slot] - 1
+                raise TrainingError(
+                    f"The recording in {recording.place} (seed {recording.seed}) goes on for {len(recording.actions)} "
+                    f"actions, and the episode has ended with step {last}: expected the environment and env_kwargs "
+                    "that it was played in, and no action after the end."
+                )
+            self._started[slot] += 1
+        recording = self._present(slot)
+        if seed != recording.seed:
+            raise TrainingError(
+                f"Slot {slot} plays an episode of seed {seed}, and the recording in {recording.place} is of "
+                f"{recording.seed}: expected an environment that was given the demonstrator's seed_lists."
+            )
+        if step == len(recording.actions):
+            raise TrainingError(
+                f"The recording in {recording.place} (seed {recording.seed}) ends before step {step}, and the episode "
+                "goes on: expected the environment and env_kwargs that it was played in, and all actions to the end."
+            )
+        self._played[slot] = step + 1
+        return recording.actions[step]
+
+    def _present(self, slot: int) -> Recording:
+        return self.queues[slot][(self._started[slot] - 1) % len(self.queues[slot])]
 
 
 def to_dataset(
-    rollouts: Sequence[Rollout], policy: VLMPolicy, env_id: str, player: str, about: dict[str, Any]
+    rollouts: Sequence[Rollout],
+    policy: VLMPolicy,
+    env_id: str,
+    player: str,
+    about: dict[str, Any],
+    quota: Sequence[int] | None = None,
 ) -> Dataset:
     """The whole episodes in consecutive rollouts of the same slots.
 
@@ -86,6 +156,7 @@ def to_dataset(
         env_id: the environment.
         player: who chose the actions.
         about: what else holds for all rows, for JSON.
+        quota: how many episodes to take of each slot, its first ones; all by default.
 
     Raises:
         TrainingError: no episode ended in them.
@@ -94,13 +165,15 @@ def to_dataset(
     count = 0
     for slot in range(rollouts[0].actions.shape[1]):
         episode: list[tuple[Rollout, int]] = []
+        before = count
         for rollout in rollouts:
             for t in range(len(rollout.actions)):
                 if rollout.steps[t, slot] == 0:
                     episode = []
                 episode.append((rollout, t))
                 ended = bool(rollout.terminated[t, slot] | rollout.truncated[t, slot])
-                if ended and len(episode) == int(rollout.steps[t, slot]) + 1:  # seen from its beginning
+                whole = ended and len(episode) == int(rollout.steps[t, slot]) + 1  # seen from its beginning
+                if whole and (quota is None or count - before < quota[slot]):
                     _add(columns, episode, slot, policy, env_id, player, count)
                     count += 1
                 if ended:
@@ -208,8 +281,7 @@ def load_trajectories(
             f"{folder!r} holds no trajectories ({reason}): expected a dataset of experiments/collect.py."
         ) from error
     missing = [name for name in FEATURES if name not in getattr(dataset, "column_names", ())]
-    known = isinstance(about, dict) and {"env_id", "action_names", "frame_shape"} <= set(about)
-    if missing or not known:
+    if missing or not isinstance(about, dict) or not {"env_id", "action_names", "frame_shape"} <= set(about):
         named = f"the column {missing[0]!r} is missing" if missing else "it does not say of which environment it is"
         raise TrainingError(
             f"{folder!r} holds no trajectories ({named}): expected a dataset of experiments/collect.py."

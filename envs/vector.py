@@ -10,7 +10,8 @@ leaves it stuck.
 
 Seeds: slot k of a run's stream s plays episode e with ``episode_seed(seed, s, k // group_size, e)``, and k counts over
 all workers.
-So any split over workers plays the same episodes, and no training episode has a held-out seed.
+So any split over workers plays the same episodes, and no training episode has a held-out seed. Where recorded play is
+played again, ``seed_lists`` names each slot's seeds instead.
 """
 
 import functools
@@ -88,6 +89,7 @@ class EpisodeVectorEnv:
         stream: int = TRAINING,
         first_slot: int = 0,
         group_size: int = 1,
+        seed_lists: Sequence[Sequence[int]] | None = None,
         instruction: str | None = None,
         action_names: Sequence[str] | None = None,
         env_kwargs: Mapping[str, Any] | None = None,
@@ -103,6 +105,8 @@ class EpisodeVectorEnv:
             stream: ``TRAINING`` or ``HELD_OUT``.
             first_slot: The number of the first slot among those of all workers.
             group_size: How many neighbouring slots play episodes of the same seeds.
+            seed_lists: The seeds of each slot's episodes, N lists, in place of drawn ones; after its last a slot begins
+                again with its first.
             instruction: Replaces the environment's own.
             action_names: Replace the environment's own.
             env_kwargs: For the environment's constructor.
@@ -121,6 +125,9 @@ class EpisodeVectorEnv:
         ):
             if value < least:
                 raise EnvError(f"{name} is {value}, expected a whole number from {least} on")
+        if seed_lists is not None and (len(seed_lists) != num_envs or not all(seed_lists)):
+            sizes = [len(seeds) for seeds in seed_lists]
+            raise EnvError(f"seed_lists has the lengths {sizes}, expected {num_envs} lists of one seed or more")
         self.env_id, self.num_envs = env_id, num_envs
         self.seed, self.stream, self.first_slot, self.group_size = seed, stream, first_slot, group_size
         self._envs: list[VLMObservation] = []
@@ -158,6 +165,7 @@ class EpisodeVectorEnv:
         self.episode_returns = np.zeros(num_envs, np.float64)
         self.episode_lengths = np.zeros(num_envs, np.int64)
         self.episode_seeds: list[int] = [0] * num_envs
+        self._seed_lists = seed_lists
         self._episodes = [0] * num_envs  # episodes started
         self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # of the current episodes
         self._ended = np.zeros(num_envs, bool)
@@ -346,9 +354,8 @@ class EpisodeVectorEnv:
             return self._observations
         chosen: list[int | None] = [None] * self.num_envs
         for index, slot in enumerate(slots):
-            group = (self.first_slot + slot) // self.group_size
-            own = episode_seed(self.seed, self.stream, group, self._episodes[slot])
-            chosen[slot] = self.episode_seeds[slot] = own if seeds is None else int(seeds[index])
+            own = self._next_seed(slot) if seeds is None else int(seeds[index])
+            chosen[slot] = self.episode_seeds[slot] = own
             self._episodes[slot] += counted
             self._actions[slot] = []
             self._replacements[slot] = None
@@ -371,6 +378,12 @@ class EpisodeVectorEnv:
                 self._known[instructions[slot]] = None
         self._observations = Observations(images, tuple(instructions))
         return self._observations
+
+    def _next_seed(self, slot: int) -> int:
+        if self._seed_lists is not None:
+            return int(self._seed_lists[slot][self._episodes[slot] % len(self._seed_lists[slot])])
+        group = (self.first_slot + slot) // self.group_size
+        return episode_seed(self.seed, self.stream, group, self._episodes[slot])
 
     def _replacement(self, slot: int) -> str:
         assert self._observations is not None

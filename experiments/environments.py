@@ -1,6 +1,7 @@
 """From settings to environments and their held-out seeds. No torch here: rollout workers import this."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv, episode_seed
@@ -9,9 +10,14 @@ from experiments.settings import PlayConfig, RolloutConfig
 
 
 def make_env(
-    config: PlayConfig, num_envs: int, held_out: bool = False, first_slot: int = 0, group_size: int = 1
+    config: PlayConfig,
+    num_envs: int,
+    held_out: bool = False,
+    first_slot: int = 0,
+    group_size: int = 1,
+    seed_lists: Sequence[Sequence[int]] | None = None,
 ) -> EpisodeVectorEnv:
-    """`num_envs` environments of the run, for training or for held-out episodes."""
+    """`num_envs` environments of the run, for training, for held-out episodes or for those of given seeds."""
     names = None if config.action_names is None else [name.strip() for name in config.action_names.split(",")]
     return EpisodeVectorEnv(
         config.env,
@@ -20,9 +26,10 @@ def make_env(
         stream=HELD_OUT if held_out else TRAINING,
         first_slot=first_slot,
         group_size=group_size,
+        seed_lists=seed_lists,
         instruction=config.instruction,
         action_names=names,
-        env_kwargs=_json_object(config.env_kwargs),
+        env_kwargs=json_object(config.env_kwargs),
         image_source=config.image_source,  # type: ignore[arg-type]
         success_return=config.success_return,
     )
@@ -54,7 +61,12 @@ def make_segment(config: RolloutConfig, group_size: int, first_slot: int, num_sl
     return make_env(config, num_slots, first_slot=first_slot, group_size=group_size)
 
 
-def _json_object(text: str | None) -> dict[str, Any] | None:
+def json_object(text: str | None) -> dict[str, Any] | None:
+    """The object of --env_kwargs.
+
+    Raises:
+        UsageError: it is no JSON, or no object.
+    """
     if text is None:
         return None
     try:
