@@ -8,8 +8,8 @@ or ppo) and settings of its own. A name of an earlier step stands for what it wr
 `vision_encoder: see`);
 without `policy` a step starts from the training before it, and `policy: start` is where the ladder starts. Every policy
 is then evaluated on the same held-out seeds: success with its interval, paired tests between all steps, time, how many
-parameters were trained, and what the language model has forgotten. `--sample` lets the policies draw their actions
-instead of taking the likeliest.
+parameters were trained, and what the language model has forgotten: report.json. With `--sample true` the policies draw
+their actions instead of taking the likeliest: report_sampled.json.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ def run_step(
 
 
 def report(folder: Path, common: dict[str, Any], done: dict[str, dict[str, Any]], given: LadderConfig) -> None:
-    """Evaluates every step's policy on the same held-out seeds; report.json and a table."""
+    """Evaluates every step's policy on the same held-out seeds; a file and a table."""
     import torch
 
     from agent.evaluation import evaluate
@@ -220,8 +220,9 @@ def report(folder: Path, common: dict[str, Any], done: dict[str, dict[str, Any]]
         "comparisons": compare(success),
         "success": success,
     }
-    write_text(folder / "report.json", json.dumps(result, indent=2))
-    print_report(result, folder)
+    file = folder / ("report_sampled.json" if given.sample else "report.json")
+    write_text(file, json.dumps(result, indent=2))
+    print_report(result, file)
 
 
 def compare(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
@@ -259,8 +260,8 @@ def _demonstrations(folder: Path) -> dict[str, Any]:
     }
 
 
-def print_report(result: dict[str, Any], folder: Path) -> None:
-    """The content of report.json as tables."""
+def print_report(result: dict[str, Any], file: Path) -> None:
+    """What `file` holds, as tables."""
     from rich import box
     from rich.table import Table
 
@@ -300,7 +301,7 @@ def print_report(result: dict[str, Any], folder: Path) -> None:
                 f"{pair['step']} against {pair['against']}: {100 * pair['difference']:+.1f} points, p = {pair['p']:.2g}"
             )
         console.print("p: exact McNemar test on the same episodes, two-sided")
-    console.print(f"written to {folder / 'report.json'}")
+    console.print(f"written to {file}")
 
 
 def _text(value: Any) -> str | None:

@@ -374,3 +374,16 @@ def test_settings_that_do_not_fit(llava):
         with pytest.raises(PolicyError) as caught:
             load_policy(source, NAMES, FRAME)
         assert sentence in one_sentence(caught)
+
+
+@pytest.mark.parametrize("whole", ["ours", "llava"])
+def test_the_encoder_of_a_whole_vlm_serves_another_policy(whole, llava, tmp_path):
+    folder = llava
+    if whole == "ours":
+        folder = str(tmp_path)
+        save_policy(trained(PolicySource()), tmp_path)
+    theirs = load_policy(PolicySource(policy=folder), NAMES, FRAME).base_vlm.model.vision_tower.state_dict()
+    mine = load_policy(PolicySource(vision_encoder=folder, seed=5), NAMES, FRAME)
+    tower = mine.base_vlm.model.vision_tower.state_dict()
+    assert len(tower) > 10 and all(torch.equal(tower[name], theirs[name]) for name in tower)
+    assert mine(mine.prepare(frames(2), INSTRUCTIONS[:2])).logprobs.isfinite().all()

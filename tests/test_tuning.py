@@ -241,7 +241,8 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
         "steps": [
             {"name": "demos", "runner": "collect", "episodes": 30, "error_rate": 0.3},
             {"name": "sft", "runner": "sft", "dataset": "demos", "batch_size": 16, **SMALL},
-            {"name": "dpo", "runner": "dpo", "episodes": 20, "num_steps": 10, "batch_size": 16, **SMALL},
+            {"name": "dpo", "runner": "dpo", "episodes": 20, "num_steps": 10, "batch_size": 16, "rounds": 2, **SMALL},
+            {"name": "kto", "runner": "dpo", "method": "kto", "pairs": "branch", "episodes": 20, **SMALL},
             {
                 "name": "ppo",
                 "runner": "ppo",
@@ -257,16 +258,20 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     done = run("run_ladder.py", tmp_path, ladder="ladder.yaml", output_dir="out", eval_episodes=6)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert [row["step"] for row in report["steps"]] == ["start", "sft", "dpo", "ppo"]
+    assert [row["step"] for row in report["steps"]] == ["start", "sft", "dpo", "kto", "ppo"]
     for row in report["steps"][1:]:
         assert row["episodes"] == 6 and row["trained_parameters"] > 200_000
         assert row["seconds"] > 0 and row["perplexity"] > 1
-    assert [row["from"] for row in report["steps"]] == [None, "start", "sft", "sft"]
+    assert [row["from"] for row in report["steps"]] == [None, "start", "sft", "dpo", "sft"]
+    rounds = json.loads((tmp_path / "out/dpo/report.json").read_text())["rounds"]
+    assert [row["round"] for row in rounds] == [1, 2] and all(row["pairs"] > 0 for row in rounds)
     pairs = [(pair["step"], pair["against"]) for pair in report["comparisons"]]
-    assert pairs[:3] == [("sft", "start"), ("dpo", "start"), ("dpo", "sft")] and len(pairs) == 6
+    assert pairs[:3] == [("sft", "start"), ("dpo", "start"), ("dpo", "sft")] and len(pairs) == 10
     assert report["demonstrations"]["demos"]["episodes"] >= 30 and "ppo against sft" in done.stdout
     before = (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime
-    done = run("run_ladder.py", tmp_path, resume="out", eval_episodes=6)
+    done = run("run_ladder.py", tmp_path, resume="out", eval_episodes=6, sample="true")
+    drawn = json.loads((tmp_path / "out/report_sampled.json").read_text())
+    assert drawn["sampled_actions"] and len(drawn["steps"]) == 5 and not report["sampled_actions"]
     assert done.returncode == 0 and (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime == before
 
 
