@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from agent.errors import TrainingError
-from agent.supervised import MESSAGES, say, stored_frames
+from agent.supervised import MESSAGES, questions, say, stored_frames
 from policies import VLMPolicy
 
 METHODS = ("expert", "state", "return", "branch")
@@ -58,13 +58,16 @@ def state_pairs(trajectories: Dataset) -> list[Pair]:
     paid: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for state, action, value in zip(states, actions, to_go, strict=True):
         paid[state][action].append(value)
-    pairs = []
-    for row, (state, taken) in enumerate(zip(states, actions, strict=True)):
-        means = {action: math.fsum(values) / len(values) for action, values in sorted(paid[state].items())}
-        best = max(means, key=lambda action: means[action])
-        if means[best] > means[taken]:
-            pairs.append((row, best, taken))
-    return pairs
+    means = {
+        state: {action: math.fsum(values) / len(values) for action, values in sorted(of_state.items())}
+        for state, of_state in paid.items()
+    }
+    best = {state: max(of_state, key=of_state.__getitem__) for state, of_state in means.items()}
+    return [
+        (row, best[state], taken)
+        for row, (state, taken) in enumerate(zip(states, actions, strict=True))
+        if means[state][best[state]] > means[state][taken]
+    ]
 
 
 def return_pairs(trajectories: Dataset) -> list[Pair]:
@@ -154,14 +157,12 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: VLMPolicy) ->
             "so collect with --group_size, with a weaker player, or choose other --pairs."
         )
     rows = trajectories.select([row for row, _, _ in pairs])
-    prompts = {text: policy.prompts.messages(policy.prompts.clean(text)) for text in set(rows["instruction"])}
     answers = [say(answer) for answer in policy.codec.answers]
     return Dataset.from_dict(
         {
-            "prompt": [prompts[text] for text in rows["instruction"]],
+            **questions(rows, policy),
             "chosen": [answers[chosen] for _, chosen, _ in pairs],
             "rejected": [answers[rejected] for _, _, rejected in pairs],
-            "images": [[frame] for frame in stored_frames(rows)],
         },
         features=FEATURES,
     )

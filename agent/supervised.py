@@ -41,16 +41,23 @@ def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool 
     if len(rows) == 0:
         raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
 
-    prompts = {text: policy.prompts.messages(policy.prompts.clean(text)) for text in set(rows["instruction"])}
     answers = [say(answer) for answer in policy.codec.answers]
     return Dataset.from_dict(
         {
-            "prompt": [prompts[text] for text in rows["instruction"]],
+            **questions(rows, policy),
             "completion": [answers[action] for action in rows["action"]],
-            "images": [[frame] for frame in stored_frames(rows)],
         },
         features=FEATURES,
     )
+
+
+def questions(rows: Dataset, policy: VLMPolicy) -> dict[str, list[Any]]:
+    """The columns `prompt` and `images` of these steps, as the policy is asked."""
+    prompts = {text: policy.prompts.messages(policy.prompts.clean(text)) for text in set(rows["instruction"])}
+    return {
+        "prompt": [prompts[text] for text in rows["instruction"]],
+        "images": [[frame] for frame in stored_frames(rows)],
+    }
 
 
 def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:

@@ -243,6 +243,11 @@ def _png(frame: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def episode_success(dataset: Dataset) -> list[bool]:
+    """Of each episode, in order."""
+    return [won for won, step in zip(dataset["success"], dataset["step"], strict=True) if step == 0]
+
+
 def save_trajectories(dataset: Dataset, folder: Path) -> None:
     """Writes the dataset to a folder that must not exist; it is whole or not there."""
     from agent.checkpoint import write_folder

@@ -98,7 +98,7 @@ def _collect(given: CollectConfig) -> int:
         recordings = _recordings(given, env.action_names)  # a fault in them shows before torch is loaded
         import torch
 
-        from agent.trajectories import save_trajectories, to_dataset
+        from agent.trajectories import episode_success, save_trajectories, to_dataset
         from experiments.setup import make_policy, quiet_libraries
 
         quiet_libraries()
@@ -119,11 +119,10 @@ def _collect(given: CollectConfig) -> int:
     about |= {"policy": given.policy, "instruction": given.instruction}
     dataset = to_dataset(rollouts, policy, given.env, named[given.player], about, quota)
     save_trajectories(dataset, Path(str(given.output)))
-    first = [success for success, step in zip(dataset["success"], dataset["step"], strict=True) if step == 0]
-    success = sum(first) / len(first)
+    success = episode_success(dataset)
     print(
-        f"{len(first):,} episodes, {len(dataset):,} steps of {named[given.player]} on {given.env}: success "
-        f"{success:.1%}; written to {given.output} in {time.perf_counter() - started:.0f} s"
+        f"{len(success):,} episodes, {len(dataset):,} steps of {named[given.player]} on {given.env}: success "
+        f"{sum(success) / len(success):.1%}; written to {given.output} in {time.perf_counter() - started:.0f} s"
     )
     return 0
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv, episode_seed
 from experiments.command_line import UsageError
-from experiments.settings import PlayConfig, RolloutConfig
+from experiments.settings import EnvConfig, RolloutConfig
 
 
 def make_env(
-    config: PlayConfig,
+    config: EnvConfig,
     num_envs: int,
     held_out: bool = False,
     first_slot: int = 0,

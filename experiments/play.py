@@ -32,7 +32,7 @@ from agent.recordings import Recording, append_recording, read_recordings  # noq
 from envs import TRAINING, EpisodeVectorEnv, Observations, episode_seed  # noqa: E402
 from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
 from experiments.environments import json_object, make_env  # noqa: E402
-from experiments.settings import PlayConfig  # noqa: E402
+from experiments.settings import EnvConfig  # noqa: E402
 
 KEYS = "123456789abcdefghijklmnopqrstuvwxyz"
 ARROWS = ("up", "down", "left", "right")
@@ -41,23 +41,10 @@ MOST_LINES = 12  # of a text
 BACKGROUND, TEXT, QUIET = (24, 24, 28), (240, 240, 240), (160, 160, 170)
 
 
-def _as_elsewhere(name: str) -> Any:
-    """The setting of this name that every runner has."""
-    field = PlayConfig.__dataclass_fields__[name]
-    return dataclasses.field(default=field.default, metadata=field.metadata)
-
-
 @dataclasses.dataclass
-class WindowConfig:
+class WindowConfig(EnvConfig):
     """Settings of play.py: the environment's, and the file."""
 
-    env: str = _as_elsewhere("env")
-    instruction: str | None = _as_elsewhere("instruction")
-    action_names: str | None = _as_elsewhere("action_names")
-    env_kwargs: str | None = _as_elsewhere("env_kwargs")
-    image_source: str = _as_elsewhere("image_source")
-    success_return: float | None = _as_elsewhere("success_return")
-    seed: int = _as_elsewhere("seed")
     output: str | None = setting(None, "file of the recording; episodes are added to an existing one of the same env")
 
 
@@ -193,10 +180,8 @@ def main() -> int:
     above = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not os.access(above, os.W_OK):
         raise UsageError(f"{str(above)!r} cannot be written to: give another --output.")
-    settings = dataclasses.asdict(given)
-    del settings["output"]
-    config, env_kwargs = PlayConfig(**settings), json_object(given.env_kwargs)
-    with contextlib.closing(make_env(config, 1)) as env:
+    env_kwargs = json_object(given.env_kwargs)
+    with contextlib.closing(make_env(given, 1)) as env:
         known = (given.env, env.action_names, env_kwargs)
         before = read_recordings(given.output, *known) if path.exists() and path.stat().st_size else []
         played = {recording.seed for recording in before}

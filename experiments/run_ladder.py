@@ -248,15 +248,15 @@ def compare(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
 
 def _demonstrations(folder: Path) -> dict[str, Any]:
     """Who played the trajectories in a folder, and how well."""
-    from agent.trajectories import load_trajectories
+    from agent.trajectories import episode_success, load_trajectories
 
     dataset, about = load_trajectories(str(folder))
-    first = [won for won, step in zip(dataset["success"], dataset["step"], strict=True) if step == 0]
+    success = episode_success(dataset)
     return {
         "player": about["player"],
-        "episodes": len(first),
+        "episodes": len(success),
         "steps": len(dataset),
-        "success": sum(first) / len(first),
+        "success": sum(success) / len(success),
     }
 
 

@@ -6,16 +6,22 @@ from experiments.command_line import UsageError, setting
 
 
 @dataclass
-class PlayConfig:
-    """What is played and by whom; every runner that acts in an environment has these settings."""
+class EnvConfig:
+    """What is played."""
 
-    # environment
     env: str = setting("manako/GoTo-v0", "Gymnasium id, or module:EnvId-v0 for your own")
     instruction: str | None = setting(None, "replaces the env's own instruction")
     action_names: str | None = setting(None, "replaces the env's own action names: a,b,c")
     env_kwargs: str | None = setting(None, "arguments of the env's constructor, a JSON object")
     image_source: str = setting("auto", "auto, observation or render", choices=("auto", "observation", "render"))
     success_return: float | None = setting(None, "lowest return of a successful episode")
+    seed: int = setting(0, "of everything random", ge=0, lt=2**31)
+
+
+@dataclass
+class PlayConfig(EnvConfig):
+    """What is played and by whom; every runner in which a policy acts has these settings."""
+
     # policy
     policy: str = setting("tiny", "preset (tiny, smollm2), model folder, run checkpoint or Hub id")
     vision_encoder: str | None = setting(None, "replaces a preset's encoder: vit, clip_vit, convnext, folder or Hub id")
@@ -36,7 +42,6 @@ class PlayConfig:
     action_format: str = setting("auto", "how actions are named", choices=("auto", "token", "choice", "trie"))
     system: str | None = setting(None, "system text of the prompt; {actions} stands for the list of actions")
     # machine
-    seed: int = setting(0, "of everything random", ge=0, lt=2**31)
     torch_threads: int | None = setting(
         None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
     )

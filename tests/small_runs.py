@@ -10,7 +10,7 @@ import torch
 
 from agent.ppo_trainer import PPOConfig, PPOTrainer
 from envs import EpisodeVectorEnv
-from policies import VLMPolicy
+from policies import PolicySource, VLMPolicy, load_policy
 from tests.small_parts import tiny_policy
 
 
@@ -20,6 +20,12 @@ def color_env(num_envs: int = 8, **options: Any) -> EpisodeVectorEnv:
 
 def corridor_env(num_envs: int = 4, env_kwargs: dict | None = None, **options: Any) -> EpisodeVectorEnv:
     return EpisodeVectorEnv("tests/Corridor-v0", num_envs, env_kwargs=env_kwargs, **options)
+
+
+def goto_policy(**source: Any) -> VLMPolicy:
+    """The preset `tiny` for GoTo, or what the arguments of `PolicySource` make of it."""
+    env = EpisodeVectorEnv("manako/GoTo-v0", 1)
+    return load_policy(PolicySource(**source), env.action_names, env.frame_shape)
 
 
 def ppo_config(folder: Path, **settings: Any) -> PPOConfig:

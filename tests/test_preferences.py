@@ -12,7 +12,7 @@ from agent.preferences import branch_pairs, expert_pairs, pair_dataset, return_p
 from agent.rollout import RolloutCollector
 from agent.trajectories import RandomPlayer, to_dataset
 from envs import EpisodeVectorEnv
-from policies import PolicySource, load_policy
+from tests.small_runs import goto_policy
 
 GOTO = "manako/GoTo-v0"
 
@@ -75,8 +75,7 @@ def png(frame):
 
 @pytest.fixture(scope="module")
 def policy():
-    env = EpisodeVectorEnv(GOTO, 1)
-    return load_policy(PolicySource(), env.action_names, env.frame_shape)
+    return goto_policy()
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from agent.trajectories import RecordedDemonstrator, ScriptedDemonstrator, save_
 from envs import EnvError, EpisodeVectorEnv
 from experiments import play
 from experiments.command_line import UsageError
-from policies import PolicySource, load_policy
-from tests.small_runs import corridor_env, tiny_policy
+from tests.small_runs import corridor_env, goto_policy, tiny_policy
 
 ROOT, GOTO = Path(__file__).parents[1], "manako/GoTo-v0"
 NAMES = ("up", "down", "left", "right")
@@ -26,8 +25,7 @@ SAME += ["expert_action", "seed", "step", "episode"]
 
 @pytest.fixture(scope="module")
 def policy():
-    env = EpisodeVectorEnv(GOTO, 1)
-    return load_policy(PolicySource(), env.action_names, env.frame_shape)
+    return goto_policy()
 
 
 @pytest.fixture(scope="module")

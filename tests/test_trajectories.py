@@ -21,8 +21,7 @@ from agent.trajectories import (
     to_dataset,
 )
 from envs import EpisodeVectorEnv
-from policies import PolicySource, load_policy
-from tests.small_runs import corridor_env, tiny_policy
+from tests.small_runs import corridor_env, goto_policy, tiny_policy
 
 GOTO, ROOT = "manako/GoTo-v0", Path(__file__).parents[1]
 
@@ -34,8 +33,7 @@ def record(env, policy, iterations=3, num_steps=7, **how):
 
 @pytest.fixture(scope="module")
 def policy():
-    env = EpisodeVectorEnv(GOTO, 1)
-    return load_policy(PolicySource(), env.action_names, env.frame_shape)
+    return goto_policy()
 
 
 @pytest.fixture(scope="module")

@@ -23,16 +23,15 @@ from envs import EpisodeVectorEnv
 from experiments import run_dpo, run_sft
 from experiments.command_line import run_main
 from experiments.run_ladder import compare
-from policies import PolicySource, load_policy, save_policy
-from tests.small_runs import difference, weights
+from policies import save_policy
+from tests.small_runs import difference, goto_policy, weights
 
 ROOT, GOTO = Path(__file__).parents[1], "manako/GoTo-v0"
 SMALL = {"eval_episodes": 4, "gif_episodes": 0}
 
 
 def make_policy(trainable="full", policy="tiny"):
-    env = EpisodeVectorEnv(GOTO, 1)
-    return load_policy(PolicySource(policy=str(policy), trainable=trainable), env.action_names, env.frame_shape)
+    return goto_policy(policy=str(policy), trainable=trainable)
 
 
 def settings(folder, kind=SFTConfig, **given):
