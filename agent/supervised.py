@@ -37,10 +37,7 @@ def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool 
     Raises:
         TrainingError: nothing is left.
     """
-    rows = trajectories.filter(lambda success: success, input_columns="success") if only_success else trajectories
-    if len(rows) == 0:
-        raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
-
+    rows = _chosen(trajectories, only_success)
     answers = [say(answer) for answer in policy.codec.answers]
     return Dataset.from_dict(
         {
@@ -49,6 +46,27 @@ def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool 
         },
         features=FEATURES,
     )
+
+
+def demonstrated_actions(trajectories: Dataset, only_success: bool = False) -> Dataset:
+    """Each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
+
+    Args:
+        trajectories: of `agent.trajectories`.
+        only_success: leave out episodes without success.
+
+    Raises:
+        TrainingError: nothing is left.
+    """
+    columns = _chosen(trajectories, only_success).select_columns(["image", "instruction", "action"])
+    return columns.cast_column("image", Image(decode=False))
+
+
+def _chosen(trajectories: Dataset, only_success: bool) -> Dataset:
+    rows = trajectories.filter(lambda success: success, input_columns="success") if only_success else trajectories
+    if len(rows) == 0:
+        raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
+    return rows
 
 
 def questions(rows: Dataset, policy: VLMPolicy) -> dict[str, list[Any]]:
@@ -63,6 +81,12 @@ def questions(rows: Dataset, policy: VLMPolicy) -> dict[str, list[Any]]:
 def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:
     """The frames as they are stored: PNG bytes, which a dataset takes without drawing them again."""
     return list(trajectories.cast_column("image", Image(decode=False))["image"])
+
+
+def sample_frames(trajectories: Dataset, count: int) -> list[np.ndarray]:
+    """Frames (H, W, 3) uint8 of up to `count` steps, evenly spread."""
+    rows = np.unique(np.linspace(0, len(trajectories) - 1, count).astype(int))
+    return [np.asarray(frame.convert("RGB")) for frame in trajectories.select(rows)["image"]]
 
 
 def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:

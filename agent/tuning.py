@@ -1,4 +1,4 @@
-"""TRL's own trainers around a policy: what they need said, and nothing of theirs replaced.
+"""TRL's own trainers around a policy: what they need said, and nothing of theirs replaced but, for cloning, the loss.
 
 SFT, DPO and KTO with the policy's model and processor, the adapter's own learning rate, a metrics file, and a stop at a
 loss that is not finite. Without Triton, TRL's LM head scores every position of a prompt against the whole vocabulary
@@ -7,21 +7,30 @@ and then drops those without a label, which is half of a CPU's time; here it is 
 
 import copy
 import functools
+import io
 import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
 from agent.errors import TrainingError
-from policies import VLMPolicy
+from policies import PolicyInputs, VLMPolicy
 from policies.training import adapter_parameters, give_own_rate
+
+SHARES = {
+    "mean_token_accuracy": "token accuracy",
+    "action_accuracy": "actions right",
+    "rewards/accuracies": "preferred",
+}
 
 
 class Metrics(TrainerCallback):
@@ -49,8 +58,7 @@ class Metrics(TrainerCallback):
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
-            named = {"mean_token_accuracy": "token accuracy", "rewards/accuracies": "preferred"}
-            shares = "".join(f"  {name} {row[key]:.1%}" for key, name in named.items() if key in row)
+            shares = "".join(f"  {name} {row[key]:.1%}" for key, name in SHARES.items() if key in row)
             print(f"step {state.global_step:5d}/{state.max_steps}  loss {row['loss']:.4f}{shares}", flush=True)
 
 
@@ -115,6 +123,64 @@ class _OfPolicy:
 
 class PolicySFTTrainer(_OfPolicy, SFTTrainer):
     """`trl.SFTTrainer` of a policy."""
+
+
+class PolicyCloningTrainer(PolicySFTTrainer):
+    """`trl.SFTTrainer` with the loss of behaviour cloning: -log pi(a | s), the policy's own probability of the action.
+
+    Against the likelihood of the answer's tokens it leaves out what the policy never does, which is to say anything
+    but one of its actions, and the end of the answer. It takes the policy's own forward (the prompts' common beginning
+    once, the actions' rows of the LM head alone), and a frame and instruction that stand in a batch several times are
+    computed once.
+
+    Args:
+        policy: its model learns where it requires gradients.
+        args: TRL's settings.
+        data: of `agent.supervised.demonstrated_actions`.
+        run_dir: for metrics.jsonl.
+        others: as of PolicySFTTrainer.
+
+    Raises:
+        TrainingError: there are several processes.
+    """
+
+    def __init__(self, policy: VLMPolicy, args: Any, data: Dataset, run_dir: Path, *others: Any) -> None:
+        args.remove_unused_columns = False
+        if args.world_size > 1:  # the policy's forward is not the one that DistributedDataParallel watches
+            raise TrainingError(
+                f"The loss on actions was started by {args.world_size} processes: expected one, or --loss tokens."
+            )
+        super().__init__(policy, args, data, run_dir, *others, data_collator=self.collate)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Rows (B) -> the fields of the `PolicyInputs` of their U different sights, `sight` (B,), `action` (B,)."""
+        places: dict[tuple[str, bytes], int] = {}
+        frames: list[np.ndarray] = []
+        instructions: list[str] = []
+        sight: list[int] = []
+        for row in rows:
+            png = row["image"]["bytes"]
+            place = places.setdefault((row["instruction"], png), len(places))
+            if place == len(frames):
+                frames.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))  # (H, W, 3)
+                instructions.append(row["instruction"])
+            sight.append(place)
+        inputs = self.policy.prepare(np.stack(frames), instructions)
+        action = torch.tensor([row["action"] for row in rows])
+        return {**inputs._asdict(), "sight": torch.tensor(sight), "action": action}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean of -log pi(a | s) over the batch."""
+        seen = PolicyInputs(*(inputs[name] for name in PolicyInputs._fields))
+        with self.accelerator.autocast():
+            output = self.policy(seen)
+        logprobs = output.logprobs[inputs["sight"]]  # (B, A)
+        right = logprobs.detach().argmax(-1) == inputs["action"]
+        self._metrics["train" if self.model.training else "eval"]["action_accuracy"].append(right.float().mean().item())
+        loss = -logprobs.gather(1, inputs["action"][:, None]).mean()
+        return (loss, output) if return_outputs else loss
 
 
 class PolicyDPOTrainer(_OfPolicy, DPOTrainer):

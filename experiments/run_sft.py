@@ -6,7 +6,8 @@
 align       encoder and language model stay as they are; the adapter learns to put frames into words: frame -> caption,
             which the environment makes of its state
 instruct    the adapter and LoRA (or everything, --trainable full) learn demonstrations of experiments/collect.py; the
-            loss is on the answer alone
+            loss is on the answer alone: on its tokens, or (--loss actions, behaviour cloning) on its probability among
+            the actions, as the policy acts
 
 The run folder holds final/ for --policy of any other runner, the evaluation beside its controls, and what the language
 model has forgotten: perplexity of text and questions answered, before and after.
@@ -37,6 +38,7 @@ from experiments.run_folder import (  # noqa: E402
 from experiments.settings import TrainConfig  # noqa: E402
 
 LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says otherwise
+FITTED_FRAMES = 256  # whose features an adapter with statistics is given
 
 
 @dataclass
@@ -51,13 +53,25 @@ class SFTRunConfig(TrainConfig):
         "what learns: auto (the adapter to align, LoRA too to instruct), full, adapter, lora, or parts joined by +",
     )
     dataset: str | None = setting(None, "folder of trajectories, for instruct")
+    loss: str = setting(
+        "tokens",
+        "of instruct: tokens (the answer's, out of the vocabulary) or actions (out of the actions; quicker)",
+        choices=("tokens", "actions"),
+    )
     only_success: bool = setting(False, "leave out episodes without success")
     captions: int = setting(1000, "frames to put into words, for align", ge=1)
     epochs: int = setting(1, "passes over the data", ge=1)
     batch_size: int = setting(32, "examples of an optimizer step", ge=1)
     learning_rate: float = setting(2e-4, "initial learning rate of AdamW", gt=0)
     adapter_learning_rate: float | None = setting(None, "initial learning rate of the adapter, if another", gt=0)
-    lr_scheduler_type: str = setting("linear", "decay of the learning rate", choices=("linear", "cosine", "constant"))
+    lr_scheduler_type: str = setting(
+        "linear",
+        "decay of the learning rate",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+    )
+    warmup_steps: int = setting(
+        0, "optimizer steps in which the learning rate rises from 0 (with constant: none)", ge=0
+    )
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
     eval_episodes: int = setting(200, "held-out episodes of each evaluation row, 0 for none", ge=0)
 
@@ -72,11 +86,14 @@ def main() -> int:
         raise UsageError("--dataset is missing: give the folder of trajectories that experiments/collect.py wrote.")
     if config.stage == "align" and config.dataset is not None:
         raise UsageError("--dataset is for --stage instruct: align makes its captions from the environment.")
+    if config.stage == "align" and config.loss == "actions":
+        raise UsageError("--loss actions is for --stage instruct: captions are no actions, leave it out.")
     run_dir = new_run_dir(config)
+    import numpy as np
     import torch
 
     from agent.forgetting import remember
-    from agent.supervised import captions, demonstrations
+    from agent.supervised import captions, demonstrated_actions, demonstrations, sample_frames
     from agent.trajectories import load_trajectories
     from experiments.environments import make_env
     from experiments.progress import plain_console, print_parts, print_table
@@ -89,13 +106,20 @@ def main() -> int:
         policy = make_policy(config, env.action_names, env.frame_shape)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     if config.stage == "align":
-        data = captions(*frames_and_captions(config))
+        frames, texts = frames_and_captions(config)
+        data = captions(frames, texts)
     else:
         trajectories, _ = load_trajectories(
             str(config.dataset), config.env, policy.spec.action_names, policy.spec.frame_shape
         )
-        data = demonstrations(trajectories, policy, config.only_success)
+        frames = sample_frames(trajectories, FITTED_FRAMES)
+        if config.loss == "actions":
+            data = demonstrated_actions(trajectories, config.only_success)
+        else:
+            data = demonstrations(trajectories, policy, config.only_success)
     console.print(f"run          {run_dir}\ndata         {len(data):,} examples, {config.stage}")
+    if policy.fit_adapter(np.stack(frames[:FITTED_FRAMES])):
+        console.print(f"adapter      standardises features by {min(len(frames), FITTED_FRAMES)} frames")
     print_parts(console, policy)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, config)
@@ -148,11 +172,12 @@ def train(config: SFTRunConfig, policy: Any, data: Any, run_dir: Path) -> list[d
     """The training; the rows of metrics.jsonl."""
     from trl import SFTConfig
 
-    from agent.tuning import PolicySFTTrainer
+    from agent.tuning import PolicyCloningTrainer, PolicySFTTrainer
     from experiments.setup import make_tuning_args
 
-    args = make_tuning_args(SFTConfig, config, run_dir)
-    trainer = PolicySFTTrainer(policy, args, data, run_dir, config.adapter_learning_rate)
+    args = make_tuning_args(SFTConfig, config, run_dir, warmup_steps=config.warmup_steps)
+    kind = PolicyCloningTrainer if config.loss == "actions" else PolicySFTTrainer
+    trainer = kind(policy, args, data, run_dir, config.adapter_learning_rate)
     trainer.train()
     return trainer.rows
 

@@ -25,7 +25,7 @@ class PlayConfig(EnvConfig):
     # policy
     policy: str = setting("tiny", "preset (tiny, smollm2), model folder, run checkpoint or Hub id")
     vision_encoder: str | None = setting(None, "replaces a preset's encoder: vit, clip_vit, convnext, folder or Hub id")
-    adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp")
+    adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp, mlp_zscore")
     language_model: str | None = setting(
         None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id"
     )

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .actions import ActionCodec, ActionFormat
+from .adapters import ZScoreMLPAdapter
 from .errors import PolicyError
 from .pixels import PixelPipeline
 from .prompts import SYSTEM, PromptBuilder, image_token_of
@@ -173,6 +174,27 @@ class VLMPolicy(nn.Module):
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = torch.tensor(tokens)
         return PolicyInputs(padded, lengths, self.pipeline.geometry(images))
+
+    @torch.no_grad()
+    def fit_adapter(self, images: np.ndarray) -> bool:
+        """Gives an adapter that learns, and has a `fit` and no statistics yet, those of the frames (N, H, W, 3) uint8.
+
+        Returns:
+            Whether there was one.
+        """
+        adapters = [
+            module
+            for module in self.vlm.modules()
+            if isinstance(module, ZScoreMLPAdapter)
+            and not module.is_fitted
+            and all(parameter.requires_grad for parameter in module.parameters())
+        ]
+        if adapters:
+            frames = self.pipeline.geometry(images).to(self.device)
+            features = self.base_vlm.model.get_vision_features(**self.pipeline.pixels(frames))  # (N, P, Dv)
+            for adapter in adapters:
+                adapter.fit(features)
+        return bool(adapters)
 
     def forward(self, inputs: PolicyInputs) -> PolicyOutput:
         """Log-probabilities (B, A) and values (B,) for stored inputs; gradients flow where they are enabled."""

@@ -63,7 +63,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(vision_encoder="vit", adapter="mlp", language_model="tiny-llama"),
-    "smollm2": Preset(vision_encoder="vit", adapter="mlp", language_model="smollm2"),
+    "smollm2": Preset(vision_encoder="vit", adapter="mlp_zscore", language_model="smollm2"),
 }
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)  # what a bad folder or name raises
 INITIALIZER_RANGE = 0.15  # of the small random parts, width 64

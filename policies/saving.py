@@ -19,9 +19,19 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .actions import ActionFormat
+from .adapters import ZScoreMLPAdapter
 from .errors import PolicyError
 from .policy import PolicySpec, VLMPolicy
-from .presets import LOADING_ERRORS, PRESETS, build_vlm, check_complete, first_line, quietly
+from .presets import (
+    LANGUAGE_MODELS,
+    LOADING_ERRORS,
+    PRESETS,
+    VISION_ENCODERS,
+    build_vlm,
+    check_complete,
+    first_line,
+    quietly,
+)
 from .prompts import SYSTEM
 from .training import parts_of, set_trainable
 
@@ -87,6 +97,7 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     if source.dtype not in DTYPES:
         raise PolicyError(f"dtype is {source.dtype!r}: expected one of {', '.join(DTYPES)}.")
     parts = parts_of(source.trainable)
+    source = _with_whole_paths(source)
     dtype, base_sha, head = DTYPES[source.dtype], None, None
     folder = Path(source.policy)
     if source.policy in PRESETS:
@@ -216,9 +227,22 @@ def _frozen(vlm: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _learned(vlm: torch.nn.Module, value_head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What learns of a model, and the value head, which is no part of its files."""
+    """What learns or was fitted of a model, and the value head, which is no part of its files."""
     of_model = {f"vlm.{name}": parameter for name, parameter in vlm.named_parameters() if parameter.requires_grad}
+    for name, module in vlm.named_modules():
+        if isinstance(module, ZScoreMLPAdapter):
+            of_model |= {f"vlm.{name}.{key}": buffer for key, buffer in module.named_buffers()}
     return of_model | {f"value_head.{name}": tensor for name, tensor in value_head.items()}
+
+
+def _with_whole_paths(source: PolicySource) -> PolicySource:
+    """The source with the parts' folders as they are found from anywhere."""
+    places: dict[str, Any] = {
+        name: str(Path(value).resolve())
+        for name, names in (("vision_encoder", VISION_ENCODERS), ("language_model", LANGUAGE_MODELS))
+        if (value := getattr(source, name)) and value not in names and Path(value).is_dir()
+    }
+    return replace(source, **places)
 
 
 def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> tuple[Any, Any]:

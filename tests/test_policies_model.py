@@ -202,6 +202,21 @@ class Pooled(Adapter):
         return self.proj(F.adaptive_avg_pool1d(features.mT, 4).mT)
 
 
+def test_features_are_standardised_by_what_was_fitted():
+    """By hand; the last channel hardly varies, so it is divided by a tenth of the mean deviation instead of its own."""
+    torch.manual_seed(0)
+    adapter, plain = ADAPTERS["mlp_zscore"](3, 8), ADAPTERS["mlp"](3, 8)
+    plain.load_state_dict({name: tensor for name, tensor in adapter.state_dict().items() if "feature" not in name})
+    features = torch.randn(6, 4, 3) * torch.tensor([1.0, 5.0, 1e-6]) + torch.tensor([10.0, -3.0, 7.0])
+    assert torch.equal(adapter(features), plain(features)) and not adapter.is_fitted
+    adapter.fit(features)
+    rows = features.reshape(-1, 3)
+    deviation = rows.std(0)
+    deviation[2] = deviation.mean() / 10
+    assert adapter.is_fitted
+    torch.testing.assert_close(adapter(features), plain((features - rows.mean(0)) / deviation))
+
+
 def test_a_new_adapter_is_a_class_and_a_name(monkeypatch):
     monkeypatch.setitem(ADAPTERS, "pooled", Pooled)
     model, processor = tiny(adapter="pooled")

@@ -387,3 +387,49 @@ def test_the_encoder_of_a_whole_vlm_serves_another_policy(whole, llava, tmp_path
     tower = mine.base_vlm.model.vision_tower.state_dict()
     assert len(tower) > 10 and all(torch.equal(tower[name], theirs[name]) for name in tower)
     assert mine(mine.prepare(frames(2), INSTRUCTIONS[:2])).logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_what_an_adapter_was_fitted_to_is_saved(trainable, tmp_path):
+    source = PolicySource(adapter="mlp_zscore", trainable=trainable)
+    policy, plain = (load_policy(source, NAMES, FRAME) for _ in range(2))
+    assert policy.fit_adapter(frames(5)) and not policy.fit_adapter(frames(2))  # once
+    with torch.no_grad():
+        pixels = policy.pipeline.pixels(policy.pipeline.geometry(frames(5)))
+        features = policy.base_vlm.model.get_vision_features(**pixels)
+    fitted = [buffer for name, buffer in policy.named_buffers() if name.endswith("feature_mean") and buffer.any()]
+    assert len(fitted) == 1  # with LoRA, the copy that learns
+    torch.testing.assert_close(fitted[0], features.mean((0, 1)))
+    assert (answers(policy) - answers(plain)).abs().max() > 1e-3
+    if trainable == "lora":
+        with policy.as_reference():
+            assert torch.equal(answers(policy), answers(plain))
+    folder = saved(policy, tmp_path / "policy")
+    loaded = load_policy(PolicySource(policy=str(folder), trainable=trainable), NAMES, FRAME)
+    assert torch.equal(answers(loaded), answers(policy)) and not loaded.fit_adapter(frames(2))
+    load_weights(plain, folder)
+    assert torch.equal(answers(plain), answers(policy))
+    file = folder / WEIGHTS[trainable]
+    weights = load_file(file)
+    key = next(name for name in weights if name.endswith("feature_std"))
+    save_file({**weights, key: 2 * weights[key]}, file, metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match="not the ones that policy.json names"):
+        load_policy(PolicySource(policy=str(folder), trainable=trainable), NAMES, FRAME)
+
+
+def test_a_frozen_adapter_stays_unfitted():
+    policy = load_policy(PolicySource(adapter="mlp_zscore", trainable="encoder"), NAMES, FRAME)
+    before = answers(policy)
+    assert not policy.fit_adapter(frames(5)) and torch.equal(answers(policy), before)
+
+
+def test_the_folder_of_a_part_is_found_from_elsewhere(tmp_path, monkeypatch):
+    saved(trained(PolicySource()), tmp_path / "encoder")
+    monkeypatch.chdir(tmp_path)
+    policy = load_policy(PolicySource(vision_encoder="encoder", trainable="lora"), NAMES, FRAME)
+    folder = saved(policy, tmp_path / "lora")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(
+        answers(load_policy(PolicySource(policy=str(folder), trainable="lora"), NAMES, FRAME)), answers(policy)
+    )

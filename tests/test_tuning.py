@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
@@ -16,9 +17,9 @@ from agent.errors import TrainingError
 from agent.forgetting import PROBES, remember
 from agent.preferences import expert_pairs, pair_dataset, unpaired
 from agent.rollout import RolloutCollector
-from agent.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrations
+from agent.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrated_actions, demonstrations
 from agent.trajectories import ScriptedDemonstrator, save_trajectories, to_dataset
-from agent.tuning import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer, frozen_copy
+from agent.tuning import PolicyCloningTrainer, PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer, frozen_copy
 from envs import EpisodeVectorEnv
 from experiments import run_dpo, run_sft
 from experiments.command_line import run_main
@@ -67,14 +68,21 @@ def parts(policy):
     return found
 
 
+def sft_trainer(loss, policy, trajectories, folder, **given):
+    if loss == "actions":
+        return PolicyCloningTrainer(policy, settings(folder, **given), demonstrated_actions(trajectories), folder)
+    return PolicySFTTrainer(policy, settings(folder, **given), demonstrations(trajectories, policy), folder)
+
+
+@pytest.mark.parametrize("loss", ["tokens", "actions"])
 @pytest.mark.parametrize(
     ("trainable", "learns"),
     [("adapter", {"adapter"}), ("lora", {"lora", "adapter"}), ("full", {"adapter", "vision_tower", "llm"})],
 )
-def test_what_learns_changes_and_all_else_stays_bit_for_bit(trainable, learns, trajectories, tmp_path):
+def test_what_learns_changes_and_all_else_stays_bit_for_bit(trainable, learns, loss, trajectories, tmp_path):
     policy = make_policy(trainable)
     before = parts(policy)
-    PolicySFTTrainer(policy, settings(tmp_path), demonstrations(trajectories, policy), tmp_path).train()
+    sft_trainer(loss, policy, trajectories, tmp_path).train()
     after = parts(policy)
     moved = {part for part in before if difference(before[part], after[part]) > 0}
     assert moved == learns
@@ -126,9 +134,10 @@ def test_only_labelled_positions_are_scored_and_the_numbers_are_trls(trajectorie
     assert "forward" not in ours.vlm.__dict__
 
 
-def test_after_training_in_bf16_the_model_is_itself_again(trajectories, tmp_path):
+@pytest.mark.parametrize("loss", ["tokens", "actions"])
+def test_after_training_in_bf16_the_model_is_itself_again(loss, trajectories, tmp_path):
     policy = make_policy("adapter")
-    PolicySFTTrainer(policy, settings(tmp_path, bf16=True), demonstrations(trajectories, policy), tmp_path).train()
+    sft_trainer(loss, policy, trajectories, tmp_path, bf16=True).train()
     ids = torch.arange(20, 30)[None]
     with torch.no_grad():
         logits = policy.vlm(input_ids=ids).logits
@@ -144,6 +153,49 @@ def test_a_few_steps_make_the_demonstrations_likelier(trajectories, tmp_path):
     trainer.train()
     assert trainer.rows[-1]["loss"] < 0.5 * trainer.rows[0]["loss"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40 and not (tmp_path / ".staging").exists()
+
+
+def test_cloning_is_the_policys_own_probability_and_like_rows_are_computed_once(trajectories, tmp_path):
+    """Loss, share and gradient are those of the rows one by one; a batch with every row three times is no dearer."""
+    policy = make_policy("adapter")
+    data = demonstrated_actions(trajectories)
+    trainer = PolicyCloningTrainer(policy, settings(tmp_path), data, tmp_path)
+    rows = [data[number] for number in range(8)]
+    batch = trainer.collate(rows * 3)
+    sights = {(row["image"]["bytes"], row["instruction"]) for row in rows}
+    assert len(batch["frames"]) == len(sights) and len(batch["action"]) == len(batch["sight"]) == 24
+    trainer.compute_loss(policy.vlm, batch).backward()
+    mine = {name: parameter.grad.clone() for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    policy.zero_grad()
+    frames = np.stack([np.asarray(frame) for frame in trajectories[:8]["image"]])
+    logprobs = policy(policy.prepare(frames, trajectories[:8]["instruction"])).logprobs
+    actions = torch.tensor(trajectories[:8]["action"])
+    loss = -logprobs[torch.arange(8), actions].mean()
+    loss.backward()
+    torch.testing.assert_close(trainer.compute_loss(policy.vlm, batch), loss)
+    assert mine and all("adapter" in name for name in mine)
+    for name, parameter in policy.named_parameters():
+        if name in mine:
+            torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-3, atol=1e-5)
+    trainer.train()
+    share = (logprobs.argmax(1) == actions).float().mean().item()
+    assert trainer._metrics["eval"]["action_accuracy"] == [share, share]
+    assert all(0 <= row["action_accuracy"] <= 1 for row in trainer.rows) and len(trainer.rows) == 3
+
+
+def test_cloning_learns_what_the_expert_does(trajectories, tmp_path):
+    policy = make_policy()
+    right = trajectories.filter(lambda row: row["action"] == row["expert_action"])
+    batch = {"per_device_train_batch_size": 64, "max_steps": 40, "learning_rate": 1e-3}
+    trainer = sft_trainer("actions", policy, right, tmp_path, **batch)
+    trainer.train()
+    assert trainer.rows[-1]["action_accuracy"] > 0.9 and trainer.rows[-1]["loss"] < 0.5 * trainer.rows[0]["loss"]
+
+
+def test_cloning_by_several_processes_is_refused(trajectories, tmp_path, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    with pytest.raises(TrainingError, match="started by 2 processes: expected one, or --loss tokens"):
+        sft_trainer("actions", make_policy(), trajectories, tmp_path)
 
 
 def test_captions_train_the_adapter_alone(tmp_path):
@@ -274,10 +326,20 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     assert done.returncode == 0 and (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime == before
 
 
-def test_alignment_as_a_program(tmp_path):
-    done = run("run_sft.py", tmp_path, stage="align", captions=16, batch_size=8, output_dir="align")
+def test_align_and_instruct_as_programs(recorded, tmp_path):
+    done = run(
+        "run_sft.py", tmp_path, stage="align", adapter="mlp_zscore", captions=16, batch_size=8, output_dir="align"
+    )
     assert done.returncode == 0, done.stderr
+    assert "standardises features by 16 frames" in done.stdout
     assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
+    given = {"policy": "align", "dataset": recorded / "right", "trainable": "adapter", "loss": "actions", **SMALL}
+    done = run("run_sft.py", tmp_path, **given, warmup_steps=2, output_dir="instruct")
+    assert done.returncode == 0, done.stderr
+    assert "actions right" in done.stdout and "standardises" not in done.stdout  # by what align gave it
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "instruct/metrics.jsonl").open()]
+    assert rates[0] < max(rates) <= 2e-4
+    assert json.loads((tmp_path / "instruct/report.json").read_text())["loss"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +408,11 @@ BAD = {
         "run_sft.py",
         {"output_dir": "a", "stage": "align", "dataset": "x"},
         "is for --stage instruct",
+    ),
+    "actions to align": (
+        "run_sft.py",
+        {"output_dir": "a", "stage": "align", "loss": "actions"},
+        "for --stage instruct",
     ),
     "no captions": ("run_sft.py", {"output_dir": "a", "stage": "align", "env": "CartPole-v1"}, "a method caption()"),
     "unknown pairs": ("run_dpo.py", {"output_dir": "a", "pairs": "luck"}, "--pairs is 'luck': expected one of expert"),
