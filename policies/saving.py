@@ -228,7 +228,9 @@ def _frozen(vlm: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _learned(vlm: torch.nn.Module, value_head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What learns or was fitted of a model, and the value head, which is no part of its files."""
-    of_model = {f"vlm.{name}": parameter for name, parameter in vlm.named_parameters() if parameter.requires_grad}
+    of_model: dict[str, torch.Tensor] = {
+        f"vlm.{name}": parameter for name, parameter in vlm.named_parameters() if parameter.requires_grad
+    }
     for name, module in vlm.named_modules():
         if isinstance(module, ZScoreMLPAdapter):
             of_model |= {f"vlm.{name}.{key}": buffer for key, buffer in module.named_buffers()}
