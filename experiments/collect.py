@@ -148,19 +148,12 @@ def _recordings(given: CollectConfig, action_names: tuple[str, ...]) -> "list[Re
 def _play(given: CollectConfig, policy: Any, has_expert: bool) -> list[Any]:
     """Rollouts until enough episodes have ended."""
     from agent.trajectories import RandomPlayer, ScriptedDemonstrator
-    from experiments.setup import make_rollouts
+    from experiments.setup import make_rollouts, play
 
     players = {"expert": ScriptedDemonstrator(given.error_rate), "random": RandomPlayer(), "policy": None}
     recorded = {"demonstrator": players[given.player], "record": True, "ask_expert": has_expert}
-    rollouts: list[Any] = []
-    ended = 0
     with contextlib.closing(make_rollouts(given, policy, 1_000_000, given.group_size > 1, recorded=recorded)) as source:
-        while ended < (given.episodes or 0):
-            rollouts.append(source.collect(len(rollouts)))
-            ended += len(rollouts[-1].episodes)
-            if len(rollouts) * given.num_steps > 100_000 and not ended:
-                raise UsageError(f"No episode of {given.env} ended in {len(rollouts) * given.num_steps:,} steps.")
-    return rollouts
+        return play(source, given.episodes or 0, given.env)
 
 
 def _replay(

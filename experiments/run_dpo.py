@@ -122,17 +122,14 @@ def own_trajectories(config: DPORunConfig, policy: Any, number: int) -> Any:
     from agent.rollout import RolloutCollector
     from agent.trajectories import to_dataset
     from experiments.environments import knows_expert, make_env
+    from experiments.setup import play
 
     with contextlib.closing(make_env(config, config.num_envs, group_size=config.group_size)) as env:
         has_expert = knows_expert(env)
         collector = RolloutCollector(
             env, policy, config.num_steps, config.seed, rounds=True, record=True, ask_expert=has_expert
         )
-        rollouts: list[Any] = []
-        ended = 0
-        while ended < config.episodes:
-            rollouts.append(collector.collect(1000 * number + len(rollouts)))
-            ended += len(rollouts[-1].episodes)
+        rollouts = play(collector, config.episodes, config.env, first=1000 * number)
     return to_dataset(rollouts, policy, config.env, f"policy {config.policy}, round {number + 1}", {})
 
 

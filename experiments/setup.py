@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent.ppo_trainer import PPOConfig
-from agent.rollout import RolloutCollector, Rollouts
+from agent.rollout import Rollout, RolloutCollector, Rollouts
 from envs import EpisodeVectorEnv
 from experiments.command_line import UsageError
 from experiments.environments import make_segment
@@ -22,6 +22,7 @@ from policies.prompts import SYSTEM
 if TYPE_CHECKING:
     from agent.ray_workers import WorkerOptions
 
+PATIENCE = 100_000  # steps to wait for the first episode's end
 # settings of a run that are PPOConfig's by the same name
 SHARED = (
     "num_steps",
@@ -229,6 +230,26 @@ def make_rollouts(
         central = RayVectorEnv(segment, config.num_envs, policy.spec.action_names, worker_options(config))
         return CentralRollouts(central, policy, config.num_steps, config.seed, **arguments)
     return RolloutCollector(segment(0, config.num_envs), policy, config.num_steps, config.seed, **arguments)
+
+
+def play(source: Rollouts, episodes: int, env: str, first: int = 0) -> list[Rollout]:
+    """Rollouts from number `first` on, until as many episodes have ended.
+
+    Raises:
+        UsageError: none ended in more than `PATIENCE` steps of all slots together.
+    """
+    rollouts: list[Rollout] = []
+    ended = steps = 0
+    while ended < episodes:
+        rollouts.append(source.collect(first + len(rollouts)))
+        ended += len(rollouts[-1].episodes)
+        steps += source.num_envs * source.num_steps
+        if steps > PATIENCE and not ended:
+            raise UsageError(
+                f"No episode of {env} ended in {steps:,} steps of {source.num_envs} environments: expected an "
+                "environment whose episodes end, and --num_steps no shorter than they are."
+            )
+    return rollouts
 
 
 def worker_options(config: RolloutConfig) -> "WorkerOptions":

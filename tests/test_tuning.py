@@ -22,10 +22,12 @@ from agent.trajectories import ScriptedDemonstrator, save_trajectories, to_datas
 from agent.tuning import PolicyCloningTrainer, PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer, frozen_copy
 from envs import EpisodeVectorEnv
 from experiments import run_dpo, run_sft
-from experiments.command_line import run_main
+from experiments.command_line import UsageError, run_main
 from experiments.run_ladder import compare
+from experiments.setup import play
 from policies import save_policy
-from tests.small_runs import difference, goto_policy, weights
+from tests.small_parts import tiny_policy
+from tests.small_runs import corridor_env, difference, goto_policy, weights
 
 ROOT, GOTO = Path(__file__).parents[1], "manako/GoTo-v0"
 SMALL = {"eval_episodes": 4, "gif_episodes": 0}
@@ -389,6 +391,14 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(
     error = capsys.readouterr().err
     assert ended.value.code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_environments_without_an_end_are_refused(monkeypatch):
+    monkeypatch.setattr("experiments.setup.PATIENCE", 7)
+    env = corridor_env(8, {"length": 200, "limit": 100})
+    collector = RolloutCollector(env, tiny_policy(env), 1, 0, rounds=True)
+    with pytest.raises(UsageError, match="No episode of Corridor ended in 8 steps of 8 environments"):
+        play(collector, 1, "Corridor")
 
 
 def test_every_step_is_compared_with_all_before_it():
