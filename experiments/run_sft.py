@@ -64,14 +64,8 @@ class SFTRunConfig(TrainConfig):
     batch_size: int = setting(32, "examples of an optimizer step", ge=1)
     learning_rate: float = setting(2e-4, "initial learning rate of AdamW", gt=0)
     adapter_learning_rate: float | None = setting(None, "initial learning rate of the adapter, if another", gt=0)
-    lr_scheduler_type: str = setting(
-        "linear",
-        "decay of the learning rate",
-        choices=("linear", "cosine", "constant", "constant_with_warmup"),
-    )
-    warmup_steps: int = setting(
-        0, "optimizer steps in which the learning rate rises from 0 (with constant: none)", ge=0
-    )
+    lr_scheduler_type: str = setting("linear", "decay of the learning rate", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = setting(0, "optimizer steps in which the learning rate rises from 0", ge=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
     eval_episodes: int = setting(200, "held-out episodes of each evaluation row, 0 for none", ge=0)
 

@@ -146,6 +146,9 @@ def make_tuning_args(kind: Any, config: Any, run_dir: Path, **own: Any) -> Any:
     import torch
 
     check_bf16(config)
+    schedule = config.lr_scheduler_type
+    if schedule == "constant" and own.get("warmup_steps"):
+        schedule = "constant_with_warmup"  # by `constant` the library leaves the rise out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
         return kind(
@@ -153,7 +156,7 @@ def make_tuning_args(kind: Any, config: Any, run_dir: Path, **own: Any) -> Any:
             per_device_train_batch_size=config.batch_size,
             num_train_epochs=config.epochs,
             learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
+            lr_scheduler_type=schedule,
             max_grad_norm=config.max_grad_norm,
             max_length=None,
             logging_steps=1,

@@ -191,7 +191,8 @@ class VLMPolicy(nn.Module):
         ]
         if adapters:
             frames = self.pipeline.geometry(images).to(self.device)
-            features = self.base_vlm.model.get_vision_features(**self.pipeline.pixels(frames))  # (N, P, Dv)
+            see = self.base_vlm.model.get_vision_features
+            features = torch.cat([see(**self.pipeline.pixels(part)) for part in frames.split(32)])  # (N, P, Dv)
             for adapter in adapters:
                 adapter.fit(features)
         return bool(adapters)

@@ -336,11 +336,13 @@ def test_align_and_instruct_as_programs(recorded, tmp_path):
     assert "standardises features by 16 frames" in done.stdout
     assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
     given = {"policy": "align", "dataset": recorded / "right", "trainable": "adapter", "loss": "actions", **SMALL}
-    done = run("run_sft.py", tmp_path, **given, warmup_steps=2, output_dir="instruct")
+    done = run(
+        "run_sft.py", tmp_path, **given, epochs=3, warmup_steps=2, lr_scheduler_type="constant", output_dir="instruct"
+    )
     assert done.returncode == 0, done.stderr
     assert "actions right" in done.stdout and "standardises" not in done.stdout  # by what align gave it
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "instruct/metrics.jsonl").open()]
-    assert rates[0] < max(rates) <= 2e-4
+    assert rates == [0, 1e-4, *[2e-4] * (len(rates) - 2)] and len(rates) > 2
     assert json.loads((tmp_path / "instruct/report.json").read_text())["loss"] > 0
 
 
