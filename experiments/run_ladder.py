@@ -295,7 +295,7 @@ def print_report(result: dict[str, Any], file: Path) -> None:
             f"{row['probes']:.0%}",
         )
     console.print(table)
-    if rows[0]["starts"] > 1:  # else the episodes are no sample that could be tested
+    if rows[0]["starts"] > 1 or result["sampled_actions"]:  # else the episodes are no sample that could be tested
         for pair in result["comparisons"]:
             console.print(
                 f"{pair['step']} against {pair['against']}: {100 * pair['difference']:+.1f} points, p = {pair['p']:.2g}"

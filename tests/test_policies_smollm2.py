@@ -11,10 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames
+from trl import SFTConfig
 
+from agent.evaluation import evaluate
+from agent.rollout import RolloutCollector
+from agent.supervised import demonstrated_actions, sample_frames
+from agent.trajectories import ScriptedDemonstrator, to_dataset
+from agent.tuning import PolicyCloningTrainer
+from envs import EpisodeVectorEnv
 from policies import PolicyError, PolicySource, load_policy
 from policies.presets import SMOLLM2_INSTALL, smollm2_folder
 from policies.processing import special_vocabulary
@@ -148,3 +156,22 @@ def test_it_learns_color_match_with_ppo(cache, tmp_path):
     evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert evaluation["policy"]["success"] >= 0.9 and evaluation["policy"]["success_ci95"][0] > 0.85
     assert evaluation["blank_image"]["success"] < 0.5
+
+
+@needs_wheel
+@pytest.mark.slow
+def test_frozen_lake_is_learned_from_demonstrations(cache, tmp_path):
+    """The adapter's statistics and 25 steps of behaviour cloning, encoder and language model frozen beside LoRA."""
+    env = EpisodeVectorEnv("FrozenLake-v1", 8, env_kwargs={"is_slippery": False})
+    policy = load_policy(PolicySource(policy="smollm2", trainable="lora"), env.action_names, env.frame_shape)
+    collector = RolloutCollector(env, policy, 40, seed=0, record=True, demonstrator=ScriptedDemonstrator(0.1))
+    data = to_dataset([collector.collect(0)], policy, "FrozenLake-v1", "expert", {})
+    assert policy.fit_adapter(np.stack(sample_frames(data, 100)))
+    settings = {"per_device_train_batch_size": 1024, "max_steps": 25, "warmup_steps": 5, "learning_rate": 5e-4}
+    settings |= {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    args = SFTConfig(str(tmp_path / ".staging"), bf16=False, gradient_checkpointing=False, **settings)
+    trainer = PolicyCloningTrainer(policy, args, demonstrated_actions(data), tmp_path, 2e-3)
+    trainer.train()
+    assert trainer.rows[-1]["action_accuracy"] > 0.8 > trainer.rows[0]["action_accuracy"]
+    one = EpisodeVectorEnv("FrozenLake-v1", 1, env_kwargs={"is_slippery": False})
+    assert evaluate(policy, one, [1]).episodes[0].success

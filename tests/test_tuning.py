@@ -23,7 +23,7 @@ from agent.tuning import PolicyCloningTrainer, PolicyDPOTrainer, PolicyKTOTraine
 from envs import EpisodeVectorEnv
 from experiments import run_dpo, run_sft
 from experiments.command_line import UsageError, run_main
-from experiments.run_ladder import compare
+from experiments.run_ladder import compare, print_report
 from experiments.setup import play
 from policies import save_policy
 from tests.small_parts import tiny_policy
@@ -411,6 +411,17 @@ def test_every_step_is_compared_with_all_before_it():
         {"step": "c", "against": "a", "difference": 0.75, "p": 0.25},
         {"step": "c", "against": "b", "difference": 0.0, "p": 1.0},
     ]
+
+
+@pytest.mark.parametrize(("starts", "sampled", "tested"), [(1, False, False), (1, True, True), (9, False, True)])
+def test_one_start_played_by_likeliest_actions_is_no_sample(starts, sampled, tested, capsys):
+    row = {"from": None, "episodes": 20, "starts": starts, "success": 0.5, "success_ci95": [0.3, 0.7]}
+    row |= {"return_mean": 0.5, "seconds": 1.0, "trained_parameters": 7, "perplexity": 30.0, "probes": 0.9}
+    result = {"env": "Lake", "sampled_actions": sampled, "demonstrations": {}}
+    result["steps"] = [{**row, "step": "start"}, {**row, "step": "sft"}]
+    result["comparisons"] = [{"step": "sft", "against": "start", "difference": 0.1, "p": 0.25}]
+    print_report(result, Path("report.json"))
+    assert ("sft against start: +10.0 points, p = 0.25" in capsys.readouterr().out) == tested
 
 
 BAD = {
