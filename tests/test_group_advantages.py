@@ -124,7 +124,7 @@ def test_settings_that_do_not_fit(tmp_path):
         PPOTrainer(tiny_policy(env), ppo_config(tmp_path, advantage="a2c"), env)
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "gigpo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("rloo", marks=pytest.mark.slow), "gigpo"])
 def test_they_learn_color_match(method, tmp_path):
     """One step an episode, and no value head that learns."""
     env = EpisodeVectorEnv("manako/ColorMatch-v0", 32, group_size=8)

@@ -92,6 +92,7 @@ def test_a_run_in_workers_from_a_users_folder_leaves_nothing_behind(folder):
     assert not ray_processes() - before
 
 
+@pytest.mark.slow
 def test_an_environment_that_breaks_in_workers_stops_the_run_with_a_checkpoint(folder):
     """One sentence, exit code 2; --resume may go on with another backend (test_ray_workers.py compares the weights)."""
     fault = folder / "fuse"
@@ -256,6 +257,7 @@ def test_a_cluster_refuses_who_has_no_token(head, folder):
     assert "Authentication required" in done.stderr and "RAY_AUTH_MODE=token" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_gives_its_exit_code(head, folder):
     (folder / "fuse").touch()
     fault = json.dumps({"fault": str(folder / "fuse")})

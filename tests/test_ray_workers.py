@@ -229,7 +229,9 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(backend, policy, caplog
 
 
 @mostly_env
-@pytest.mark.parametrize("kind", ["raise", pytest.param("exit", marks=pytest.mark.slow), "hang"])
+@pytest.mark.parametrize(
+    "kind", ["raise", pytest.param("exit", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)]
+)
 def test_an_environment_that_breaks_once_costs_its_fragment_and_nothing_else(backend, kind, policy, tmp_path):
     maker = env_maker("tests/Faulty-v0", folder=str(tmp_path))
     plain = local(NUM_ENVS, policy, batch_size=2, maker=maker)

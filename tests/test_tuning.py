@@ -21,7 +21,7 @@ from agent.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrate
 from agent.trajectories import ScriptedDemonstrator, save_trajectories, to_dataset
 from agent.tuning import PolicyCloningTrainer, PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer, frozen_copy
 from envs import EpisodeVectorEnv
-from experiments import run_dpo, run_sft
+from experiments import collect, run_dpo, run_ladder, run_sft
 from experiments.command_line import UsageError, run_main
 from experiments.run_ladder import compare, print_report
 from experiments.setup import play
@@ -425,36 +425,41 @@ def test_one_start_played_by_likeliest_actions_is_no_sample(starts, sampled, tes
 
 
 BAD = {
-    "no dataset": ("run_sft.py", {"output_dir": "a"}, "--dataset is missing"),
-    "no such dataset": ("run_sft.py", {"output_dir": "a", "dataset": "nowhere"}, "There is no folder 'nowhere'"),
+    "no dataset": (run_sft, {"output_dir": "a"}, "--dataset is missing"),
+    "no such dataset": (run_sft, {"output_dir": "a", "dataset": "nowhere"}, "There is no folder 'nowhere'"),
     "dataset to align": (
-        "run_sft.py",
+        run_sft,
         {"output_dir": "a", "stage": "align", "dataset": "x"},
         "is for --stage instruct",
     ),
     "actions to align": (
-        "run_sft.py",
+        run_sft,
         {"output_dir": "a", "stage": "align", "loss": "actions"},
         "for --stage instruct",
     ),
-    "no captions": ("run_sft.py", {"output_dir": "a", "stage": "align", "env": "CartPole-v1"}, "a method caption()"),
-    "unknown pairs": ("run_dpo.py", {"output_dir": "a", "pairs": "luck"}, "--pairs is 'luck': expected one of expert"),
-    "no output": ("collect.py", {}, "--output is missing"),
+    "no captions": (run_sft, {"output_dir": "a", "stage": "align", "env": "CartPole-v1"}, "a method caption()"),
+    "unknown pairs": (run_dpo, {"output_dir": "a", "pairs": "luck"}, "--pairs is 'luck': expected one of expert"),
+    "no output": (collect, {}, "--output is missing"),
     "error of nobody": (
-        "collect.py",
+        collect,
         {"output": "a", "player": "random", "error_rate": 0.5},
         "--error_rate is the expert's",
     ),
-    "no expert": ("collect.py", {"output": "a", "env": "CartPole-v1"}, "CartPole-v1 has no expert"),
-    "group": ("collect.py", {"output": "a", "group_size": 3}, "expected a divisor"),
-    "no ladder": ("run_ladder.py", {}, "--ladder and --output_dir are needed"),
-    "a strange ladder": ("run_ladder.py", {"ladder": "strange.yaml", "output_dir": "a"}, "Step 1 of strange.yaml"),
+    "no expert": (collect, {"output": "a", "env": "CartPole-v1"}, "CartPole-v1 has no expert"),
+    "group": (collect, {"output": "a", "group_size": 3}, "expected a divisor"),
+    "no ladder": (run_ladder, {}, "--ladder and --output_dir are needed"),
+    "a strange ladder": (run_ladder, {"ladder": "strange.yaml", "output_dir": "a"}, "Step 1 of strange.yaml"),
 }
 
 
-@pytest.mark.parametrize(("name", "given", "message"), BAD.values(), ids=BAD)
-def test_bad_input(name, given, message, tmp_path):
+@pytest.mark.parametrize(("runner", "given", "message"), BAD.values(), ids=BAD)
+def test_bad_input(runner, given, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "strange.yaml").write_text("steps: [{name: a, runner: fly}]")
-    done = run(name, tmp_path, **given)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["run", *words])
+    with pytest.raises(SystemExit) as ended:
+        run_main(runner.main)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "a").exists()
