@@ -8,7 +8,7 @@ of the rollout is no special case.
 import torch
 from torch import Tensor
 
-from agent.errors import TrainingError
+from manako.agent.errors import TrainingError
 
 
 def gae(

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.errors import TrainingError
+from manako.agent.errors import TrainingError
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -13,7 +13,7 @@ is learned from them.
 import torch
 from torch import Tensor
 
-from agent.errors import TrainingError
+from manako.agent.errors import TrainingError
 
 METHODS = ("grpo", "rloo", "gigpo")
 EPSILON = 1e-6

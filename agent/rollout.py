@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from agent.advantages import gae, normalize
-from agent.errors import TrainingError
-from agent.group_advantages import group_advantages
-from policies import PolicyInputs, PolicyOutput, VLMPolicy
+from manako.agent.advantages import gae, normalize
+from manako.agent.errors import TrainingError
+from manako.agent.group_advantages import group_advantages
+from manako.policies import PolicyInputs, PolicyOutput, VLMPolicy
 
 Forward = Callable[[PolicyInputs], PolicyOutput]
 ACTIONS, SHUFFLES = 11, 12  # what a random stream is for; 0 and 1 are the episodes' seeds

@@ -14,12 +14,12 @@ os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
-from envs.check import check_vlm_env  # SDL reads the variables when it is loaded
-from envs.errors import EnvError
-from envs.making import make_env
-from envs.observation import VLMObservation
-from envs.tasks import TASKS, Task
-from envs.vector import (
+from manako.envs.check import check_vlm_env  # SDL reads the variables when it is loaded
+from manako.envs.errors import EnvError
+from manako.envs.making import make_env
+from manako.envs.observation import VLMObservation
+from manako.envs.tasks import TASKS, Task
+from manako.envs.vector import (
     HELD_OUT,
     TRAINING,
     EpisodeVectorEnv,
@@ -29,8 +29,8 @@ from envs.vector import (
 )
 
 for _id, _entry_point in (
-    ("manako/ColorMatch-v0", "envs.color_match:ColorMatch"),
-    ("manako/GoTo-v0", "envs.goto:GoTo"),
+    ("manako/ColorMatch-v0", "manako.envs.color_match:ColorMatch"),
+    ("manako/GoTo-v0", "manako.envs.goto:GoTo"),
 ):
     if _id not in gymnasium.registry:
         gymnasium.register(_id, entry_point=_entry_point)

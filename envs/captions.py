@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.errors import EnvError
+from manako.envs.errors import EnvError
 
 LAKE = {b"S": "ice", b"F": "ice", b"H": "hole", b"G": "goal"}
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from envs.errors import EnvError, in_one_line
-from envs.making import find_spec, make_env, make_raw_env
-from envs.observation import (
+from manako.envs.errors import EnvError, in_one_line
+from manako.envs.making import find_spec, make_env, make_raw_env
+from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
     ImageSource,
     as_frame,

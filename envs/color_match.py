@@ -10,10 +10,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.captions import place_name
-from envs.errors import EnvError
-from envs.observation import InstructionText
-from envs.tiles import COLORS, TILE, choose_colors
+from manako.envs.captions import place_name
+from manako.envs.errors import EnvError
+from manako.envs.observation import InstructionText
+from manako.envs.tiles import COLORS, TILE, choose_colors
 
 
 class ColorMatch(gym.Env[dict[str, Any], Any]):

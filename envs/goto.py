@@ -14,10 +14,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.captions import place_name
-from envs.errors import EnvError
-from envs.observation import InstructionText
-from envs.tiles import AGENT, FIRST_OBJECT, FLOOR, TILE, choose_colors, choose_shapes, draw, paint_tiles
+from manako.envs.captions import place_name
+from manako.envs.errors import EnvError
+from manako.envs.observation import InstructionText
+from manako.envs.tiles import AGENT, FIRST_OBJECT, FLOOR, TILE, choose_colors, choose_shapes, draw, paint_tiles
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # name -> (rows, columns)
 STEPS_PER_CELL = 3  # an episode lasts at most this many times ``size``

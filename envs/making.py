@@ -16,8 +16,8 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 
-from envs.errors import EnvError, in_one_line
-from envs.observation import ImageSource, VLMObservation, missing_package
+from manako.envs.errors import EnvError, in_one_line
+from manako.envs.observation import ImageSource, VLMObservation, missing_package
 
 # id prefix -> (module that registers such ids, extra that installs it)
 _BUNDLED = {

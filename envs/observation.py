@@ -28,10 +28,10 @@ from typing import Any, Literal, NoReturn
 import gymnasium as gym
 import numpy as np
 
-from envs.captions import caption_of
-from envs.errors import EnvError, in_one_line
-from envs.experts import make_expert
-from envs.tasks import TASKS, success_rule
+from manako.envs.captions import caption_of
+from manako.envs.errors import EnvError, in_one_line
+from manako.envs.experts import make_expert
+from manako.envs.tasks import TASKS, success_rule
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")

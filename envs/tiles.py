@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from envs.errors import EnvError
+from manako.envs.errors import EnvError
 
 TILE = 8  # pixels
 FLOOR, AGENT, FIRST_OBJECT = 0, 1, 2

@@ -24,9 +24,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from envs.errors import EnvError
-from envs.making import make_env
-from envs.observation import ImageSource, VLMObservation
+from manako.envs.errors import EnvError
+from manako.envs.making import make_env
+from manako.envs.observation import ImageSource, VLMObservation
 
 TRAINING, HELD_OUT = 0, 1  # streams
 

@@ -15,14 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from envs.check import WARNING, check_vlm_env  # noqa: E402
-from envs.errors import EnvError  # noqa: E402
-from envs.making import make_env  # noqa: E402
-from envs.observation import IMAGE_SOURCES  # noqa: E402
+    del sys.path[0]
+
+from manako.envs.check import WARNING, check_vlm_env  # noqa: E402
+from manako.envs.errors import EnvError  # noqa: E402
+from manako.envs.making import make_env  # noqa: E402
+from manako.envs.observation import IMAGE_SOURCES  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,15 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
-from experiments.settings import RolloutConfig, check_workers  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from manako.experiments.common.settings import RolloutConfig, check_workers  # noqa: E402
 
 if TYPE_CHECKING:
-    from agent.recordings import Recording
+    from manako.agent.data.recordings import Recording
 
 
 @dataclass
@@ -65,9 +68,9 @@ def main() -> int:
         raise UsageError(f"--group_size is {given.group_size}, and --num_envs {given.num_envs}: expected a divisor.")
     if given.rollout_backend == "local":
         return _collect(given)
-    from agent.ray_workers import cluster
+    from manako.agent.workers.ray_backends import cluster
 
-    with cluster(given.ray_address, paths=[str(ROOT), os.getcwd()]):
+    with cluster(given.ray_address, paths=[os.getcwd(), str(ROOT)]):
         return _collect(given)
 
 
@@ -91,15 +94,15 @@ def _check_recording(given: CollectConfig) -> None:
 
 
 def _collect(given: CollectConfig) -> int:
-    from experiments.environments import knows_expert, make_env
+    from manako.experiments.common.environments import knows_expert, make_env
 
     started = time.perf_counter()
     with contextlib.closing(make_env(given, 1, held_out=True)) as env:
         recordings = _recordings(given, env.action_names)  # a fault in them shows before torch is loaded
         import torch
 
-        from agent.trajectories import episode_success, save_trajectories, to_dataset
-        from experiments.setup import make_policy, quiet_libraries
+        from manako.agent.data.trajectories import episode_success, save_trajectories, to_dataset
+        from manako.experiments.common.building import make_policy, quiet_libraries
 
         quiet_libraries()
         torch.manual_seed(given.seed)
@@ -129,8 +132,8 @@ def _collect(given: CollectConfig) -> int:
 
 def _recordings(given: CollectConfig, action_names: tuple[str, ...]) -> "list[Recording]":
     """The episodes to play again, none for the other players; odd seeds are pointed out."""
-    from agent.recordings import read_recordings
-    from experiments.environments import json_object
+    from manako.agent.data.recordings import read_recordings
+    from manako.experiments.common.environments import json_object
 
     if given.recording is None:
         return []
@@ -147,8 +150,8 @@ def _recordings(given: CollectConfig, action_names: tuple[str, ...]) -> "list[Re
 
 def _play(given: CollectConfig, policy: Any, has_expert: bool) -> list[Any]:
     """Rollouts until enough episodes have ended."""
-    from agent.trajectories import RandomPlayer, ScriptedDemonstrator
-    from experiments.setup import make_rollouts, play
+    from manako.agent.data.trajectories import RandomPlayer, ScriptedDemonstrator
+    from manako.experiments.common.building import make_rollouts, play
 
     players = {"expert": ScriptedDemonstrator(given.error_rate), "random": RandomPlayer(), "policy": None}
     recorded = {"demonstrator": players[given.player], "record": True, "ask_expert": has_expert}
@@ -160,10 +163,10 @@ def _replay(
     given: CollectConfig, policy: Any, recordings: "list[Recording]", has_expert: bool
 ) -> tuple[list[Any], list[int]]:
     """Rollouts in which every recording is played to its end, and how many of them each slot has played."""
-    from agent.recordings import in_slots
-    from agent.rollout import RolloutCollector
-    from agent.trajectories import RecordedDemonstrator
-    from experiments.environments import make_env
+    from manako.agent.data.recordings import in_slots
+    from manako.agent.data.trajectories import RecordedDemonstrator
+    from manako.agent.rollout import RolloutCollector
+    from manako.experiments.common.environments import make_env
 
     player = RecordedDemonstrator(in_slots(recordings, given.num_envs))
     env = make_env(given, len(player.queues), seed_lists=player.seed_lists)

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import UsageError, check, parse, read_yaml, run_main, setting  # noqa: E402
-from experiments.run_folder import is_run, policy_folder  # noqa: E402
-from experiments.settings import RunConfig  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import UsageError, check, parse, read_yaml, run_main, setting  # noqa: E402
+from manako.experiments.common.run_folder import is_run, policy_folder  # noqa: E402
+from manako.experiments.common.settings import RunConfig  # noqa: E402
 
 OF_THE_POLICY = ("trainable", "action_format", "system", "dtype")  # likewise, and no flags here
 TAKEN = ("env", "instruction", "action_names", "env_kwargs", "image_source", "success_return")  # from the run
@@ -59,11 +62,11 @@ def main() -> int:
     config = _run_config(given)
     import torch
 
-    from agent.evaluation import evaluate_all, record_episodes
-    from agent.figures import episode_gif
-    from experiments.environments import held_out_seeds, make_env
-    from experiments.progress import plain_console, print_table
-    from experiments.setup import make_policy, quiet_libraries
+    from manako.agent.report.evaluation import evaluate_all, record_episodes
+    from manako.agent.report.figures import episode_gif
+    from manako.experiments.common.building import make_policy, quiet_libraries
+    from manako.experiments.common.environments import held_out_seeds, make_env
+    from manako.experiments.common.progress import plain_console, print_table
 
     quiet_libraries()
     torch.manual_seed(config.seed)

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
 
 DEFAULT_FPS = 4  # where nothing says how fast an environment runs: that of this project's own
 
@@ -45,9 +48,9 @@ def main() -> int:
         raise UsageError("--output is missing: give the folder of the new dataset.")
     if Path(given.output).exists():
         raise UsageError(f"{given.output!r} exists and is not overwritten: give another --output.")
-    from agent.lerobot_format import export_lerobot
-    from agent.trajectories import load_trajectories
-    from experiments.setup import quiet_libraries
+    from manako.agent.data.lerobot_format import export_lerobot
+    from manako.agent.data.trajectories import load_trajectories
+    from manako.experiments.common.building import quiet_libraries
 
     quiet_libraries()
     dataset, about = load_trajectories(given.dataset)
@@ -68,8 +71,8 @@ def render_fps(about: dict[str, Any]) -> int | None:
     Returns:
         None where it has none, has no whole number, or cannot be made on this machine.
     """
-    from envs import EnvError
-    from envs.making import make_raw_env
+    from manako.envs import EnvError
+    from manako.envs.making import make_raw_env
 
     try:
         with contextlib.closing(make_raw_env(about["env_id"], json.loads(about.get("env_kwargs") or "{}"))) as env:

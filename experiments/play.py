@@ -21,18 +21,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
+
+    del sys.path[0]
 SCREEN_GIVEN = "SDL_VIDEODRIVER" in os.environ  # envs/ sets it where there is no screen
 
 import numpy as np  # noqa: E402
 
-from agent.recordings import Recording, append_recording, read_recordings  # noqa: E402
-from envs import TRAINING, EpisodeVectorEnv, Observations, episode_seed  # noqa: E402
-from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
-from experiments.environments import json_object, make_env  # noqa: E402
-from experiments.settings import EnvConfig  # noqa: E402
+from manako.agent.data.recordings import Recording, append_recording, read_recordings  # noqa: E402
+from manako.envs import TRAINING, EpisodeVectorEnv, Observations, episode_seed  # noqa: E402
+from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from manako.experiments.common.environments import json_object, make_env  # noqa: E402
+from manako.experiments.common.settings import EnvConfig  # noqa: E402
 
 KEYS = "123456789abcdefghijklmnopqrstuvwxyz"
 ARROWS = ("up", "down", "left", "right")

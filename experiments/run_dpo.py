@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import parse, run_main, setting  # noqa: E402
-from experiments.run_folder import (  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import parse, run_main, setting  # noqa: E402
+from manako.experiments.common.run_folder import (  # noqa: E402
     evaluate_run,
     new_run_dir,
     write_description,
     write_final,
     write_text,
 )
-from experiments.settings import TrainConfig  # noqa: E402
+from manako.experiments.common.settings import TrainConfig  # noqa: E402
 
 
 @dataclass
@@ -65,12 +68,12 @@ def main() -> int:
     run_dir = new_run_dir(config)
     import torch
 
-    from agent.forgetting import remember
-    from agent.preferences import pair_dataset, unpaired
-    from agent.trajectories import load_trajectories
-    from experiments.environments import make_env
-    from experiments.progress import plain_console, print_parts, print_table
-    from experiments.setup import make_policy, quiet_libraries
+    from manako.agent.data.trajectories import load_trajectories
+    from manako.agent.tuning.forgetting import remember
+    from manako.agent.tuning.preferences import pair_dataset, unpaired
+    from manako.experiments.common.building import make_policy, quiet_libraries
+    from manako.experiments.common.environments import make_env
+    from manako.experiments.common.progress import plain_console, print_parts, print_table
 
     quiet_libraries()
     torch.manual_seed(config.seed)
@@ -119,10 +122,10 @@ def main() -> int:
 
 def own_trajectories(config: DPORunConfig, policy: Any, number: int) -> Any:
     """The policy's own episodes, sampled, other ones in every round."""
-    from agent.rollout import RolloutCollector
-    from agent.trajectories import to_dataset
-    from experiments.environments import knows_expert, make_env
-    from experiments.setup import play
+    from manako.agent.data.trajectories import to_dataset
+    from manako.agent.rollout import RolloutCollector
+    from manako.experiments.common.building import play
+    from manako.experiments.common.environments import knows_expert, make_env
 
     with contextlib.closing(make_env(config, config.num_envs, group_size=config.group_size)) as env:
         has_expert = knows_expert(env)
@@ -135,8 +138,8 @@ def own_trajectories(config: DPORunConfig, policy: Any, number: int) -> Any:
 
 def make_pairs(config: DPORunConfig, policy: Any, trajectories: Any, number: int) -> list[Any]:
     """Pairs by the way that the settings name."""
-    from agent.preferences import branch_pairs, expert_pairs, return_pairs, state_pairs
-    from experiments.environments import make_env
+    from manako.agent.tuning.preferences import branch_pairs, expert_pairs, return_pairs, state_pairs
+    from manako.experiments.common.environments import make_env
 
     of_trajectories = {"expert": expert_pairs, "state": state_pairs, "return": return_pairs}
     if config.pairs in of_trajectories:
@@ -155,8 +158,8 @@ def train(config: DPORunConfig, policy: Any, data: Any, run_dir: Path) -> list[d
     """One round's training; its rows of metrics.jsonl."""
     from trl import DPOConfig, KTOConfig
 
-    from agent.tuning import PolicyDPOTrainer, PolicyKTOTrainer
-    from experiments.setup import make_tuning_args
+    from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer
+    from manako.experiments.common.building import make_tuning_args
 
     kinds: dict[str, Any] = {"dpo": (DPOConfig, PolicyDPOTrainer), "kto": (KTOConfig, PolicyKTOTrainer)}
     kind, make_trainer = kinds[config.method]

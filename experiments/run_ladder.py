@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import UsageError, parse, read_yaml, run_main, setting  # noqa: E402
-from experiments.run_folder import check_job_folder, write_text  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import UsageError, parse, read_yaml, run_main, setting  # noqa: E402
+from manako.experiments.common.run_folder import check_job_folder, write_text  # noqa: E402
 
 RUNNERS = {"collect": "collect.py", "sft": "run_sft.py", "dpo": "run_dpo.py", "ppo": "run_ppo.py"}
 LADDER_FILE = "ladder.yaml"
@@ -168,11 +171,11 @@ def report(folder: Path, common: dict[str, Any], done: dict[str, dict[str, Any]]
     """Evaluates every step's policy on the same held-out seeds; a file and a table."""
     import torch
 
-    from agent.evaluation import evaluate
-    from agent.forgetting import remember
-    from experiments.environments import held_out_seeds, make_env
-    from experiments.settings import PlayConfig
-    from experiments.setup import make_policy, quiet_libraries
+    from manako.agent.report.evaluation import evaluate
+    from manako.agent.tuning.forgetting import remember
+    from manako.experiments.common.building import make_policy, quiet_libraries
+    from manako.experiments.common.environments import held_out_seeds, make_env
+    from manako.experiments.common.settings import PlayConfig
 
     quiet_libraries()
     known = set(PlayConfig.__dataclass_fields__)
@@ -231,7 +234,7 @@ def compare(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
     Args:
         success: of each step's episodes, in the order of the steps.
     """
-    from agent.statistics import mcnemar
+    from manako.agent.report.statistics import mcnemar
 
     names = list(success)
     return [
@@ -248,7 +251,7 @@ def compare(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
 
 def _demonstrations(folder: Path) -> dict[str, Any]:
     """Who played the trajectories in a folder, and how well."""
-    from agent.trajectories import episode_success, load_trajectories
+    from manako.agent.data.trajectories import episode_success, load_trajectories
 
     dataset, about = load_trajectories(str(folder))
     success = episode_success(dataset)
@@ -265,7 +268,7 @@ def print_report(result: dict[str, Any], file: Path) -> None:
     from rich import box
     from rich.table import Table
 
-    from experiments.progress import episodes_in_words, plain_console
+    from manako.experiments.common.progress import episodes_in_words, plain_console
 
     console = plain_console()
     console.width = max(console.width, 120)

@@ -24,12 +24,15 @@ from typing import Any
 
 # Threads that wait for work sleep instead of spinning: else a second process on the machine slows both tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import UsageError, parse, read_settings, run_main  # noqa: E402
-from experiments.run_folder import (  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import UsageError, parse, read_settings, run_main  # noqa: E402
+from manako.experiments.common.run_folder import (  # noqa: E402
     check_job_folder,
     evaluate_run,
     new_run_dir,
@@ -38,7 +41,7 @@ from experiments.run_folder import (  # noqa: E402
     write_gif,
     write_text,
 )
-from experiments.settings import RunConfig, check_together  # noqa: E402
+from manako.experiments.common.settings import RunConfig, check_together  # noqa: E402
 
 # Settings that change where a run is computed, and not what: a resumed run may have others.
 OF_THE_MACHINE = (
@@ -61,9 +64,9 @@ def main() -> int:
     check_together(config)
     if config.rollout_backend == "local":
         return _run(config, run_dir, checkpoint, started)
-    from agent.ray_workers import cluster
+    from manako.agent.workers.ray_backends import cluster
 
-    with cluster(config.ray_address, paths=[str(ROOT), os.getcwd()]):
+    with cluster(config.ray_address, paths=[os.getcwd(), str(ROOT)]):
         return _run(config, run_dir, checkpoint, started)
 
 
@@ -71,11 +74,17 @@ def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: flo
     """Trains from the start or from a checkpoint, and evaluates; returns the exit code."""
     import torch
 
-    from agent.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
-    from agent.ppo_trainer import PPOTrainer
-    from experiments.environments import held_out_seeds, make_env
-    from experiments.progress import Progress
-    from experiments.setup import make_policy, make_rollouts, make_trainer_args, quiet_libraries, try_out
+    from manako.agent.ppo_trainer import PPOTrainer
+    from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
+    from manako.experiments.common.building import (
+        make_policy,
+        make_rollouts,
+        make_trainer_args,
+        quiet_libraries,
+        try_out,
+    )
+    from manako.experiments.common.environments import held_out_seeds, make_env
+    from manako.experiments.common.progress import Progress
 
     quiet_libraries()
     torch.manual_seed(config.seed)
@@ -143,7 +152,7 @@ def _run(config: RunConfig, run_dir: Path, checkpoint: Path | None, started: flo
 
 def _finish(config: RunConfig, policy: Any, run_dir: Path, rows: list[dict], progress: Any) -> None:
     """The final policy folder, evaluation with controls, learning curve, after.gif; evaluation.json ends the run."""
-    from agent.figures import learning_curve
+    from manako.agent.report.figures import learning_curve
 
     write_final(policy, run_dir)  # unless a former start wrote it and was stopped in what follows
     summary = evaluate_run(config, policy, run_dir, config.num_envs)
@@ -164,7 +173,7 @@ def _resumed(given: RunConfig) -> tuple[RunConfig, Path, Path]:
     Raises:
         UsageError: no run there, a finished one, no whole checkpoint, or other flags beside --resume.
     """
-    from agent.checkpoint import latest_checkpoint
+    from manako.agent.checkpoint import latest_checkpoint
 
     run_dir = Path(str(given.resume))
     check_job_folder(str(given.resume), "--resume")

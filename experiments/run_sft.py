@@ -23,19 +23,22 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
-from experiments.run_folder import (  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from manako.experiments.common.run_folder import (  # noqa: E402
     evaluate_run,
     new_run_dir,
     write_description,
     write_final,
     write_text,
 )
-from experiments.settings import TrainConfig  # noqa: E402
+from manako.experiments.common.settings import TrainConfig  # noqa: E402
 
 LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says otherwise
 FITTED_FRAMES = 256  # whose features an adapter with statistics is given
@@ -86,12 +89,12 @@ def main() -> int:
     import numpy as np
     import torch
 
-    from agent.forgetting import remember
-    from agent.supervised import captions, demonstrated_actions, demonstrations, sample_frames
-    from agent.trajectories import load_trajectories
-    from experiments.environments import make_env
-    from experiments.progress import plain_console, print_parts, print_table
-    from experiments.setup import make_policy, quiet_libraries
+    from manako.agent.data.trajectories import load_trajectories
+    from manako.agent.tuning.forgetting import remember
+    from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
+    from manako.experiments.common.building import make_policy, quiet_libraries
+    from manako.experiments.common.environments import make_env
+    from manako.experiments.common.progress import plain_console, print_parts, print_table
 
     quiet_libraries()
     torch.manual_seed(config.seed)
@@ -147,7 +150,7 @@ def frames_and_captions(config: SFTRunConfig) -> tuple[list[Any], list[str]]:
     """Frames of random play on training seeds, and what the environment says is on them."""
     import numpy as np
 
-    from experiments.environments import make_env
+    from manako.experiments.common.environments import make_env
 
     frames: list[Any] = []
     texts: list[str] = []
@@ -166,8 +169,8 @@ def train(config: SFTRunConfig, policy: Any, data: Any, run_dir: Path) -> list[d
     """The training; the rows of metrics.jsonl."""
     from trl import SFTConfig
 
-    from agent.tuning import PolicyCloningTrainer, PolicySFTTrainer
-    from experiments.setup import make_tuning_args
+    from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer
+    from manako.experiments.common.building import make_tuning_args
 
     args = make_tuning_args(SFTConfig, config, run_dir, warmup_steps=config.warmup_steps)
     kind = PolicyCloningTrainer if config.loss == "actions" else PolicySFTTrainer

@@ -22,13 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
+    import manako  # noqa: F401
 
-from experiments.command_line import UsageError, parse, run_main, setting  # noqa: E402
-from experiments.run_folder import default_run_dir  # noqa: E402
-from experiments.settings import RunConfig, check_together  # noqa: E402
+    del sys.path[0]
+
+from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from manako.experiments.common.run_folder import default_run_dir  # noqa: E402
+from manako.experiments.common.settings import RunConfig, check_together  # noqa: E402
 
 LEFT_AT_HOME = [
     ".git",
@@ -38,6 +41,7 @@ LEFT_AT_HOME = [
     "tests",
     "docs",
     "__pycache__",
+    ".mypy",
     ".mypy_cache",
     ".ruff_cache",
     "*.egg-info",
@@ -70,7 +74,7 @@ def main() -> int:
         for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
     ]
     module = plugin_file(run.env)
-    from agent.ray_workers import job_client
+    from manako.agent.workers.ray_backends import job_client
 
     client = job_client(given.job_address)
     environment: dict[str, Any] = {"working_dir": str(ROOT), "excludes": LEFT_AT_HOME}

@@ -1,44 +1,38 @@
 """Policies decide: vision encoder -> adapter -> language model -> probabilities of actions.
 
-Importing this package registers the composed model with transformers' Auto classes.
+The names below are imported when they are asked for: settings and command lines need `PolicySource` and no torch.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .actions import ActionCodec
-from .adapters import ADAPTERS, Adapter
-from .configuration import ManakoConfig
-from .errors import PolicyError
-from .modeling import ManakoForConditionalGeneration, ManakoModel
-from .policy import PolicyInputs, PolicyOutput, PolicySpec, VLMPolicy
-from .presets import PRESETS, build_vlm
-from .processing import ManakoProcessor
-from .saving import PolicySource, load_policy, save_policy
-from .training import parameter_table
+from manako.policies.errors import PolicyError
+from manako.policies.source import PolicySource
 
-AutoConfig.register(ManakoConfig.model_type, ManakoConfig, exist_ok=True)
-AutoModel.register(ManakoConfig, ManakoModel, exist_ok=True)
-AutoModelForImageTextToText.register(ManakoConfig, ManakoForConditionalGeneration, exist_ok=True)
-AutoModelForCausalLM.register(ManakoConfig, ManakoForConditionalGeneration, exist_ok=True)  # TRL's DPO asks for it
-AutoProcessor.register(ManakoConfig, ManakoProcessor, exist_ok=True)
+if TYPE_CHECKING:
+    from manako.policies.saving import load_policy as load_policy
+    from manako.policies.saving import save_policy as save_policy
+    from manako.policies.trainable import parameter_table as parameter_table
+    from manako.policies.vlm_policy import PolicyInputs as PolicyInputs
+    from manako.policies.vlm_policy import PolicyOutput as PolicyOutput
+    from manako.policies.vlm_policy import PolicySpec as PolicySpec
+    from manako.policies.vlm_policy import VLMPolicy as VLMPolicy
 
-__all__ = [
-    "ADAPTERS",
-    "PRESETS",
-    "ActionCodec",
-    "Adapter",
-    "ManakoConfig",
-    "ManakoForConditionalGeneration",
-    "ManakoModel",
-    "ManakoProcessor",
-    "PolicyError",
-    "PolicyInputs",
-    "PolicyOutput",
-    "PolicySource",
-    "PolicySpec",
-    "VLMPolicy",
-    "build_vlm",
-    "load_policy",
-    "parameter_table",
-    "save_policy",
-]
+_WHERE = {
+    "load_policy": "saving",
+    "save_policy": "saving",
+    "parameter_table": "trainable",
+    "PolicyInputs": "vlm_policy",
+    "PolicyOutput": "vlm_policy",
+    "PolicySpec": "vlm_policy",
+    "VLMPolicy": "vlm_policy",
+}
+
+__all__ = ["PolicyError", "PolicySource", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    """The heavy names."""
+    if name in _WHERE:
+        return getattr(import_module(f"manako.policies.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'manako.policies' has no attribute {name!r}")

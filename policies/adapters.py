@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from .errors import PolicyError
+from manako.policies.errors import PolicyError
 
 
 class Adapter(nn.Module, ABC):

@@ -11,10 +11,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .errors import PolicyError
-from .processing import special_vocabulary
+from manako.policies.architectures.composed.processing import special_vocabulary
+from manako.policies.errors import PolicyError
 
-SYSTEM = "Follow the instruction. Actions: {actions}."
 MAX_INSTRUCTION_CHARS = 2000
 
 

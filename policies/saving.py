@@ -8,7 +8,7 @@ digests, of what learns and of the base that does not, so that weights that sile
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .actions import ActionFormat
-from .adapters import ZScoreMLPAdapter
-from .errors import PolicyError
-from .policy import PolicySpec, VLMPolicy
-from .presets import (
+from manako.policies.adapters import ZScoreMLPAdapter
+from manako.policies.architectures.composed.presets import (
     LANGUAGE_MODELS,
     LOADING_ERRORS,
     PRESETS,
@@ -32,8 +29,10 @@ from .presets import (
     first_line,
     quietly,
 )
-from .prompts import SYSTEM
-from .training import parts_of, set_trainable
+from manako.policies.errors import PolicyError
+from manako.policies.source import SYSTEM, PolicySource
+from manako.policies.trainable import parts_of, set_trainable
+from manako.policies.vlm_policy import PolicySpec, VLMPolicy
 
 POLICY_FILE, VALUE_HEAD_FILE = "policy.json", "value_head.safetensors"
 LORA_CONFIG_FILE, LORA_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -48,41 +47,6 @@ DESCRIPTION = {  # what policy.json holds beside its format
     "base_sha256": str | None,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class PolicySource:
-    """Where a policy's model comes from, and what of it learns.
-
-    Args:
-        policy: a preset's name, a folder (of this module or of any VLM), or a Hub id.
-        vision_encoder: replaces the preset's encoder.
-        adapter: replaces the preset's adapter.
-        language_model: replaces the preset's language model.
-        image_size: see `policies.presets.build_vlm`.
-        patch_size: see `policies.presets.build_vlm`.
-        trainable: see `policies.training`.
-        lora_rank: rank of the LoRA matrices.
-        lora_alpha: their scale is lora_alpha / lora_rank.
-        dtype: of the weights, `float32` or `bfloat16`.
-        action_format: see `policies.actions`.
-        system: the prompt's system text.
-        seed: of random weights.
-    """
-
-    policy: str = "tiny"
-    vision_encoder: str | None = None
-    adapter: str | None = None
-    language_model: str | None = None
-    image_size: int | None = None
-    patch_size: int | None = None
-    trainable: str = "full"
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    dtype: str = "float32"
-    action_format: ActionFormat = "auto"
-    system: str = SYSTEM
-    seed: int = 0
 
 
 def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> VLMPolicy:

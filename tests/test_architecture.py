@@ -25,7 +25,7 @@ FORBIDDEN = {
     "agent": {"experiments"},
     "experiments": set(),
 }
-RAY_MODULE = "agent/ray_workers.py"
+RAY_FOLDER = "agent/workers"
 
 
 class Import(NamedTuple):
@@ -35,15 +35,21 @@ class Import(NamedTuple):
 
 
 def imports_of(source: str, package: str) -> list[Import]:
-    """Every import statement in `source`; a relative one counts as an import of `package`."""
+    """Every import statement in `source`, `manako.agent.x` as `agent`; a relative one counts as of `package`."""
     found = []
+
+    def first(name: str) -> str:
+        return name.removeprefix("manako.").split(".")[0]
 
     def visit(node: ast.AST, in_function: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(node.lineno, alias.name.split(".")[0], in_function) for alias in node.names)
+            found.extend(Import(node.lineno, first(alias.name), in_function) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            name = package if node.level else str(node.module).split(".")[0]
-            found.append(Import(node.lineno, name, in_function))
+            if node.module == "manako":
+                found.extend(Import(node.lineno, alias.name, in_function) for alias in node.names)
+            else:
+                name = package if node.level else first(str(node.module))
+                found.append(Import(node.lineno, name, in_function))
         inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
@@ -58,11 +64,14 @@ def sources(package: str) -> list[Path]:
 
 def test_the_import_reader_sees_every_form():
     source = "import torch.nn as nn\nfrom trl import X\nfrom . import y\ndef f():\n    import ray\n"
+    source += "from manako import envs\nfrom manako.policies.x import y\n"
     assert imports_of(source, "agent") == [
         Import(1, "torch", False),
         Import(2, "trl", False),
         Import(3, "agent", False),
         Import(5, "ray", True),
+        Import(6, "envs", False),
+        Import(7, "policies", False),
     ]
 
 
@@ -78,13 +87,13 @@ def test_arrows(package):
     assert not wrong, "\n".join(wrong)
 
 
-def test_ray_is_imported_lazily_and_in_one_module():
+def test_ray_is_imported_lazily_and_in_one_folder():
     wrong = [
         f"{path.relative_to(ROOT)}:{found.line} imports ray" + ("" if found.in_function else " outside a function")
         for package in PACKAGES
         for path in sources(package)
         for found in imports_of(path.read_text(), package)
-        if found.package == "ray" and (path != ROOT / RAY_MODULE or not found.in_function)
+        if found.package == "ray" and (not path.is_relative_to(ROOT / RAY_FOLDER) or not found.in_function)
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -92,9 +101,20 @@ def test_ray_is_imported_lazily_and_in_one_module():
 def test_reports_need_no_torch():
     """Statistics, figures and checkpoints import in an instant, so that a report starts in one."""
     heavy = ["torch", "transformers", "trl", "matplotlib", "PIL"]
-    script = f"import sys, agent.checkpoint, agent.figures; print([name for name in {heavy} if name in sys.modules])"
+    script = "import sys, manako.agent.checkpoint, manako.agent.report.figures; "
+    script += f"print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_pyproject_lists_every_package():
+    """Each folder with Python files, as it is called inside `manako`; mypy reads the same folders through .mypy/."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for package in PACKAGES for path in sources(package)}
+    assert set(listed) == {"manako", *("manako." + ".".join(folder.parts) for folder in folders)}
+    for package in PACKAGES:
+        assert (ROOT / ".mypy/manako" / package).resolve() == ROOT / package
+        assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
 
 
 def pins() -> dict[str, str]:

@@ -1,0 +1,1 @@
+../../manako/__init__.py

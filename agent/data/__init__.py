@@ -1,0 +1,1 @@
+"""Trajectories as data: what was played, who may play, other formats."""

@@ -1,0 +1,208 @@
+"""Evaluation on held-out seeds: success and return with 95 % intervals, beside a random policy and two controls.
+
+`blank_image` shows the policy a black frame, `replaced_instruction` another valid instruction than its own: a policy
+that looks and reads falls to what guessing gives. All four play the same episodes, so differences can be tested in
+pairs.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from manako.agent.errors import TrainingError
+from manako.agent.report.figures import Episode as RecordedEpisode
+from manako.agent.report.statistics import bootstrap_interval, wilson_interval
+from manako.agent.rollout import Episode, VectorEnv, choose, stream
+from manako.policies import VLMPolicy
+
+Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
+CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
+RANDOM_ACTIONS = 13  # a random stream, see agent/rollout.py
+MAX_EPISODE_STEPS = 30_000  # an Atari game is cut off at 27,000
+
+
+class EvaluationEnv(VectorEnv, Protocol):
+    """Environments that can also say what another instruction would be."""
+
+    def replaced_instructions(self) -> tuple[str, ...]:
+        """For each slot a valid instruction other than its own."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Episodes of one condition.
+
+    Attributes:
+        episodes: in the order of their seeds.
+        starts: how many different first sights (frame and instruction) they have; where it is 1, a deterministic
+            environment plays the same episode over and over, and an interval over episodes says little.
+    """
+
+    episodes: list[Episode]
+    starts: int
+
+    def summary(self) -> dict[str, Any]:
+        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, episodes, starts."""
+        success = [episode.success for episode in self.episodes]
+        returns = [episode.episode_return for episode in self.episodes]
+        return {
+            "success": float(np.mean(success)),
+            "success_ci95": list(wilson_interval(sum(success), len(success))),
+            "return_mean": float(np.mean(returns)),
+            "return_ci95": list(bootstrap_interval(returns)),
+            "length_mean": float(np.mean([episode.length for episode in self.episodes])),
+            "episodes": len(self.episodes),
+            "starts": self.starts,
+        }
+
+
+def evaluate(
+    policy: VLMPolicy,
+    env: EvaluationEnv,
+    seeds: Sequence[int],
+    condition: Condition = "policy",
+    sample: bool = False,
+    seed: int = 0,
+) -> Evaluation:
+    """Plays one episode for each seed.
+
+    Args:
+        policy: the policy; with `random` only its number of actions counts.
+        env: N environments; their own seeds are not used.
+        seeds: held-out episode seeds.
+        condition: what the policy sees, or `random` for uniform actions.
+        sample: draw actions from the policy's probabilities instead of taking the most probable one.
+        seed: of drawn actions.
+
+    Raises:
+        TrainingError: no seeds, an unknown condition, or an episode that does not end.
+    """
+    if condition not in CONDITIONS:
+        raise TrainingError(f"condition is {condition!r}: expected one of {', '.join(CONDITIONS)}.")
+    if not seeds:
+        raise TrainingError("An evaluation needs at least one episode: give seeds.")
+    draws = stream(seed, RANDOM_ACTIONS)
+    n = env.num_envs
+    results: list[Episode | None] = [None] * len(seeds)
+    waiting = list(range(len(seeds)))[::-1]
+    playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
+    # slots beyond the last seed play its episodes again, uncounted, since all slots step together
+    observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
+    starts = {_sight(observations, slot) for slot in range(n)}
+    with policy.frozen_weights():
+        while any(index is not None for index in playing):
+            uniforms = draws.random(n)
+            actions = _act(policy, env, observations, condition, sample, uniforms)
+            result = env.step(actions)
+            observations = result.observations
+            ended = result.terminated | result.truncated
+            if (env.episode_lengths[~ended] >= MAX_EPISODE_STEPS).any():
+                raise TrainingError(
+                    f"An episode has not ended in {MAX_EPISODE_STEPS:,} steps: expected an environment that ends its "
+                    "episodes, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
+                )
+            if not ended.any():
+                continue
+            following = []
+            for slot in np.flatnonzero(ended):
+                index = playing[slot]
+                if index is not None:
+                    results[index] = Episode(
+                        float(env.episode_returns[slot]), int(env.episode_lengths[slot]), bool(result.success[slot])
+                    )
+                playing[slot] = index = waiting.pop() if waiting else None
+                following.append(seeds[-1 if index is None else index])
+            observations = env.reset_done(ended, seeds=following)
+            starts |= {_sight(observations, slot) for slot in np.flatnonzero(ended).tolist()}
+    return Evaluation([episode for episode in results if episode is not None], len(starts))
+
+
+def _sight(observations: Any, slot: int) -> bytes:
+    """Equal where frame and instruction are."""
+    text = observations.instructions[slot].encode()
+    return hashlib.blake2b(observations.images[slot].tobytes() + text, digest_size=16).digest()
+
+
+def _act(
+    policy: VLMPolicy, env: EvaluationEnv, observations: Any, condition: Condition, sample: bool, uniforms: np.ndarray
+) -> np.ndarray:
+    if condition == "random":
+        return (uniforms * len(env.action_names)).astype(np.int64)
+    images, instructions = observations.images, observations.instructions
+    if condition == "blank_image":
+        images = np.zeros_like(images)
+    elif condition == "replaced_instruction":
+        instructions = env.replaced_instructions()
+    logprobs = policy(policy.prepare(images, instructions).to(policy.device)).logprobs.cpu()  # (N, A)
+    return (choose(logprobs, uniforms) if sample else logprobs.argmax(-1)).numpy()
+
+
+def evaluate_all(
+    policy: VLMPolicy,
+    env: EvaluationEnv,
+    seeds: Sequence[int],
+    sample: bool = False,
+    done: Callable[[Condition, Evaluation], None] | None = None,
+) -> dict[Condition, Evaluation]:
+    """The policy, a random policy and the two controls on the same episodes; `done` hears of each."""
+    evaluations: dict[Condition, Evaluation] = {}
+    for condition in CONDITIONS:
+        evaluations[condition] = evaluate(policy, env, seeds, condition, sample)
+        if done is not None:
+            done(condition, evaluations[condition])
+    return evaluations
+
+
+def record_episodes(
+    policy: VLMPolicy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 60
+) -> list[RecordedEpisode]:
+    """Greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
+
+    Args:
+        policy: the policy.
+        env: as many environments as there are seeds.
+        seeds: held-out episode seeds.
+        max_steps: longest episode that is shown.
+    """
+    observations = env.reset(seeds=list(seeds))
+    tapes = [
+        {
+            "frames": [observations.images[slot]],
+            "instructions": [observations.instructions[slot]],
+            "p": [],
+            "a": [],
+            "r": [],
+        }
+        for slot in range(env.num_envs)
+    ]  # type: list[dict[str, Any]]
+    success = [False] * env.num_envs
+    open_slots = set(range(env.num_envs))
+    with policy.frozen_weights():
+        for _ in range(max_steps):
+            inputs = policy.prepare(observations.images, observations.instructions)
+            logprobs = policy(inputs.to(policy.device)).logprobs.cpu()  # (N, A)
+            actions = logprobs.argmax(-1).numpy()
+            result = env.step(actions)
+            observations = result.observations
+            ended = result.terminated | result.truncated
+            for slot in sorted(open_slots):
+                tape = tapes[slot]
+                tape["frames"].append(observations.images[slot])
+                tape["instructions"].append(observations.instructions[slot])
+                tape["p"].append(logprobs[slot].exp().numpy())
+                tape["a"].append(int(actions[slot]))
+                tape["r"].append(float(result.rewards[slot]))
+                if ended[slot]:
+                    success[slot] = bool(result.success[slot])
+                    open_slots.discard(slot)
+            if not open_slots:
+                break
+            if ended.any():
+                observations = env.reset_done(ended)
+    return [
+        RecordedEpisode(tape["frames"], tape["instructions"], np.stack(tape["p"]), tape["a"], tape["r"], success[slot])
+        for slot, tape in enumerate(tapes)
+    ]

@@ -1,0 +1,182 @@
+"""Preference pairs from trajectories, in the form that TRL's DPO and KTO trainers take.
+
+    expert    at each step where the player did something else than the expert: the expert's action over the player's
+    state     of the actions taken where the same frame and instruction were seen: the one after which most was paid on
+              average, over the others
+    return    of two episodes from the same seed: where they first part, the action of the one with the higher return
+    branch    at a step, other actions are tried: the seed is played again to that step, another action taken, and the
+              policy goes on from there; the action with the higher return is preferred
+
+Each row: {"prompt", "chosen", "rejected", "images"}; equal returns make no pair.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+
+from manako.agent.errors import TrainingError
+from manako.agent.tuning.supervised import MESSAGES, questions, say, stored_frames
+from manako.policies import VLMPolicy
+
+METHODS = ("expert", "state", "return", "branch")
+FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
+UNPAIRED = Features({"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "images": List(Image())})
+Pair = tuple[int, int, int]  # row of the trajectories, chosen action, rejected action
+
+
+def expert_pairs(trajectories: Dataset) -> list[Pair]:
+    """The expert's action over the player's, wherever they differ.
+
+    Raises:
+        TrainingError: the trajectories do not say what the expert would have done.
+    """
+    experts, actions = trajectories["expert_action"], trajectories["action"]
+    if min(experts) < 0:
+        raise TrainingError(
+            "These trajectories know no expert: expected an environment that has one, or --pairs return."
+        )
+    return [(row, best, taken) for row, (best, taken) in enumerate(zip(experts, actions, strict=True)) if best != taken]
+
+
+def state_pairs(trajectories: Dataset) -> list[Pair]:
+    """At each step whose action was not the best known at its state: that action over the one taken.
+
+    A state is a frame and an instruction. Its actions are ranked by the mean of the rewards from there to the end of
+    the episode, over all steps that took them; of equal ones the lowest is the best, and they make no pair.
+    """
+    frames, texts = stored_frames(trajectories), trajectories["instruction"]
+    states = [(frame["bytes"], text) for frame, text in zip(frames, texts, strict=True)]
+    actions, episodes, rewards = trajectories["action"], trajectories["episode"], trajectories["reward"]
+    to_go = list(rewards)
+    for row in reversed(range(len(to_go) - 1)):
+        if episodes[row] == episodes[row + 1]:
+            to_go[row] += to_go[row + 1]
+    paid: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for state, action, value in zip(states, actions, to_go, strict=True):
+        paid[state][action].append(value)
+    means = {
+        state: {action: math.fsum(values) / len(values) for action, values in sorted(of_state.items())}
+        for state, of_state in paid.items()
+    }
+    best = {state: max(of_state, key=of_state.__getitem__) for state, of_state in means.items()}
+    return [
+        (row, best[state], taken)
+        for row, (state, taken) in enumerate(zip(states, actions, strict=True))
+        if means[state][best[state]] > means[state][taken]
+    ]
+
+
+def return_pairs(trajectories: Dataset) -> list[Pair]:
+    """Where two episodes from the same seed first part, the action of the one with the higher return."""
+    starts: dict[int, list[int]] = defaultdict(list)  # seed -> first rows of its episodes
+    for row, (seed, step) in enumerate(zip(trajectories["seed"], trajectories["step"], strict=True)):
+        if step == 0:
+            starts[seed].append(row)
+    actions, episodes, returns = trajectories["action"], trajectories["episode"], trajectories["episode_return"]
+    pairs = []
+    for rows in starts.values():
+        for number, first in enumerate(rows):
+            for second in rows[number + 1 :]:
+                if returns[first] == returns[second]:
+                    continue
+                step = 0
+                while _inside(episodes, first, step) and _inside(episodes, second, step):
+                    if actions[first + step] != actions[second + step]:
+                        better, worse = (first, second) if returns[first] > returns[second] else (second, first)
+                        pairs.append((better + step, actions[better + step], actions[worse + step]))
+                        break
+                    step += 1
+    return pairs
+
+
+def _inside(episodes: list[int], first: int, step: int) -> bool:
+    return first + step < len(episodes) and episodes[first + step] == episodes[first]
+
+
+def branch_pairs(
+    trajectories: Dataset, env: Any, act: Callable[[Any], np.ndarray], steps_per_episode: int, seed: int
+) -> list[Pair]:
+    """At some steps of each episode, every action tried: the best over the worst.
+
+    Args:
+        trajectories: of an env that plays the same again from a seed.
+        env: A environments, one for each action; they are reset to the episode's seed and brought to the step.
+        act: actions (A,) for what these environments show, to go on to the end.
+        steps_per_episode: steps to branch at, chosen at random.
+        seed: of that choice.
+    """
+    generator = np.random.default_rng(seed)
+    actions, seeds, numbers = trajectories["action"], trajectories["seed"], trajectories["step"]
+    first, pairs = 0, []
+    while first < len(actions):
+        length = 1
+        while first + length < len(actions) and numbers[first + length]:
+            length += 1
+        for step in sorted(generator.permutation(length)[:steps_per_episode].tolist()):
+            returns = _branch(env, seeds[first], actions[first : first + step], act)
+            best, worst = int(returns.argmax()), int(returns.argmin())
+            if returns[best] > returns[worst]:
+                pairs.append((first + step, best, worst))
+        first += length
+    return pairs
+
+
+def _branch(env: Any, seed: int, before: list[int], act: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """Returns (A,) of the episodes that do the same up to a step, then each another action, then what `act` says."""
+    count = env.num_envs
+    observations = env.reset(seeds=[seed] * count)
+    for action in before:
+        observations = env.step(np.full(count, action)).observations
+    returns, going = np.zeros(count), np.ones(count, bool)
+    chosen = np.arange(count)
+    while True:
+        result = env.step(chosen)
+        returns = np.where(going, env.episode_returns, returns)
+        ended = result.terminated | result.truncated
+        going &= ~ended
+        if not going.any():
+            return returns
+        # those that have ended start again and are not looked at
+        observations = env.reset_done(ended, seeds=[seed] * int(ended.sum())) if ended.any() else result.observations
+        chosen = act(observations)
+
+
+def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: VLMPolicy) -> Dataset:
+    """For DPO.
+
+    Raises:
+        TrainingError: there are no pairs.
+    """
+    if not pairs:
+        raise TrainingError(
+            "No two actions could be told apart (all returns are equal, or player and expert agree): expected pairs, "
+            "so collect with --group_size, with a weaker player, or choose other --pairs."
+        )
+    rows = trajectories.select([row for row, _, _ in pairs])
+    answers = [say(answer) for answer in policy.codec.answers]
+    return Dataset.from_dict(
+        {
+            **questions(rows, policy),
+            "chosen": [answers[chosen] for _, chosen, _ in pairs],
+            "rejected": [answers[rejected] for _, _, rejected in pairs],
+        },
+        features=FEATURES,
+    )
+
+
+def unpaired(pairs: Dataset) -> Dataset:
+    """The same for KTO: each answer by itself, with a label."""
+
+    def convert(batch: dict[str, list]) -> dict[str, list]:
+        return {
+            "prompt": [prompt for prompt in batch["prompt"] for _ in range(2)],
+            "completion": [text for both in zip(batch["chosen"], batch["rejected"], strict=True) for text in both],
+            "label": [True, False] * len(batch["prompt"]),
+            "images": [images for images in batch["images"] for _ in range(2)],
+        }
+
+    return pairs.map(convert, batched=True, remove_columns=pairs.column_names, features=UNPAIRED)

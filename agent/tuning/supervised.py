@@ -1,0 +1,123 @@
+"""Supervised fine-tuning data: demonstrations and captions in the form that TRL's SFTTrainer takes.
+
+Every row is {"prompt": messages, "completion": messages, "images": [frame]}; the loss is on the completion alone. A
+demonstration's prompt is the very one that the policy acts on, and the first token of its answer the one that it is
+judged by: `check_tokens` holds TRL's rendering against the policy's.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Picture
+
+from manako.agent.errors import TrainingError
+from manako.policies import VLMPolicy
+
+CAPTION_PROMPT = "Describe the image."
+TEXT_OR_IMAGE = {"type": Value("string"), "text": Value("string")}
+MESSAGES = List({"role": Value("string"), "content": List(TEXT_OR_IMAGE)})
+FEATURES = Features({"prompt": MESSAGES, "completion": MESSAGES, "images": List(Image())})
+
+
+def say(text: str) -> list[dict[str, Any]]:
+    """An answer as messages."""
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool = False) -> Dataset:
+    """Each step of the trajectories as prompt and answer.
+
+    Args:
+        trajectories: of `agent.trajectories`.
+        policy: whose prompts and answers these become.
+        only_success: leave out episodes without success.
+
+    Raises:
+        TrainingError: nothing is left.
+    """
+    rows = _chosen(trajectories, only_success)
+    answers = [say(answer) for answer in policy.codec.answers]
+    return Dataset.from_dict(
+        {
+            **questions(rows, policy),
+            "completion": [answers[action] for action in rows["action"]],
+        },
+        features=FEATURES,
+    )
+
+
+def demonstrated_actions(trajectories: Dataset, only_success: bool = False) -> Dataset:
+    """Each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
+
+    Args:
+        trajectories: of `agent.trajectories`.
+        only_success: leave out episodes without success.
+
+    Raises:
+        TrainingError: nothing is left.
+    """
+    columns = _chosen(trajectories, only_success).select_columns(["image", "instruction", "action"])
+    return columns.cast_column("image", Image(decode=False))
+
+
+def _chosen(trajectories: Dataset, only_success: bool) -> Dataset:
+    rows = trajectories.filter(lambda success: success, input_columns="success") if only_success else trajectories
+    if len(rows) == 0:
+        raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
+    return rows
+
+
+def questions(rows: Dataset, policy: VLMPolicy) -> dict[str, list[Any]]:
+    """The columns `prompt` and `images` of these steps, as the policy is asked."""
+    prompts = {text: policy.prompts.messages(policy.prompts.clean(text)) for text in set(rows["instruction"])}
+    return {
+        "prompt": [prompts[text] for text in rows["instruction"]],
+        "images": [[frame] for frame in stored_frames(rows)],
+    }
+
+
+def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:
+    """The frames as they are stored: PNG bytes, which a dataset takes without drawing them again."""
+    return list(trajectories.cast_column("image", Image(decode=False))["image"])
+
+
+def sample_frames(trajectories: Dataset, count: int) -> list[np.ndarray]:
+    """Frames (H, W, 3) uint8 of up to `count` steps, evenly spread."""
+    rows = np.unique(np.linspace(0, len(trajectories) - 1, count).astype(int))
+    return [np.asarray(frame.convert("RGB")) for frame in trajectories.select(rows)["image"]]
+
+
+def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
+    """Frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model."""
+    pictures = [[Picture.fromarray(frame)] for frame in frames]
+    prompt = [{"role": "user", "content": [{"type": "text", "text": CAPTION_PROMPT}, {"type": "image"}]}]
+    answers = [say(text) for text in texts]
+    return Dataset.from_dict(
+        {"prompt": [prompt] * len(answers), "completion": answers, "images": pictures}, features=FEATURES
+    )
+
+
+def check_tokens(batch: dict[str, Any], policy: VLMPolicy, row: dict[str, Any], instruction: str) -> None:
+    """That TRL's batch of one row holds the policy's own prompt, and behind it one of its answers.
+
+    Args:
+        batch: of TRL's collator.
+        policy: the policy.
+        row: the row that it was made of.
+        instruction: of that row.
+
+    Raises:
+        TrainingError: they differ, so training would be on other tokens than acting.
+    """
+    mine = list(policy.prompts.encode(instruction))
+    theirs = [int(token) for token, kept in zip(batch["input_ids"][0], batch["attention_mask"][0], strict=True) if kept]
+    answers = [list(tokens) for tokens in policy.codec.token_ids]
+    starts = any(theirs[len(mine) : len(mine) + len(answer)] == answer for answer in answers)
+    if theirs[: len(mine)] != mine or not starts:
+        text = policy.processor.tokenizer.decode(theirs[max(0, len(mine) - 4) : len(mine) + 4])
+        raise TrainingError(
+            f"TRL renders the answer {row['completion'][0]['content'][0]['text']!r} as {text!r}, which is not what "
+            "this policy acts on: expected a chat template that puts the answer right behind the prompt."
+        )

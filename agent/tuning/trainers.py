@@ -1,0 +1,233 @@
+"""TRL's own trainers around a policy: what they need said, and nothing of theirs replaced but, for cloning, the loss.
+
+SFT, DPO and KTO with the policy's model and processor, the adapter's own learning rate, a metrics file, and a stop at a
+loss that is not finite. Without Triton, TRL's LM head scores every position of a prompt against the whole vocabulary
+and then drops those without a label, which is half of a CPU's time; here it is given the labelled ones alone.
+"""
+
+import copy
+import functools
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
+
+from manako.agent.errors import TrainingError
+from manako.policies import PolicyInputs, VLMPolicy
+from manako.policies.trainable import adapter_parameters, give_own_rate
+
+SHARES = {
+    "mean_token_accuracy": "token accuracy",
+    "action_accuracy": "actions right",
+    "rewards/accuracies": "preferred",
+}
+
+
+class Metrics(TrainerCallback):
+    """Appends every logged step to metrics.jsonl and prints a line now and then.
+
+    Args:
+        run_dir: the run folder.
+        rows: where the rows are kept as well.
+    """
+
+    def __init__(self, run_dir: Path, rows: list[dict[str, Any]]) -> None:
+        self.path, self.rows = run_dir / "metrics.jsonl", rows
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """One optimizer step."""
+        if not logs or "loss" not in logs:
+            return
+        row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"}}
+        if not math.isfinite(row["loss"]):
+            raise TrainingError(
+                f"The loss is not finite at step {state.global_step}: expected a number; start again with a smaller "
+                "learning_rate."
+            )
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
+            shares = "".join(f"  {name} {row[key]:.1%}" for key, name in SHARES.items() if key in row)
+            print(f"step {state.global_step:5d}/{state.max_steps}  loss {row['loss']:.4f}{shares}", flush=True)
+
+
+class _OfPolicy:
+    """What the three trainers share.
+
+    Args:
+        policy: its model learns where it requires gradients.
+        args: TRL's settings.
+        data: rows of `agent.supervised` or `agent.preferences`.
+        run_dir: for metrics.jsonl.
+        adapter_learning_rate: of the adapter, if another.
+        others: further arguments of TRL's trainer.
+
+    Attributes:
+        rows: of metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        policy: VLMPolicy,
+        args: Any,
+        data: Dataset,
+        run_dir: Path,
+        adapter_learning_rate: float | None = None,
+        **others: Any,
+    ) -> None:
+        self.policy, self.adapter_learning_rate = policy, adapter_learning_rate
+        self.rows: list[dict[str, Any]] = []
+        trainer: Any = super()
+        trainer.__init__(policy.vlm, args=args, train_dataset=data, processing_class=policy.processor, **others)
+        score_labels_only(policy.base_vlm)
+        if others.get("ref_model") is not None:
+            score_labels_only(others["ref_model"])
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Metrics(run_dir, self.rows))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with a group of its own for the adapter where it has its own learning rate."""
+        trainer: Any = super()
+        is_new = self.optimizer is None  # type: ignore[attr-defined]
+        optimizer: torch.optim.Optimizer = trainer.create_optimizer(model)
+        if self.adapter_learning_rate is not None and is_new:
+            give_own_rate(optimizer, adapter_parameters(self.policy.vlm), self.adapter_learning_rate)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and leaves the model as the policy wants it: in evaluation mode."""
+        trainer: Any = super()
+        try:
+            return trainer.train(*args, **kwargs)
+        finally:
+            self.policy.vlm.eval()
+            for model in (self.policy.vlm, self.policy.base_vlm):  # TRL's head and accelerate's autocast end here
+                for name in ("forward", "_original_forward"):
+                    model.__dict__.pop(name, None)
+            shutil.rmtree(self.args.output_dir, ignore_errors=True)  # type: ignore[attr-defined]
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent from here."""
+
+
+class PolicySFTTrainer(_OfPolicy, SFTTrainer):
+    """`trl.SFTTrainer` of a policy."""
+
+
+class PolicyCloningTrainer(PolicySFTTrainer):
+    """`trl.SFTTrainer` with the loss of behaviour cloning: -log pi(a | s), the policy's own probability of the action.
+
+    Against the likelihood of the answer's tokens it leaves out what the policy never does, which is to say anything
+    but one of its actions, and the end of the answer. It takes the policy's own forward (the prompts' common beginning
+    once, the actions' rows of the LM head alone), and a frame and instruction that stand in a batch several times are
+    computed once.
+
+    Args:
+        policy: its model learns where it requires gradients.
+        args: TRL's settings.
+        data: of `agent.supervised.demonstrated_actions`.
+        run_dir: for metrics.jsonl.
+        others: as of PolicySFTTrainer.
+
+    Raises:
+        TrainingError: there are several processes.
+    """
+
+    def __init__(self, policy: VLMPolicy, args: Any, data: Dataset, run_dir: Path, *others: Any) -> None:
+        args.remove_unused_columns = False
+        if args.world_size > 1:  # the policy's forward is not the one that DistributedDataParallel watches
+            raise TrainingError(
+                f"The loss on actions was started by {args.world_size} processes: expected one, or --loss tokens."
+            )
+        super().__init__(policy, args, data, run_dir, *others, data_collator=self.collate)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Rows (B) -> the fields of the `PolicyInputs` of their U different sights, `sight` (B,), `action` (B,)."""
+        places: dict[tuple[str, bytes], int] = {}
+        frames: list[np.ndarray] = []
+        instructions: list[str] = []
+        sight: list[int] = []
+        for row in rows:
+            png = row["image"]["bytes"]
+            place = places.setdefault((row["instruction"], png), len(places))
+            if place == len(frames):
+                frames.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))  # (H, W, 3)
+                instructions.append(row["instruction"])
+            sight.append(place)
+        inputs = self.policy.prepare(np.stack(frames), instructions)
+        action = torch.tensor([row["action"] for row in rows])
+        return {**inputs._asdict(), "sight": torch.tensor(sight), "action": action}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean of -log pi(a | s) over the batch."""
+        seen = PolicyInputs(*(inputs[name] for name in PolicyInputs._fields))
+        with self.accelerator.autocast():
+            output = self.policy(seen)
+        logprobs = output.logprobs[inputs["sight"]]  # (B, A)
+        right = logprobs.detach().argmax(-1) == inputs["action"]
+        self._metrics["train" if self.model.training else "eval"]["action_accuracy"].append(right.float().mean().item())
+        loss = -logprobs.gather(1, inputs["action"][:, None]).mean()
+        return (loss, output) if return_outputs else loss
+
+
+class PolicyDPOTrainer(_OfPolicy, DPOTrainer):
+    """`trl.DPOTrainer` of a policy; its reference is the policy as it was."""
+
+    def __init__(self, policy: VLMPolicy, args: DPOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+        super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
+
+
+class PolicyKTOTrainer(_OfPolicy, KTOTrainer):
+    """`trl.KTOTrainer` of a policy; its reference is the policy as it was."""
+
+    def __init__(self, policy: VLMPolicy, args: KTOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+        super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
+
+
+def score_labels_only(model: Any) -> None:
+    """Makes the LM head that TRL gave to `model` see the positions with a label alone: same numbers, less work."""
+    of_trl = model.forward
+
+    @functools.wraps(of_trl)
+    def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            return of_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        following = labels[:, 1:]  # (B, L - 1)
+        label_mask = following != -100
+
+        def keep(module: Any, given: Any, outputs: Any) -> Any:
+            outputs.last_hidden_state = outputs.last_hidden_state[:, :-1][label_mask][None]  # (1, labels, D)
+            return outputs
+
+        hook = model.base_model.register_forward_hook(keep)
+        try:
+            outputs = of_trl(*args, fused_lm_head=True, shift_labels=following[label_mask][None], **kwargs)
+        finally:
+            hook.remove()
+        for name, values in outputs.items():
+            if name not in ("loss", "aux_loss"):  # (1, labels) -> (B, L - 1), 0 without a label
+                outputs[name] = values.new_zeros(label_mask.shape).masked_scatter(label_mask, values[0])
+        return outputs
+
+    model.forward = forward
+
+
+def frozen_copy(policy: VLMPolicy) -> Any:
+    """The policy's model as it is now, LoRA merged, without gradients: a reference."""
+    model = copy.deepcopy(policy.vlm)
+    if policy.has_lora:
+        model = model.merge_and_unload()
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,1 @@
+"""Rollout workers: what runs inside one, and the Ray backends."""

@@ -1,0 +1,1 @@
+"""What the runners share: settings, command line, run folder, progress, building."""

@@ -1,0 +1,157 @@
+"""What a run prints: a header, a line that lives while it trains, and the evaluation's table."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from transformers import TrainerCallback
+
+from manako.policies import parameter_table
+
+
+def plain_console() -> Console:
+    """Prints what it is given: an action named [left] is no markup."""
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+class Progress(TrainerCallback):
+    """Live progress of training on a terminal; a line every few seconds where the output goes to a file.
+
+    Args:
+        run_dir: the run folder.
+        config: the run's settings.
+        policy: the policy.
+        iterations: how many there will be.
+        samples: env steps of an iteration.
+        started: `time.perf_counter()` at the program's start.
+    """
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, run_dir: Path, config: Any, policy: Any, iterations: int, samples: int, started: float) -> None:
+        self.run_dir, self.config, self.policy = run_dir, config, policy
+        self.iterations, self.samples, self.started = iterations, samples, started
+        self.console = plain_console()
+        self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        self._train_start = 0.0
+        self._first_iteration = 0
+        self._last_line = -1e9
+
+    def header(self, env: Any, checkpoint: Path | None) -> None:
+        """What is about to run."""
+        config, policy = self.config, self.policy
+        instruction_from = "replaced" if config.instruction else "the env's own"
+        self.console.print(f"run          {self.run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
+        self.console.print(
+            f"environment  {config.env}, {config.num_envs} side by side, frames {env.frame_shape}, "
+            f"instruction {instruction_from}"
+        )
+        self.console.print(
+            f"actions      {', '.join(env.action_names)} (as {policy.codec.format}); success: {env.success_rule}"
+        )
+        self.console.print(f"policy       {config.policy}, trainable: {config.trainable}")
+        print_parts(self.console, policy)
+        prefix = (
+            f"{len(policy.prefix_ids)} tokens shared by all prompts"
+            if policy.uses_prefix
+            else "whole prompts (no shared prefix)"
+        )
+        pixels = "table" if policy.pipeline.is_table else "the library's processor"
+        if config.rollout_backend != "local":
+            self.console.print(
+                f"workers      {config.num_workers} ({config.rollout_backend}), {config.worker_cpus:g} CPU and "
+                f"{config.worker_gpus:g} GPU each"
+            )
+        self.console.print(f"forward      {prefix}; pixels by {pixels}; {policy.device}, {config.dtype}")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self._train_start = time.perf_counter()
+        self._first_iteration = round(state.epoch or 0)
+        if self.live:
+            self.live.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """One iteration is done."""
+        if not logs or "iteration" not in logs:
+            return
+        now = time.perf_counter()
+        done = logs["iteration"] - self._first_iteration
+        rate = done * self.samples / (now - self._train_start)
+        left = (self.iterations - logs["iteration"]) * (now - self._train_start) / done
+        success = "   -" if logs["success_rate"] is None else f"{logs['success_rate']:4.0%}"
+        returned = "     -" if logs["episode_return"] is None else f"{logs['episode_return']:6.2f}"
+        line = (
+            f"iteration {logs['iteration']:4d}/{self.iterations}  steps {logs['env_steps']:8,d}  success {success}  "
+            f"return {returned}  entropy {logs['entropy']:5.2f}  kl {logs['approx_kl']:6.4f}  {rate:6,.0f} steps/s  "
+            f"{_clock(left)} left"
+        )
+        if done == 1:
+            self.console.print(f"first update {now - self.started:.1f} s after the start")
+            if "broadcast_bytes" in logs:
+                self.console.print(f"broadcast    {logs['broadcast_bytes']:,} bytes an update: all that learns")
+        if self.live:
+            self.live.update(line)
+        elif now - self._last_line >= self.SECONDS_BETWEEN_LINES or logs["iteration"] == self.iterations:
+            self._last_line = now
+            self.console.print(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last line stays."""
+        self.stop()
+        if self._train_start:
+            self.console.print(f"trained in {_clock(time.perf_counter() - self._train_start)}; evaluating")
+
+    def stop(self) -> None:
+        """Ends the live line; may be called twice."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def table(self, summary: dict[str, dict[str, Any]]) -> None:
+        """The evaluation, and where everything lies."""
+        print_table(self.console, summary, f"{self.config.env}, held-out seeds")
+        written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
+        self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
+        self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
+
+
+def print_parts(console: Console, policy: Any) -> None:
+    """A line for each part of the policy: what it has, and what of it learns."""
+    for part, total, learning in parameter_table(policy.vlm, policy.value_head):
+        state = "learns" if learning else "frozen"
+        console.print(f"  {part:<15}{total:>13,} parameters, {learning:>11,} learn  {state}")
+
+
+def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:
+    """One row a condition, with 95 % intervals."""
+    first = next(iter(summary.values()))
+    episodes = episodes_in_words(first["episodes"], first["starts"])
+    table = Table(title=f"{title}, {episodes} a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("", "success [95 %]", "return [95 %]", "steps"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name, row in summary.items():
+        (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
+        table.add_row(
+            name.replace("_", " "),
+            f"{row['success']:.1%} [{low:.1%}, {high:.1%}]",
+            f"{row['return_mean']:.2f} [{return_low:.2f}, {return_high:.2f}]",
+            f"{row['length_mean']:.1f}",
+        )
+    console.print(table)
+
+
+def episodes_in_words(episodes: int, starts: int) -> str:
+    """How many, and from how many different first sights where those are fewer."""
+    if starts >= episodes:
+        return f"{episodes} episodes"
+    return f"{episodes} episodes from {'the same start' if starts == 1 else f'{starts} starts'}"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

@@ -1,0 +1,131 @@
+"""Evaluation: every seed once and in order, controls, intervals, recorded episodes."""
+
+import numpy as np
+import pytest
+import torch
+
+from manako.agent.errors import TrainingError
+from manako.agent.report.evaluation import CONDITIONS, evaluate, evaluate_all, record_episodes
+from manako.agent.report.statistics import wilson_interval
+from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
+from manako.policies import save_policy
+from manako.policies.saving import PolicySource, load_policy
+from tests.helpers.small_runs import tiny_policy
+
+SEEDS = [episode_seed(0, HELD_OUT, 0, episode) for episode in range(11)]
+
+
+def go_to(num_envs: int) -> EpisodeVectorEnv:
+    return EpisodeVectorEnv("manako/GoTo-v0", num_envs)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy(go_to(1))
+
+
+@pytest.mark.parametrize("num_envs", [1, 4, 11, 16])
+def test_each_seed_is_played_once_and_in_order(policy, num_envs):
+    alone = [evaluate(policy, go_to(1), [seed]).episodes[0] for seed in SEEDS]
+    assert evaluate(policy, go_to(num_envs), SEEDS).episodes == alone
+
+
+def test_starts_that_differ_are_counted_by_sight(policy):
+    assert evaluate(policy, go_to(4), SEEDS[:1] * 3).starts == 1
+    assert evaluate(policy, go_to(2), SEEDS[:5]).starts == 5
+    env = EpisodeVectorEnv("manako/GoTo-v0", 2, instruction="go to the red ball")
+    boards = {env.reset(seeds=[seed] * 2).images[0].tobytes() for seed in SEEDS}
+    assert evaluate(policy, env, SEEDS).starts == len(boards)  # here the instruction tells none apart
+
+
+def test_a_policy_that_always_says_the_same(policy, monkeypatch):
+    """With the answer fixed, no condition but `random` differs, and the return is that of the scripted moves."""
+    fixed = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    original = type(policy).forward
+    monkeypatch.setattr(
+        type(policy),
+        "forward",
+        lambda self, inputs: original(self, inputs)._replace(logprobs=fixed.expand(len(inputs.lengths), 4)),
+    )
+    rows = evaluate_all(policy, go_to(4), SEEDS)
+    assert rows["policy"] == rows["blank_image"] == rows["replaced_instruction"] != rows["random"]
+    env = go_to(1)
+    for seed, episode in zip(SEEDS, rows["policy"].episodes, strict=True):
+        env.reset(seeds=[seed])
+        for _ in range(episode.length):
+            step = env.step(np.array([3]))
+        assert step.terminated[0] or step.truncated[0]
+        assert episode.episode_return == env.episode_returns[0] and episode.success == step.success[0]
+
+
+def test_controls_change_what_the_policy_sees(policy, monkeypatch):
+    seen: dict[str, list] = {name: [] for name in CONDITIONS}
+    prepare = type(policy).prepare
+    for name in CONDITIONS:
+        monkeypatch.setattr(
+            type(policy),
+            "prepare",
+            lambda self, images, texts, name=name: seen[name].append((images, texts)) or prepare(self, images, texts),
+        )
+        evaluate(policy, go_to(4), SEEDS[:4], name)
+    env = go_to(4)
+    first = env.reset(seeds=SEEDS[:4])
+    assert (seen["policy"][0][0] == first.images).all() and seen["policy"][0][1] == first.instructions
+    assert not seen["blank_image"][0][0].any() and seen["blank_image"][0][1] == first.instructions
+    assert (seen["replaced_instruction"][0][0] == first.images).all()
+    assert all(a != b for a, b in zip(seen["replaced_instruction"][0][1], first.instructions, strict=True))
+    assert not seen["random"]
+
+
+def test_random_actions_are_uniform_and_repeatable(policy):
+    env = go_to(4)
+    assert evaluate(policy, env, SEEDS, "random") == evaluate(policy, env, SEEDS, "random")
+    assert evaluate(policy, env, SEEDS, "random", seed=1) != evaluate(policy, env, SEEDS, "random", seed=2)
+
+
+def test_summary(policy):
+    evaluation = evaluate(policy, go_to(4), SEEDS)
+    summary = evaluation.summary()
+    wins = sum(episode.success for episode in evaluation.episodes)
+    assert summary["success"] == wins / 11 and summary["episodes"] == 11
+    assert summary["success_ci95"] == list(wilson_interval(wins, 11))
+    low, high = summary["return_ci95"]
+    assert low <= summary["return_mean"] <= high
+
+
+def test_a_saved_policy_evaluates_alike(policy, tmp_path):
+    env = go_to(4)
+    fresh = load_policy(PolicySource(seed=3), env.action_names, env.frame_shape)
+    save_policy(fresh, tmp_path)
+    again = load_policy(PolicySource(policy=str(tmp_path)), env.action_names, env.frame_shape)
+    assert evaluate(again, env, SEEDS, sample=True) == evaluate(fresh, env, SEEDS, sample=True)
+
+
+def test_recorded_episodes_are_the_evaluated_ones(policy):
+    episodes = record_episodes(policy, go_to(3), SEEDS[:3])
+    for tape, episode in zip(episodes, evaluate(policy, go_to(3), SEEDS[:3]).episodes, strict=True):
+        assert len(tape.frames) == len(tape.instructions) == episode.length + 1 == len(tape.actions) + 1
+        assert sum(tape.rewards) == pytest.approx(episode.episode_return)
+        assert tape.success == episode.success
+        assert tape.probabilities.shape == (episode.length, 4)
+        assert (tape.probabilities.argmax(-1) == tape.actions).all()
+
+
+def test_an_episode_that_does_not_end_is_an_error(policy, monkeypatch):
+    monkeypatch.setattr("manako.agent.report.evaluation.MAX_EPISODE_STEPS", 5)
+    fixed = torch.log(torch.tensor([0.97, 0.01, 0.01, 0.01]))  # up, and against the border for ever
+    original = type(policy).forward
+    monkeypatch.setattr(
+        type(policy),
+        "forward",
+        lambda self, inputs: original(self, inputs)._replace(logprobs=fixed.expand(len(inputs.lengths), 4)),
+    )
+    with pytest.raises(TrainingError, match=r"has not ended in 5 steps: expected .*max_episode_steps"):
+        evaluate(policy, go_to(4), SEEDS)
+
+
+def test_bad_calls(policy):
+    with pytest.raises(TrainingError, match="at least one episode"):
+        evaluate(policy, go_to(1), [])
+    with pytest.raises(TrainingError, match="condition is 'blind'"):
+        evaluate(policy, go_to(1), SEEDS, "blind")  # type: ignore[arg-type]

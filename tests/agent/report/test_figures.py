@@ -1,0 +1,175 @@
+"""The pictures hold what they were given: read back from the files, pixel by pixel where it matters."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor, ImageSequence
+
+from manako.agent.errors import TrainingError
+from manako.agent.report import figures
+from manako.agent.report.figures import Episode, episode_gif, learning_curve
+
+NAMES = ("up", "down", "left", "right")
+
+
+def rows(n: int = 10) -> list[dict]:
+    return [
+        {
+            "env_steps": 512 * (i + 1),
+            "success_rate": i / n,
+            "episode_return": 2 * i / n - 1,
+            "entropy": 1.4 - i / n,
+            "approx_kl": 0.01,
+            "explained_variance": math.nan if i == 0 else 0.5,
+        }
+        for i in range(n)
+    ]
+
+
+def colored(path, color: str, tolerance: int = 12) -> int:
+    """How many pixels of a picture have this colour."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=int)  # (H, W, 3)
+    return int((abs(pixels - ImageColor.getrgb(color)).max(-1) <= tolerance).sum())
+
+
+def pictures(path) -> tuple[list[np.ndarray], list[int]]:
+    """The pictures of a GIF, (H, W, 3) each, and how many milliseconds each one stays."""
+    with Image.open(path) as gif:
+        frames = [(np.asarray(frame.convert("RGB")), frame.info["duration"]) for frame in ImageSequence.Iterator(gif)]
+    return [frame for frame, _ in frames], [duration for _, duration in frames]
+
+
+def count(picture: np.ndarray, color: str, tolerance: int = 12) -> int:
+    return int((abs(picture.astype(int) - ImageColor.getrgb(color)).max(-1) <= tolerance).sum())
+
+
+def episode(num_actions: int = 4, steps: int = 3, success: bool = True, size: tuple[int, int] = (8, 8)) -> Episode:
+    """Frame t is one colour, all actions are equally likely but the chosen one, t, has probability 0.6."""
+    frames = np.zeros((steps + 1, *size, 3), np.uint8)
+    frames[:] = (50 * np.arange(steps + 1))[:, None, None, None]
+    probabilities = np.full((steps, num_actions), 0.4 / (num_actions - 1))
+    actions = [t % num_actions for t in range(steps)]
+    probabilities[range(steps), actions] = 0.6
+    return Episode(frames, ["go to the blue ball"] * steps, probabilities, actions, [0.2] * steps, success)
+
+
+# ------------------------------------------------------------------------------------------------- learning curve
+
+
+def test_every_series_is_drawn(tmp_path):
+    path = tmp_path / "new" / "curve.png"
+    learning_curve(rows(), path, "GoTo", baselines={"random policy": (0.25, (0.2, 0.3))})
+    assert colored(path, figures._BASELINE_COLORS[0]) > 100
+    assert [file.name for file in path.parent.iterdir()] == ["curve.png"]  # nothing left beside it
+    # against a curve of one point a series, which has the same panels, labels and legend
+    learning_curve([rows()[5], {"env_steps": 5120}], tmp_path / "one_point.png", "GoTo")
+    for key, color in figures._COLORS.items():
+        assert colored(path, color) > colored(tmp_path / "one_point.png", color) + 200, key
+
+
+def test_panels_without_a_number_are_left_out(tmp_path):
+    learning_curve(rows(), tmp_path / "three.png", "GoTo")
+    learning_curve(
+        [{"env_steps": 512, "success_rate": 0.5, "episode_return": None, "entropy": math.nan}, {"loss": 1.0}],
+        tmp_path / "one.png",
+        "GoTo",
+    )
+    three, one = Image.open(tmp_path / "three.png"), Image.open(tmp_path / "one.png")
+    assert three.width == 3 * one.width
+    assert colored(tmp_path / "one.png", figures._COLORS["success_rate"]) > 10
+
+
+@pytest.mark.parametrize("n", [1, 39, 40, 200])
+def test_short_and_long_runs(tmp_path, n):
+    learning_curve(rows(n), tmp_path / "curve.png", "GoTo")
+    assert colored(tmp_path / "curve.png", figures._COLORS["success_rate"]) > 10
+
+
+def test_the_running_mean_looks_back():
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    figures._draw(ax, [{"env_steps": i, "entropy": float(i)} for i in range(60)], "entropy", "entropy")
+    _, bold = ax.get_lines()
+    assert list(bold.get_ydata()[[0, 1, 4, 59]]) == [0.0, 0.5, 2.0, 57.0]  # of 1, 2, 5 and 5 points
+
+
+def test_a_curve_without_steps_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="No row of 1 has env_steps: expected"):
+        learning_curve([{"success_rate": 0.5}], tmp_path / "curve.png", "GoTo")
+
+
+# ---------------------------------------------------------------------------------------------------- episode GIF
+
+
+def test_one_picture_a_step_and_a_labelled_end(tmp_path):
+    episode_gif([episode(success=True), episode(steps=2, success=False)], NAMES, tmp_path / "play.gif", fps=4)
+    shown, durations = pictures(tmp_path / "play.gif")
+    assert durations == [250, 250, 250, 750, 250, 250, 750]
+    ends = [count(picture, figures._SUCCESS_COLOR) - count(picture, figures._FAILURE_COLOR) for picture in shown]
+    assert [int(np.sign(end)) if abs(end) > 2000 else 0 for end in ends] == [0, 0, 0, 1, 0, 0, -1]
+    # the frame of each step, and the last one at the end: flat colours come back as they were
+    middle = (shown[0].shape[0] // 2, figures._MARGIN + figures._FRAME // 2)
+    assert [int(picture[middle][0]) for picture in shown] == pytest.approx([0, 50, 100, 150, 0, 50, 100], abs=4)
+
+
+def test_the_chosen_bar_is_as_long_as_its_probability(tmp_path):
+    half, whole = episode(steps=1), episode(steps=1)
+    half.probabilities[:] = [0.5, 0.5, 0.0, 0.0]
+    whole.probabilities[:] = [1.0, 0.0, 0.0, 0.0]
+    episode_gif([half, whole], NAMES, tmp_path / "play.gif")
+    (first, _, second, _), _ = pictures(tmp_path / "play.gif")
+    ratio = count(first, figures._CHOSEN_COLOR) / count(second, figures._CHOSEN_COLOR)
+    assert ratio == pytest.approx(0.5, abs=0.01)
+    assert count(first, figures._BAR_COLOR) == pytest.approx(count(first, figures._CHOSEN_COLOR), rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (210, 160), (400, 600), (1, 1)])
+def test_frames_of_any_size(tmp_path, size):
+    episode_gif([episode(size=size)], NAMES, tmp_path / "play.gif")
+    shown, _ = pictures(tmp_path / "play.gif")
+    assert len(shown) == 4
+    width, height = figures._scaled_size(size)
+    assert max(width, height) <= 1.5 * figures._FRAME
+    assert width / height == pytest.approx(size[1] / size[0], rel=0.02)
+
+
+def test_many_actions_and_long_words(tmp_path):
+    wordy = episode(num_actions=18)._replace(instructions=["word " * 100, "x" * 300, ""])
+    episode_gif([wordy], [f"a very long name of action {a}" for a in range(18)], tmp_path / "play.gif")
+    assert len(pictures(tmp_path / "play.gif")[0]) == 4
+
+
+def test_the_chosen_action_is_always_shown():
+    probabilities = np.arange(18) / np.arange(18).sum()
+    assert figures._shown_actions(probabilities, chosen=0) == [*range(17, 6, -1), 0]
+    assert figures._shown_actions(probabilities, chosen=17) == list(range(17, 5, -1))
+    assert figures._shown_actions(probabilities[:12], chosen=0) == list(range(12))
+
+
+def test_long_instructions_end_in_dots():
+    lines = figures._wrapped("word " * 100, figures._PANEL)
+    assert len(lines) == 4
+    assert lines[-1].endswith("…")
+    assert figures._wrapped("go to the blue ball", figures._PANEL) == ["go to the blue ball"]
+    assert figures._wrapped("", figures._PANEL) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"frames": np.zeros((3, 8, 8, 3), np.uint8)}, "3 actions, 3 frames, .* pass the frame that the last step"),
+        ({"rewards": [0.0]}, "3 instructions and 1 rewards: expected"),
+        ({"probabilities": np.zeros((3, 5))}, r"of shape \(3, 5\): expected \(3, 4\)"),
+        ({"probabilities": np.full((3, 4), np.nan)}, "finite numbers"),
+        ({"actions": [0, 1, 4]}, "actions outside 0 to 3"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path, change, sentence):
+    with pytest.raises(TrainingError, match=f"Episode 0 has .*{sentence}"):
+        episode_gif([episode()._replace(**change)], NAMES, tmp_path / "play.gif")
+    with pytest.raises(TrainingError, match=r"No episodes for .*play.gif"):
+        episode_gif([], NAMES, tmp_path / "play.gif")
+    assert not list(tmp_path.iterdir())

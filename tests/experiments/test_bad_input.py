@@ -1,0 +1,286 @@
+"""Bad input of every kind: one sentence on stderr, exit code 2, no traceback, nothing written or overwritten."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from manako.agent.checkpoint import write_folder
+from manako.experiments import evaluate, run_ppo
+from manako.experiments.common.command_line import run_main
+from tests.helpers.foreign_models import text_folder
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = """
+import gymnasium as gym, numpy as np
+
+class Base(gym.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
+    action_names = ("left", "right")
+    mission = "go right"
+    observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(2)
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return 0, {}
+    def step(self, action):
+        return 0, 0.0, True, False, {}
+    def render(self):
+        return np.full((16, 16, 3), 7, np.uint8)
+
+class NoRender(Base):
+    metadata = {"render_modes": ["human"]}
+class NoneRender(Base):
+    def render(self):
+        return None
+class NaNReward(Base):
+    def step(self, action):
+        return 0, float("nan"), True, False, {}
+class Later(Base):
+    steps = 0
+    def step(self, action):
+        Later.steps += 1
+        return 0, float("nan") if Later.steps > 6 else 0.0, True, False, {}
+class Raises(Base):
+    def __init__(self, render_mode=None):
+        raise RuntimeError("no licence")
+class Breaks(Base):
+    def step(self, action):
+        raise RuntimeError("out of memory")
+class Box(Base):
+    action_space = gym.spaces.Box(-1, 1, (2,))
+for kind in (Base, NoRender, NoneRender, NaNReward, Later, Raises, Breaks, Box):
+    gym.register(f"{kind.__name__}-v0", kind)
+"""
+TINY_RUN = [
+    "--total_steps",
+    "8",
+    "--num_envs",
+    "2",
+    "--num_steps",
+    "4",
+    "--minibatch_size",
+    "8",
+    "--eval_episodes",
+    "2",
+]
+FLAGS = {
+    "unknown flag": (["--totl_steps", "5"], "did you mean --total_steps"),
+    "abbreviated flag": (["--total", "5"], "no flag --total"),
+    "steps no whole number": (["--total_steps", "2.5"], "2.5"),
+    "steps negative": (["--total_steps=-3"], "total_steps is -3: expected a whole number from 1 on"),
+    "a word of no flag": (["FrozenLake-v1"], "'FrozenLake-v1' belongs to no flag"),
+    "a short flag": (["-e", "FrozenLake-v1"], "'-e' belongs to no flag"),
+    "flag without a value": (["--env"], "--env: expected one argument"),
+    "switch": (["--bf16", "maybe"], "--bf16 is 'maybe': expected true or false"),
+    "steps text": (["--total_steps", "many"], "many"),
+    "rate nan": (["--learning_rate", "nan"], "learning_rate is nan: expected a number"),
+    "rate infinite": (["--learning_rate", "inf"], "learning_rate is inf: expected a number"),
+    "rate negative": (["--learning_rate=-1"], "learning_rate is -1.0: expected a number above 0"),
+    "rate zero": (["--learning_rate", "0"], "learning_rate is 0.0: expected a number above 0"),
+    "gamma above 1": (["--gamma", "1.5"], "gamma is 1.5"),
+    "seed too large": (["--seed", "2147483648"], "seed is 2147483648"),
+    "no episodes": (["--eval_episodes", "0"], "eval_episodes is 0"),
+    "dtype": (["--dtype", "float64"], "one of float32, bfloat16"),
+    "trainable": (["--trainable", "head"], "one of full, adapter, lora"),
+    "config without a file": (["--config"], "--config FILE"),
+    "config missing": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "env misspelt": (["--env", "FrozenLak-v1"], "FrozenLake"),
+    "env module missing": (["--env", "no_such_module:Mine-v0"], "no_such_module"),
+    "env kwargs no JSON": (["--env_kwargs", "{size: 4}"], "is no JSON"),
+    "env kwargs a list": (["--env_kwargs", "[4]"], "JSON object"),
+    "env kwargs unknown": (["--env_kwargs", '{"sise": 4}'], "sise"),
+    "env size": (["--env_kwargs", '{"size": 1}'], "size"),
+    "no rgb_array": (["--env", "bad_plugin:NoRender-v0"], "rgb_array"),
+    "render returns None": (["--env", "bad_plugin:NoneRender-v0"], "None"),
+    "constructor raises": (["--env", "bad_plugin:Raises-v0"], "no licence"),
+    "box actions": (["--env", "bad_plugin:Box-v0"], "Discrete"),
+    "plugin with a syntax error": (["--env", "broken_plugin:Mine-v0"], "broken_plugin"),
+    "action names: count": (["--action_names", "up,down"], "4"),
+    "action names: repeated": (["--action_names", "up,up,left,right"], "up"),
+    "action names: special token": (["--action_names", "up,<image>,left,right"], "special token"),
+    "action names: empty": (["--action_names", "up,,left,right"], "empty"),
+    "token format, long names": (
+        ["--action_names", "walk up,walk down,walk left,walk right", "--action_format", "token"],
+        "tokens",
+    ),
+    "instruction with tokens": (["--instruction", "go <image> <|user|> home"], "special tokens"),
+    "policy misspelt": (["--policy", "tinny"], "tinny"),
+    "policy folder missing": (["--policy", "./nowhere/model"], "nowhere"),
+    "policy folder of text alone": (["--policy", "text_only"], "'text_only'"),
+    "policy folder empty": (["--policy", "empty"], "config.json"),
+    "adapter unknown": (["--adapter", "qformer"], "linear, mlp"),
+    "encoder unknown": (["--vision_encoder", "no_encoder"], "no_encoder"),
+    "part of a folder": (["--policy", "empty", "--adapter", "linear"], "adapter"),
+    "patches": (["--image_size", "20", "--patch_size", "8"], "multiple of patch_size"),
+    "minibatch": (["--minibatch_size", "100"], "1024 samples"),
+    "accumulation": (["--gradient_accumulation_steps", "3"], "gradient_accumulation_steps"),
+    "kl without LoRA": (["--kl_coef", "0.1"], "reference"),
+    "run folder exists": (["--output_dir", "full"], "never overwritten"),
+    "run folder under a file": (["--output_dir", "full/note.txt/run"], "cannot be made"),
+    "resume of nothing": (["--resume", "nowhere"], "is no run"),
+    "resume without checkpoints": (["--resume", "unfinished"], "no whole checkpoint"),
+    "resume with damaged checkpoints": (["--resume", "damaged"], "model.safetensors is cut short, 10 bytes where 18"),
+    "resume with a strange configuration": (["--resume", "strange"], "unknown key 'sed', did you mean 'seed'?"),
+    "resume with settings": (["--resume", "unfinished", "--seed", "3"], "--seed"),
+    "resume of a finished run": (["--resume", "finished"], "finished"),
+}
+FILES = {
+    "no YAML": ("num_envs: [1", "line"),
+    "a list": ("- num_envs", "no mapping"),
+    "half a step": ("total_steps: 2.5", "is 2.5"),
+    "true for a number": ("num_envs: true", "is True"),
+    "a negative number": ("num_envs: -3", "is -3"),
+    "text for a number": ("num_envs: many", "is 'many'"),
+    "nothing": ("", "no mapping"),
+    "rate of infinity": ("learning_rate: .inf", "learning_rate in settings.yaml is inf: expected a number above 0"),
+    "a whole number with an exponent": ("total_steps: 1e5", "total_steps in settings.yaml is '1e5'"),
+    "unknown key": ("num_env: 4", "did you mean 'num_envs'"),
+    "a mapping for text": ("env: {a: 1}", "expected text"),
+}
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every folder and file, with its content."""
+    ours = [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in ours}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with plugins, and runs in various states; it is the current one."""
+    (tmp_path / "bad_plugin.py").write_text(PLUGIN)
+    (tmp_path / "broken_plugin.py").write_text("def (:\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("keep me")
+    (tmp_path / "empty").mkdir()
+    for name in ("unfinished", "finished", "damaged", "strange"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("sed: 1\n" if name == "strange" else "seed: 1\n")
+    (tmp_path / "finished" / "evaluation.json").write_text("{}")
+    for iteration in (2, 4):
+        folder = tmp_path / "damaged" / "checkpoints" / f"checkpoint-{iteration}"
+        write_folder(folder, lambda path: path.joinpath("model.safetensors").write_text("all of the weights"))
+        (folder / "model.safetensors").write_text("all of the")
+    text_folder(tmp_path / "text_only", "llama")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def refusal(main, words, monkeypatch, capfd) -> str:
+    """Runs main with these words; returns its one sentence."""
+    monkeypatch.setattr(sys, "argv", ["runner.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    assert stop.value.code == 2
+    written = capfd.readouterr()
+    lines = [line for line in written.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), written.err
+    assert "Traceback" not in written.err + written.out
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_bad_flags(case, place, monkeypatch, capfd):
+    words, expected = FLAGS[case]
+    before = listing(place)
+    assert expected in refusal(run_ppo.main, words, monkeypatch, capfd)
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_yaml(case, place, monkeypatch, capfd):
+    text, expected = FILES[case]
+    (place / "settings.yaml").write_text(text)
+    before = listing(place)
+    assert expected in refusal(run_ppo.main, ["--config", "settings.yaml"], monkeypatch, capfd)
+    assert listing(place) == before
+
+
+def test_binary_yaml(place, monkeypatch, capfd):
+    (place / "settings.yaml").write_bytes(bytes(range(128, 256)))
+    assert "text file" in refusal(run_ppo.main, ["--config", "settings.yaml"], monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(("env", "expected"), [("NaNReward", "reward"), ("Breaks", "out of memory")])
+def test_env_faults_are_found_before_the_run(env, expected, place, monkeypatch, capfd):
+    words = ["--env", f"bad_plugin:{env}-v0", "--output_dir", "run", *TINY_RUN]
+    sentence = refusal(run_ppo.main, words, monkeypatch, capfd)
+    assert expected in sentence and env in sentence
+    assert not (place / "run").exists()
+
+
+def test_an_env_fault_in_a_run_keeps_its_folder(place, monkeypatch, capfd):
+    words = ["--env", "bad_plugin:Later-v0", "--output_dir", "run", "--gif_episodes", "0", *TINY_RUN]
+    sentence = refusal(run_ppo.main, words, monkeypatch, capfd)
+    assert "Later" in sentence and "reward" in sentence and "seed" in sentence and "action" in sentence
+    assert (place / "run" / "config.yaml").is_file()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved policy of the plugin's shape, full and LoRA."""
+    from manako.policies import PolicySource, load_policy, save_policy
+
+    folder = tmp_path_factory.mktemp("saved")
+    for trainable in ("full", "lora"):
+        (folder / trainable).mkdir()
+        source = PolicySource(trainable=trainable)
+        save_policy(load_policy(source, ("left", "right"), (16, 16, 3)), folder / trainable)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("trainable", "name", "change"),
+    [
+        ("full", "model.safetensors", "truncate"),
+        ("full", "model.safetensors", "flip"),
+        ("full", "value_head.safetensors", "remove"),
+        ("full", "policy.json", "truncate"),
+        ("full", "tokenizer.json", "truncate"),
+        ("lora", "adapter_model.safetensors", "truncate"),
+        ("lora", "policy.json", "other base"),
+    ],
+)
+def test_damaged_policy_folders(trainable, name, change, saved, place, monkeypatch, capfd):
+    import shutil
+
+    shutil.copytree(saved / trainable, place / "policy")
+    file = place / "policy" / name
+    content = file.read_bytes()
+    if change == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    elif change == "flip":
+        file.write_bytes(content[:-5] + bytes([content[-5] ^ 255]) + content[-4:])
+    elif change == "remove":
+        file.unlink()
+    else:
+        description = json.loads(content)
+        description["source"]["seed"] = 5
+        file.write_text(json.dumps(description))
+    before = listing(place)
+    refusal(run_ppo.main, ["--env", "bad_plugin:Base-v0", "--policy", "policy", *TINY_RUN], monkeypatch, capfd)
+    assert listing(place) == before
+
+
+def test_evaluate_refuses(place, monkeypatch, capfd):
+    assert "--policy is missing" in refusal(evaluate.main, [], monkeypatch, capfd)
+    words = ["--policy", "tiny", "--output", "full/note.txt"]
+    assert "not overwritten" in refusal(evaluate.main, words, monkeypatch, capfd)
+    assert "config.json" in refusal(evaluate.main, ["--policy", "empty"], monkeypatch, capfd)
+    assert "did you mean --episodes" in refusal(evaluate.main, ["--episode", "3"], monkeypatch, capfd)
+    assert (place / "full" / "note.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    "words", [["run_ppo.py", "--polcy", "tiny"], ["run_ppo.py", "--policy", "tinny"], ["evaluate.py"]]
+)
+def test_as_a_program(words, place):
+    command = [sys.executable, str(ROOT / "experiments" / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,167 @@
+"""What the tests of the Ray backends run in workers: environments that break in chosen ways, and their makers.
+
+Workers import this module, so it stands alone; `FAULT` names a folder in which a file `<kind>` says what shall break.
+"""
+
+import functools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from manako.agent.workers.worker import EnvWorker, History, ReplicaWorker, Segment
+
+NUM_STEPS = 5
+SETTINGS = {"length": 7, "limit": 3}
+
+
+class Faulty(gym.Wrapper):
+    """Breaks once for each file that it finds, or as long as the file says `always`.
+
+    Args:
+        env: the environment.
+        folder: where the files lie: `raise`, `hang`, `exit` at a step; `make` in the constructor.
+    """
+
+    def __init__(self, env: gym.Env, folder: str) -> None:
+        super().__init__(env)
+        self.folder = Path(folder)
+        if self._wanted("make"):
+            raise RuntimeError("the simulator did not start")
+
+    def step(self, action: Any) -> Any:
+        if self._wanted("hang"):
+            time.sleep(3600)
+        if self._wanted("exit"):
+            os._exit(1)
+        if self._wanted("raise"):
+            raise RuntimeError("the simulator broke")
+        return self.env.step(action)
+
+    def _wanted(self, kind: str) -> bool:
+        file = self.folder / kind
+        try:
+            lasting = file.read_text() == "always"
+            if not lasting:
+                file.unlink()
+        except FileNotFoundError:  # none, or another worker was faster
+            return False
+        return True
+
+
+def register() -> None:
+    """The environments of this module, and small_envs' Corridor."""
+    from tests.helpers import small_envs  # registers tests/Corridor-v0
+
+    def faulty(folder: str, render_mode: str | None = None, **settings: Any) -> gym.Env:
+        env = Faulty(small_envs.Corridor(**settings, render_mode=render_mode), folder)
+        env.action_names, env.instruction = small_envs.NAMES, "walk right"  # type: ignore[attr-defined]
+        return env
+
+    if "tests/Faulty-v0" not in gym.registry:
+        gym.register("tests/Faulty-v0", entry_point=faulty)
+
+
+def make_env(env_id: str, kwargs: dict, seed: int, first_slot: int, num_slots: int) -> Any:
+    """A segment's environments."""
+    from manako.envs import EpisodeVectorEnv
+
+    register()
+    return EpisodeVectorEnv(env_id, num_slots, seed=seed, first_slot=first_slot, env_kwargs=kwargs)
+
+
+def env_maker(env_id: str = "tests/Corridor-v0", seed: int = 3, **kwargs: Any) -> Any:
+    """For workers: (first slot, number of slots) -> environments."""
+    return functools.partial(make_env, env_id, {**SETTINGS, **kwargs}, seed)
+
+
+def make_policy(trainable: str = "full", dtype: str = "float32") -> Any:
+    """The tiny policy for Corridor, with a value head that is not zero."""
+    import torch
+
+    from tests.helpers.small_envs import tiny_policy
+
+    torch.set_num_threads(1)
+    register()
+    policy = tiny_policy(make_env("tests/Corridor-v0", SETTINGS, 3, 0, 1), trainable=trainable, dtype=dtype)
+    return policy
+
+
+def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any = None) -> Any:
+    """The local backend that the others are held against."""
+    from manako.agent.rollout import RolloutCollector
+
+    return RolloutCollector((maker or env_maker())(0, num_envs), policy, NUM_STEPS, seed=3, batch_size=batch_size)
+
+
+def replica_arguments(maker: Any = None, batch_size: int | None = None, **policy: Any) -> dict[str, Any]:
+    """Arguments of ReplicaWorker without its threads."""
+    return {
+        "make_env": maker or env_maker(),
+        "make_policy": functools.partial(make_policy, **policy),
+        "num_steps": NUM_STEPS,
+        "seed": 3,
+        "reference": False,
+        "batch_size": batch_size,
+        "bf16": False,
+        "rounds": False,
+        "recorded": None,
+    }
+
+
+class Curious(EnvWorker):
+    """An EnvWorker that says what it has imported."""
+
+    def imported(self, name: str) -> bool:
+        import sys
+
+        self.observe(Segment(0, 1), History(None, ()))
+        return name in sys.modules
+
+
+class Outdated(ReplicaWorker):
+    """A worker that answers with the rollout of other weights."""
+
+    def collect(self, segment: Any, iteration: int, version: int, weights: Any, state: Any) -> Any:
+        packed, after = super().collect(segment, iteration, version, weights, state)
+        return {**packed, "version": version - 1}, after
+
+
+class Unready:
+    """A worker whose constructor fails."""
+
+    def __init__(self, *_: Any) -> None:
+        raise RuntimeError("no such device")
+
+    def ready(self) -> dict[str, Any]:
+        return {}
+
+
+def same_bits(one: Any, other: Any) -> None:
+    """Asserts that two rollouts are equal in every field but the time they took."""
+    import torch
+
+    for name, mine, theirs in zip(one._fields, one, other, strict=True):
+        if name == "seconds":
+            continue
+        if isinstance(mine, torch.Tensor):
+            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
+        elif name == "images":
+            assert (mine is None) == (theirs is None) and (mine is None or np.array_equal(mine, theirs))
+        elif name in ("inputs", "bootstrap"):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), name
+        else:
+            assert mine == theirs, name
+
+
+def close_enough(one: Any, other: Any) -> None:
+    """Asserts that two rollouts hold the same frames, actions and rewards, and floats equal to rounding."""
+    for name, mine, theirs in zip(one._fields, one, other, strict=True):
+        if name in ("logprobs", "values", "next_values"):
+            assert np.allclose(mine.numpy(), theirs.numpy(), atol=1e-5), name
+        elif name in ("actions", "rewards", "terminated", "truncated", "bootstrap_at", "seeds", "steps", "success"):
+            assert (mine == theirs).all(), name
+    assert one.episodes == other.episodes

@@ -1,0 +1,52 @@
+"""Small real runs for the tests of agent/ and experiments/: the tiny policy, this project's environments, no mocks.
+
+The environments `Corridor` and `Poison` are in small_envs.py, which rollout workers can import in an instant.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manako.agent.ppo_config import PPOConfig
+from manako.agent.ppo_trainer import PPOTrainer
+from manako.envs import EpisodeVectorEnv
+from manako.policies import PolicySource, VLMPolicy, load_policy
+from tests.helpers.small_envs import tiny_policy
+
+
+def color_env(num_envs: int = 8, **options: Any) -> EpisodeVectorEnv:
+    return EpisodeVectorEnv("manako/ColorMatch-v0", num_envs, **options)
+
+
+def corridor_env(num_envs: int = 4, env_kwargs: dict | None = None, **options: Any) -> EpisodeVectorEnv:
+    return EpisodeVectorEnv("tests/Corridor-v0", num_envs, env_kwargs=env_kwargs, **options)
+
+
+def goto_policy(**source: Any) -> VLMPolicy:
+    """The preset `tiny` for GoTo, or what the arguments of `PolicySource` make of it."""
+    env = EpisodeVectorEnv("manako/GoTo-v0", 1)
+    return load_policy(PolicySource(**source), env.action_names, env.frame_shape)
+
+
+def ppo_config(folder: Path, **settings: Any) -> PPOConfig:
+    """Two iterations of 4 steps; tests say what they need otherwise."""
+    defaults = {"num_iterations": 2, "num_steps": 4, "num_ppo_epochs": 2, "minibatch_size": 16, "learning_rate": 1e-3}
+    return PPOConfig(output_dir=str(folder), report_to="none", **{**defaults, **settings})
+
+
+def make_trainer(folder: Path, env: EpisodeVectorEnv | None = None, **settings: Any) -> PPOTrainer:
+    """A trainer of the tiny policy on ColorMatch with 8 environments."""
+    env = env or color_env()
+    return PPOTrainer(tiny_policy(env), ppo_config(folder, **settings), env)
+
+
+def weights(policy: VLMPolicy) -> dict[str, torch.Tensor]:
+    """Copies of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
