@@ -124,7 +124,7 @@ def test_only_labelled_positions_are_scored_and_the_numbers_are_trls(trajectorie
     runs = {}
     for name in ("ours", "TRL's"):
         if name == "TRL's":
-            monkeypatch.setattr("manako.agent.tuning.score_labels_only", lambda model: None)
+            monkeypatch.setattr("manako.agent.tuning.trainers.score_labels_only", lambda model: None)
         torch.manual_seed(0)
         policy = make_policy()
         pairs = pair_dataset(trajectories, expert_pairs(trajectories), policy)

@@ -1,0 +1,10 @@
+"""The one base class of all errors that a user can repair, and the line of somebody else's error that a sentence of ours quotes."""
+
+
+class ManakoError(ValueError):
+    """Bad input or a broken part of the user's own: the message is one sentence (what came, what was expected, what to do)."""
+
+
+def first_line(error: BaseException, longest: int = 160) -> str:
+    """Returns the first line of an error's text, or its type where it has none, without a full stop at the end."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:longest]

@@ -1,0 +1,304 @@
+"""The door: all that `agent/` knows of a policy. PPO, rollouts, workers, evaluation, datasets and TRL's trainers speak it.
+
+Legend: B samples, S tokens of an answer (1 for a closed set whose actions are one choice), A actions, (H, W, 3) frames.
+
+A policy is asked in this order: `prepare` turns frames and instructions into rows, which rollouts store as they are;
+`act` draws actions from them; `evaluate_actions` computes the log-probabilities of those actions again, by the same
+forward, with gradients. Players that cannot learn (scripted, random, recorded) are policies too: `can_learn` is False.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from manako.policies.errors import PolicyError
+from manako.policies.source import SYSTEM, ActionFormat
+
+
+class Rows:
+    """Tensors of B samples that belong together; `agent/` moves rows about and never looks inside.
+
+    Args:
+        columns: name -> (B, ...) tensor.
+        fillers: for each ragged column, whose rows are padded on the right of dimension 1, the value that pads it.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor], fillers: Mapping[str, float] | None = None) -> None:
+        self.columns, self.fillers = dict(columns), dict(fillers or {})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def select(self, rows: Tensor) -> "Rows":
+        """Returns the samples at these rows, (B',) int64 or (B,) bool."""
+        return Rows({name: column[rows] for name, column in self.columns.items()}, self.fillers)
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """Returns the same on another device."""
+        return Rows({name: column.to(device) for name, column in self.columns.items()}, self.fillers)
+
+    @staticmethod
+    def join(parts: Sequence["Rows"]) -> "Rows":
+        """Returns the samples one after another; ragged columns are padded with their filler to the longest."""
+        fillers = parts[0].fillers
+        joined = {}
+        for name in parts[0].columns:
+            columns = [part.columns[name] for part in parts]
+            if name in fillers:
+                longest = max(column.shape[1] for column in columns)
+                columns = [
+                    nn.functional.pad(
+                        column, (0, 0) * (column.ndim - 2) + (0, longest - column.shape[1]), value=fillers[name]
+                    )
+                    for column in columns
+                ]
+            joined[name] = torch.cat(columns)
+        return Rows(joined, fillers)
+
+    def digests(self) -> Tensor:
+        """Returns (B,) int64, equal where all of a sample is, padding aside."""
+        digests = []
+        for row in range(len(self)):
+            digest = hashlib.blake2b(digest_size=8)
+            for name, column in sorted(self.columns.items()):
+                value = column[row]
+                if name in self.fillers:
+                    kept = (
+                        (value != self.fillers[name]).flatten(1).any(1)
+                        if value.ndim > 1
+                        else value != self.fillers[name]
+                    )
+                    value = value[: int(kept.nonzero()[-1]) + 1 if kept.any() else 0]
+                digest.update(f"{name}{tuple(value.shape)}".encode())
+                digest.update(value.contiguous().cpu().numpy().tobytes())
+            digests.append(int.from_bytes(digest.digest(), "little", signed=True))
+        return torch.tensor(digests, dtype=torch.int64)
+
+    def __reduce__(self) -> tuple:
+        """Between processes rows travel as NumPy arrays, which need no copy on the way."""
+        return _unpickled, ({name: column.cpu().numpy() for name, column in self.columns.items()}, self.fillers)
+
+
+def _unpickled(arrays: dict[str, np.ndarray], fillers: dict[str, float]) -> Rows:
+    # a copy: shared memory is read-only
+    return Rows({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, fillers)
+
+
+class Draws:
+    """Uniform random numbers for B slots, each slot's own, consumed in order.
+
+    A slot's numbers do not depend on who else is drawn for, so any split of slots over workers samples the same actions.
+
+    Args:
+        rngs: B generators; slots may share one, which then serves them in their order.
+    """
+
+    def __init__(self, rngs: Sequence[np.random.Generator]) -> None:
+        self.rngs = tuple(rngs)
+
+    def __len__(self) -> int:
+        return len(self.rngs)
+
+    def next(self) -> np.ndarray:
+        """Returns (B,) float64 in [0, 1), the next number of each slot."""
+        return np.array([rng.random() for rng in self.rngs])
+
+    def select(self, rows: Sequence[int]) -> "Draws":
+        """Returns the draws of these slots alone."""
+        return Draws([self.rngs[row] for row in rows])
+
+
+class Acted(NamedTuple):
+    """What a policy did."""
+
+    actions: Rows  # what evaluate_actions takes back
+    to_env: np.ndarray  # (B,) int64 | (B, d) int64 | (B, d) float32: what env.step is given
+    logprobs: Tensor  # (B, S) float32
+    mask: Tensor  # (B, S) bool, True = sampled by the policy, so learned from
+    values: Tensor  # (B,) float32, 0 where there is no critic
+    outcomes: Sequence[str] | None = None  # of text answers, such as "legal" or "unparsed": counted and paid
+
+
+class Evaluated(NamedTuple):
+    """What a policy now says of actions that were taken."""
+
+    logprobs: Tensor  # (B, S) float32
+    entropy: Tensor  # (B, S) in nats; exact for closed sets
+    values: Tensor  # (B,) float32
+    distribution: Tensor | None = None  # (B, A) log-probabilities where the set is closed
+    losses: Mapping[str, Tensor] = {}  # a policy's own, (), such as the next frame's: the trainer adds and logs them
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy is made for, and its prompt; saved as policy.json.
+
+    Args:
+        action_names: the A actions, in the env's order.
+        frame_shape: (H, W, 3) of the env's frames.
+        action_format: see `manako.policies.answers.closed_set`.
+        system: the prompt's system text; `{actions}` stands for the list of actions.
+    """
+
+    action_names: tuple[str, ...]
+    frame_shape: tuple[int, int, int]
+    action_format: ActionFormat = "auto"
+    system: str = SYSTEM
+
+    @property
+    def action_space(self) -> gym.Space:
+        """The env's action space."""
+        return gym.spaces.Discrete(len(self.action_names))
+
+
+class Policy(nn.Module, ABC):
+    """Decides what to do in B environments.
+
+    Attributes:
+        spec: what it was made for.
+        can_learn: False for remote, scripted, random and recorded players.
+        needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
+            "episode_seeds", "episode_steps".
+        model: the language model with its adapters, as TRL's trainers take it; None where there is none.
+        processor: its processor; None where there is none.
+    """
+
+    spec: PolicySpec
+    can_learn: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    model: Any = None
+    processor: Any = None
+
+    @abstractmethod
+    def prepare(
+        self, images: np.ndarray, instructions: Sequence[str], told: Mapping[str, np.ndarray] | None = None
+    ) -> Rows:
+        """Returns what the policy sees, on the CPU.
+
+        Args:
+            images: (B, H, W, 3) uint8.
+            instructions: B texts.
+            told: for each name of `needs` an array (B, ...).
+
+        Raises:
+            PolicyError: frames of another shape than the policy was made for, or a text that it cannot read.
+        """
+
+    @abstractmethod
+    def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns B actions: drawn with the numbers of `draws`, or the likeliest ones; no gradient, on the CPU."""
+
+    def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
+        """Returns what the policy now says of these actions, by the forward of `act`; gradients flow.
+
+        Raises:
+            PolicyError: a player that cannot learn.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} cannot learn: expected a policy with a model, such as the preset tiny."
+        )
+
+    def forward(self, inputs: Rows, actions: Rows) -> Evaluated:
+        """`evaluate_actions`, which is what mixed precision and data parallelism wrap."""
+        return self.evaluate_actions(inputs, actions)
+
+    def predict_values(self, inputs: Rows) -> Tensor:
+        """Returns the values (B,) float32, on the CPU; 0 where there is no critic."""
+        return torch.zeros(len(inputs))
+
+    def frozen_weights(self) -> AbstractContextManager[None]:
+        """Inside: no gradients, and no weight changes."""
+        return torch.no_grad()
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `as_reference` works."""
+        return False
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Inside: the policy is what it was when training started.
+
+        Raises:
+            PolicyError: it does not keep what it was.
+        """
+        raise PolicyError("This policy does not keep what it was: expected trainable: lora for a reference.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go."""
+        return torch.device("cpu")
+
+    def parameter_groups(
+        self, learning_rate: float, adapter_learning_rate: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Returns the parameters that learn as groups for an optimizer, each {"params": [...], "lr": rate}."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": learning_rate}]
+
+    def fit_adapter(self, images: np.ndarray) -> list[str]:
+        """Gives adapters that learn and want statistics those of the frames (N, H, W, 3); returns the fitted ones' names."""
+        return []
+
+    def actions_from_env(self, to_env: np.ndarray) -> Rows:
+        """Returns what `evaluate_actions` takes for actions (B, ...) as an environment is given them."""
+        raise PolicyError(f"{type(self).__name__} has no actions to evaluate: expected a policy that can learn.")
+
+    def prompt(self, instruction: str) -> str:
+        """Returns the whole prompt as text, for datasets."""
+        raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
+
+    def messages(self, instruction: str) -> list[dict[str, Any]]:
+        """Returns the chat that TRL's trainers are given; the processor's template renders it to `prompt`."""
+        raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
+
+    def answers(self, actions: Rows) -> list[str]:
+        """Returns the text of each action, for datasets, pairs and figures."""
+        raise PolicyError(f"{type(self).__name__} has no answers: expected a policy with a language model.")
+
+    def answer_tokens(self, actions: Rows) -> list[list[int]]:
+        """Returns the token ids of each action's answer."""
+        raise PolicyError(f"{type(self).__name__} has no answers: expected a policy with a language model.")
+
+    def prompt_tokens(self, instruction: str) -> list[int]:
+        """Returns the token ids of the whole prompt, image placeholders among them."""
+        raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Returns what a run's header says of it: (heading, text) lines."""
+        return []
+
+
+def sample_categorical(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
+    """Draws actions by inverting the distribution function.
+
+    Args:
+        logprobs: (B, A).
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        (B,) int64.
+    """
+    cumulative = logprobs.double().exp().cumsum(-1)  # (B, A)
+    drawn = torch.as_tensor(uniforms, device=logprobs.device)[:, None] * cumulative[:, -1:]
+    return (cumulative <= drawn).sum(-1).clamp_max(logprobs.shape[-1] - 1)
+
+
+def acted_by_choice(logprobs: Tensor, values: Tensor, draws: Draws, greedy: bool) -> Acted:
+    """Returns one action of a closed set for each row of log-probabilities (B, A), with S = 1.
+
+    A greedy choice asks for no random number.
+    """
+    logprobs, values = logprobs.cpu(), values.cpu()
+    index = logprobs.argmax(-1) if greedy else sample_categorical(logprobs, draws.next())  # (B,)
+    taken = logprobs.gather(1, index[:, None])  # (B, 1)
+    return Acted(Rows({"index": index}), index.numpy(), taken, torch.ones_like(taken, dtype=torch.bool), values)
