@@ -2,7 +2,7 @@
 
 The order is: system text with the actions, then the instruction, then the image, then the cue to answer. Visual tokens
 thus attend to the instruction, which gives the image its purpose (from scratch this learned faster than the other
-order). The system text is the same for every sample, so its keys and values are computed once (see policy.py).
+order). The system text is the same for every sample, so its keys and values are computed once: see reading/.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from manako.policies.architectures.composed.processing import special_vocabulary
+from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 
 MAX_INSTRUCTION_CHARS = 2000
@@ -50,35 +51,33 @@ class PromptBuilder:
     """Renders instructions with the processor's chat template and tokenizes them, each distinct one once.
 
     Args:
-        processor: a VLM's processor (chat template, tokenizer, image processor).
-        image_token: the placeholder that the processor expects in a text.
-        system: system text; `{actions}` is replaced by the codec's legend.
-        legend: how the actions are listed.
+        model: the model, its processor (chat template, tokenizer, image processor) and its placeholder.
+        system: system text; `{actions}` is replaced by the legend.
         example_frame: a frame (H, W, 3) uint8; processors size the placeholders by it.
 
     Raises:
         PolicyError: the system text holds a special token.
 
     Attributes:
+        legend: how the actions are listed.
         lead: " " where the prompt ends with a word or colon, else "": what stands before an answer.
     """
 
-    def __init__(self, processor: Any, image_token: str, system: str, example_frame: Any) -> None:
-        self.processor = processor
-        self.image_token = image_token
+    def __init__(self, model: Model, system: str, example_frame: Any) -> None:
+        self.model, self.processor, self.image_token = model, model.processor, model.placeholder
         self.system = system
         self.legend = ""
         self.example_frame = example_frame
-        tokenizer = processor.tokenizer
+        tokenizer = self.processor.tokenizer
         special = special_vocabulary(tokenizer)
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        self.special_tokens = sorted({*special, *added, image_token})
+        self.special_tokens = sorted({*special, *added, self.image_token})
         held = [token for token in self.special_tokens if token.strip() and token in system]
         if held:
             raise PolicyError(
                 f"The system text {system!r} holds the special token {held[0]!r}: expected plain text, leave it out."
             )
-        self._special_ids = {*special.values(), tokenizer.convert_tokens_to_ids(image_token)} - {tokenizer.unk_token_id}
+        self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id}
         self._ids: dict[str, tuple[int, ...]] = {}
         self.lead = " " if re.search(r"[\w:,.]\Z", self.render("x")) else ""
         self._special_count = self._count_special(self._tokenize("x"))
@@ -89,8 +88,10 @@ class PromptBuilder:
 
     def render(self, instruction: str) -> str:
         """The whole prompt as text, one image placeholder in it."""
-        found = self._render(instruction)
         system = self.system.replace("{actions}", self.legend)
+        if self.model.render is not None:
+            return self.model.render(system, instruction)
+        found = self._render(instruction)
         return found[1] if found else f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
 
     def messages(self, instruction: str) -> list[dict[str, Any]]:

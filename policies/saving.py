@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -30,9 +30,12 @@ from manako.policies.architectures.composed.presets import (
     quietly,
 )
 from manako.policies.errors import PolicyError
+from manako.policies.interface import PolicySpec
 from manako.policies.source import SYSTEM, PolicySource
 from manako.policies.trainable import parts_of, set_trainable
-from manako.policies.vlm_policy import PolicySpec, VLMPolicy
+
+if TYPE_CHECKING:
+    from manako.policies.vlm_policy import VLMPolicy
 
 POLICY_FILE, VALUE_HEAD_FILE = "policy.json", "value_head.safetensors"
 LORA_CONFIG_FILE, LORA_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -49,7 +52,7 @@ DESCRIPTION = {  # what policy.json holds beside its format
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> VLMPolicy:
+def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> "VLMPolicy":
     """The policy of a preset, a folder or a Hub id, for these actions and frames.
 
     A folder of `save_policy` also brings its value head, and its system text and action format where the source leaves
@@ -105,8 +108,10 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
             base_sha = digest(frozen)
     height, width, channels = frame_shape
     spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
+    from manako.policies.vlm_policy import VLMPolicy
+
     with quietly():
-        policy = VLMPolicy(vlm, processor, spec)
+        policy = VLMPolicy(_temporary_model(vlm, processor), spec)
     if head is not None:
         _fill(policy.value_head, head, folder)
     policy.value_head.requires_grad_("value_head" in parts)
@@ -114,7 +119,7 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     return policy
 
 
-def save_policy(policy: VLMPolicy, folder: Path) -> None:
+def save_policy(policy: "VLMPolicy", folder: Path) -> None:
     """Writes the policy into a folder that exists."""
     with quietly():
         if policy.has_lora:
@@ -135,7 +140,7 @@ def save_policy(policy: VLMPolicy, folder: Path) -> None:
     (folder / POLICY_FILE).write_text(json.dumps(description, indent=2))
 
 
-def load_weights(policy: VLMPolicy, folder: Path) -> None:
+def load_weights(policy: "VLMPolicy", folder: Path) -> None:
     """Reads the weights that `save_policy` wrote back into the same policy, and checks that all of them arrived.
 
     Raises:
@@ -171,7 +176,7 @@ def load_weights(policy: VLMPolicy, folder: Path) -> None:
         )
 
 
-def learned(policy: VLMPolicy) -> dict[str, torch.Tensor]:
+def learned(policy: "VLMPolicy") -> dict[str, torch.Tensor]:
     """Every tensor that learns, by name."""
     return _learned(policy.vlm, policy.value_head.state_dict())
 
@@ -352,3 +357,13 @@ def detail(error: Exception) -> str:
         return f"{error.args[0]} is missing"
     lines = [line.strip().rstrip(".:") for line in str(error).strip().splitlines()]
     return (lines[1] if len(lines) > 1 else first_line(error))[:160]
+
+
+def _temporary_model(vlm, processor):
+    from manako.policies.architectures.model import Model
+    from manako.policies.prompts import image_token_of
+    from manako.policies.reading import SharedPrefix
+
+    base = vlm.get_base_model() if hasattr(vlm, "peft_config") else vlm
+    token, token_id = image_token_of(processor, base)
+    return Model(vlm, processor, "", "model.adapter", "", token, token_id, SharedPrefix)

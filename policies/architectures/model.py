@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from manako.policies.reading import Reading
+from manako.policies.reading.reading import Reading
 
 Render = Callable[[str, str], str]  # system text, instruction -> the prompt's text
 
