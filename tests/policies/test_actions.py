@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from manako.policies import PolicyError, PolicySource, load_policy
-from manako.policies.answers.closed_set import LABELS, ActionCodec, Branch
+from manako.policies.answers.choice import LABELS
+from manako.policies.answers.closed_set import ActionCodec, Branch
 from manako.policies.architectures.composed.presets import tiny_tokenizer
 from manako.policies.architectures.composed.processing import special_vocabulary
 from tests.helpers.foreign_models import FRAME, NAMES, TURNS, byte_tokenizer, frames, llava_folder
