@@ -136,18 +136,18 @@ class PromptBuilder:
         Raises:
             PolicyError: the tokenizer makes a special token of the instruction.
         """
-        cleaned = self.clean(instruction)
-        if cleaned not in self._ids:
+        if instruction not in self._ids:
             if len(self._ids) > 50_000:
                 self._ids.clear()
+            cleaned = self.clean(instruction)
             ids = self._tokenize(cleaned)
             if self._count_special(ids) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
                     "plain text, change it."
                 )
-            self._ids[cleaned] = ids
-        return self._ids[cleaned]
+            self._ids[instruction] = ids
+        return self._ids[instruction]
 
     def _tokenize(self, instruction: str) -> tuple[int, ...]:
         text = self.render(instruction)

@@ -136,9 +136,8 @@ class VLMPolicy(Policy):
         for tokens, instruction in zip(ids, instructions, strict=True):
             self._check_prompt(tokens, instruction)
         lengths = torch.tensor([len(row) for row in ids])  # (B,)
-        padded = torch.full((len(ids), int(lengths.max())), self.pad_id)  # (B, L)
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)] = torch.tensor(tokens)
+        longest = int(lengths.max())
+        padded = torch.tensor([[*row, *[self.pad_id] * (longest - len(row))] for row in ids])  # (B, L)
         columns = {"input_ids": padded, "lengths": lengths, "frames": self.pipeline.resize(images)}
         return Rows(columns, fillers={"input_ids": self.pad_id})
 
