@@ -180,7 +180,7 @@ class PPOTrainer(_BaseTrainer):
         rate, is_new = self.args.adapter_learning_rate, self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if rate is not None and is_new:
-            give_own_rate(optimizer, adapter_parameters(self.policy.vlm), rate)
+            give_own_rate(optimizer, adapter_parameters(self.policy.model_parts), rate)
         return optimizer
 
     def compute_loss(

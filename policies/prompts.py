@@ -2,7 +2,7 @@
 
 The order is: system text with the actions, then the instruction, then the image, then the cue to answer. Visual tokens
 thus attend to the instruction, which gives the image its purpose (from scratch this learned faster than the other
-order). The system text is the same for every sample, so its keys and values are computed once (see policy.py).
+order). The system text is the same for every sample, so its keys and values are computed once (see vlm_policy.py).
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from manako.policies.architectures.composed.processing import special_vocabulary
+from manako.policies.architectures.model import Render
 from manako.policies.errors import PolicyError
 
 MAX_INSTRUCTION_CHARS = 2000
@@ -32,20 +33,6 @@ def clean_text(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRU
     return text.strip()[:max_chars].strip()
 
 
-def image_token_of(processor: Any, vlm: Any) -> tuple[str, int]:
-    """The placeholder that the processor expects in a text, and the id that the model replaces by visual tokens."""
-    token = getattr(processor, "image_token", None)
-    token_id = getattr(vlm.config, "image_token_id", None)
-    if token_id is None:
-        token_id = getattr(vlm.config, "image_token_index", None)
-    if not isinstance(token, str) or token_id is None:
-        raise PolicyError(
-            f"The processor {type(processor).__name__} or the model {type(vlm).__name__} names no image token: "
-            "expected a vision-language model whose processor has `image_token`."
-        )
-    return token, int(token_id)
-
-
 class PromptBuilder:
     """Renders instructions with the processor's chat template and tokenizes them, each distinct one once.
 
@@ -53,22 +40,27 @@ class PromptBuilder:
         processor: a VLM's processor (chat template, tokenizer, image processor).
         image_token: the placeholder that the processor expects in a text.
         system: system text; `{actions}` is replaced by the codec's legend.
-        legend: how the actions are listed.
         example_frame: a frame (H, W, 3) uint8; processors size the placeholders by it.
+        render: the architecture's own way from system text and instruction to the prompt's text; None: the
+            processor's chat template, else plain text around the placeholder.
 
     Raises:
         PolicyError: the system text holds a special token.
 
     Attributes:
+        legend: how the actions are listed.
         lead: " " where the prompt ends with a word or colon, else "": what stands before an answer.
     """
 
-    def __init__(self, processor: Any, image_token: str, system: str, example_frame: Any) -> None:
+    def __init__(
+        self, processor: Any, image_token: str, system: str, example_frame: Any, render: Render | None = None
+    ) -> None:
         self.processor = processor
         self.image_token = image_token
         self.system = system
         self.legend = ""
         self.example_frame = example_frame
+        self.own_render = render
         tokenizer = processor.tokenizer
         special = special_vocabulary(tokenizer)
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
@@ -88,9 +80,11 @@ class PromptBuilder:
         return clean_text(instruction, self.special_tokens)
 
     def render(self, instruction: str) -> str:
-        """The whole prompt as text, one image placeholder in it."""
+        """The whole prompt as text, one image placeholder in it unless the processor writes it."""
         found = self._render(instruction)
         system = self.system.replace("{actions}", self.legend)
+        if self.own_render is not None:
+            return self.own_render(system, instruction)
         return found[1] if found else f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
 
     def messages(self, instruction: str) -> list[dict[str, Any]]:
@@ -109,7 +103,7 @@ class PromptBuilder:
 
     def _render(self, instruction: str) -> tuple[list[dict[str, Any]], str] | None:
         """Messages and their text, in the first form that the template keeps whole; None if none is."""
-        if not getattr(self.processor, "chat_template", None):
+        if self.own_render is not None or not getattr(self.processor, "chat_template", None):
             return None
         system = self.system.replace("{actions}", self.legend)
         image = {"type": "image"}

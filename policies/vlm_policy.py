@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
-from manako.policies.adapters import ZScoreMLPAdapter
+from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
+from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 from manako.policies.pixels import PixelPipeline
-from manako.policies.prompts import PromptBuilder, image_token_of
+from manako.policies.prompts import PromptBuilder
 from manako.policies.source import SYSTEM, ActionFormat
 
 # The constant prefix is what all these instructions leave alone: a tokenizer may join the text before the instruction
@@ -96,8 +97,7 @@ class VLMPolicy(nn.Module):
     """A vision-language model that acts by naming one of a closed set of actions.
 
     Args:
-        vlm: a model that `AutoModelForImageTextToText` loads (ours or any other), or a PEFT model around one.
-        processor: its processor.
+        model: a model that `AutoModelForImageTextToText` loads (ours or any other), its processor and its parts' names.
         spec: actions, frame shape and prompt.
         check: compare the short forward with the whole one and fall back if they differ.
 
@@ -105,16 +105,17 @@ class VLMPolicy(nn.Module):
         PolicyError: the processor or the tokenizer cannot serve these actions or frames.
     """
 
-    def __init__(self, vlm: Any, processor: Any, spec: PolicySpec, check: bool = True) -> None:
+    def __init__(self, model: Model, spec: PolicySpec, check: bool = True) -> None:
         super().__init__()
-        self.vlm = vlm
-        self.processor = processor
+        self.model_parts = model
+        self.vlm = model.vlm
+        processor = self.processor = model.processor
         self.spec = spec
         base = self.base_vlm
         self.value_head = ValueHead(base.get_output_embeddings().weight.shape[1]).to(base.device)
-        self.image_token, self.image_token_id = image_token_of(processor, base)
+        self.image_token, self.image_token_id = model.placeholder, model.placeholder_id
         example = np.zeros(spec.frame_shape, dtype=np.uint8)  # (H, W, 3)
-        self.prompts = PromptBuilder(processor, self.image_token, spec.system, example)
+        self.prompts = PromptBuilder(processor, self.image_token, spec.system, example, model.render)
         self.codec = ActionCodec(processor.tokenizer, spec.action_names, spec.action_format, self.prompts.lead)
         self.prompts.legend = self.codec.legend
         self.pipeline = PixelPipeline(processor.image_processor, spec.frame_shape)
@@ -186,7 +187,7 @@ class VLMPolicy(nn.Module):
         adapters = [
             module
             for module in self.vlm.modules()
-            if isinstance(module, ZScoreMLPAdapter)
+            if isinstance(module, Adapter)
             and not module.is_fitted
             and all(parameter.requires_grad for parameter in module.parameters())
         ]
@@ -239,7 +240,7 @@ class VLMPolicy(nn.Module):
         for branch in self.codec.branches:
             outputs = next(out for path, out in passes if path[: len(branch.path)] == branch.path)
             logits.append(outputs.logits[rows, inputs.lengths - 1 + len(branch.path)][:, list(branch.children)])
-        return passes[0][1].hidden_states[-1][rows, inputs.lengths - 1], logits
+        return self.model_parts.last_hidden(passes[0][1])[rows, inputs.lengths - 1], logits
 
     @contextlib.contextmanager
     def frozen_weights(self) -> Iterator[None]:

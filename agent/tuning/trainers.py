@@ -102,7 +102,7 @@ class _OfPolicy:
         is_new = self.optimizer is None  # type: ignore[attr-defined]
         optimizer: torch.optim.Optimizer = trainer.create_optimizer(model)
         if self.adapter_learning_rate is not None and is_new:
-            give_own_rate(optimizer, adapter_parameters(self.policy.vlm), self.adapter_learning_rate)
+            give_own_rate(optimizer, adapter_parameters(self.policy.model_parts), self.adapter_learning_rate)
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

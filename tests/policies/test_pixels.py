@@ -12,7 +12,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from manako.policies.architectures.composed.presets import build_vlm
+from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.pixels import PixelPipeline
 from tests.helpers.foreign_models import frames
 

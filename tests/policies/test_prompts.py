@@ -6,7 +6,7 @@ from transformers import AddedToken
 
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.architectures.composed import ManakoProcessor
-from manako.policies.architectures.composed.presets import build_vlm
+from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.prompts import MAX_INSTRUCTION_CHARS, SYSTEM, PromptBuilder, clean_text
 from tests.helpers.foreign_models import (

@@ -191,7 +191,7 @@ def test_the_library_loads_the_folder(trainable, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from manako.policies.architectures.composed.presets import build_vlm
+    from manako.policies.architectures.composed.build import build_vlm
 
     policy = trained(PolicySource(trainable=trainable))
     folder = saved(policy, tmp_path)

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from manako.policies import PolicyError, PolicySource, load_policy, parameter_table, save_policy
-from manako.policies.architectures.composed.presets import build_vlm
-from manako.policies.trainable import adapter_name, part_of, parts_of, set_trainable
+from manako.policies.architectures import name_parts
+from manako.policies.architectures.composed.build import build_vlm
+from manako.policies.trainable import part_of, parts_of, set_trainable
 from tests.helpers.foreign_models import (
     FRAME,
     INSTRUCTIONS,
@@ -65,7 +66,7 @@ def test_full_trains_everything(model, sources):
 @pytest.mark.parametrize("model", MODELS)
 def test_adapter_trains_the_adapter_alone(model, sources):
     policy = load(sources, model, "adapter")
-    assert adapter_name(policy.vlm) == ADAPTER_OF[model]
+    assert policy.model_parts.adapter == (f"model.{ADAPTER_OF[model]}",)
     expected = {name for name, _ in policy.named_parameters() if f".{ADAPTER_OF[model]}." in name}
     assert expected and learning(policy) == expected | {f"value_head.{part}" for part in policy.value_head.state_dict()}
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
@@ -129,7 +130,7 @@ def test_lora_takes_the_short_way_too(model, sources):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_parameter_table_adds_up(model, trainable, sources):
     policy = load(sources, model, trainable, lora_rank=2)
-    table = {part: (total, learns) for part, total, learns in parameter_table(policy.vlm, policy.value_head)}
+    table = {part: (total, learns) for part, total, learns in parameter_table(policy.model_parts, policy.value_head)}
     lora = {"LoRA"} if trainable == "lora" else set()
     assert set(table) == {"encoder", "adapter", "language model", "value head"} | lora
     kept_copies = sum(p.numel() for name, p in policy.named_parameters() if "original_module" in name)
@@ -151,15 +152,17 @@ LISTS = ("encoder+adapter", "language_model", "value_head", "encoder+lora", "enc
 @pytest.mark.parametrize("model", MODELS)
 def test_the_named_parts_learn_and_all_others_stay_bit_for_bit(model, trainable, sources, tmp_path):
     policy = load(sources, model, trainable, lora_rank=2)
-    named = {part: learns for part, _, learns in parameter_table(policy.vlm, policy.value_head)}
-    adapter = adapter_name(policy.base_vlm)
+    named = {part: learns for part, _, learns in parameter_table(policy.model_parts, policy.value_head)}
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     with torch.no_grad():
         policy.value_head.out.weight.fill_(0.1)  # at 0 the values send no gradient on
         before["value_head.out.weight"].fill_(0.1)
     train_a_little(policy)
     changed = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
-    parts = {"value_head" if name.startswith("value_head") else part_of(name, adapter) for name in changed}
+    parts = {
+        "value_head" if name.startswith("value_head") else part_of(name.removeprefix("vlm."), policy.model_parts)
+        for name in changed
+    }
     assert parts == parts_of(trainable) == {part.lower().replace(" ", "_") for part, learns in named.items() if learns}
     may = {name for name, parameter in policy.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     assert changed <= may and not any("original_module" in name for name in changed)
@@ -190,7 +193,7 @@ class NoAdapter(nn.Module):
 
 
 def test_what_cannot_be_trained_is_named():
-    model, _ = build_vlm("vit", "mlp", "tiny-llama", FRAME)
+    model = name_parts(*build_vlm("vit", "mlp", "tiny-llama", FRAME))
     with pytest.raises(PolicyError, match="trainable is 'lorra': expected one of full, adapter, lora"):
         set_trainable(model, "lorra")
     with pytest.raises(PolicyError, match="LoRA learns in place of the language model's own weights"):
@@ -199,6 +202,11 @@ def test_what_cannot_be_trained_is_named():
         set_trainable(model, "encoder+head")
     with pytest.raises(PolicyError, match="lora_rank is 0, lora_alpha 32: expected 1 or more"):
         set_trainable(model, "lora", lora_rank=0)
+    unknown = model._replace(vlm=NoAdapter(), encoder=None, adapter=(), decoder=None)
     with pytest.raises(PolicyError, match="NoAdapter has no module named adapter, .* use trainable: full"):
-        set_trainable(NoAdapter(), "adapter")
-    assert set_trainable(NoAdapter(), "full").layer.weight.requires_grad
+        set_trainable(unknown, "adapter")
+    assert set_trainable(unknown, "full").vlm.layer.weight.requires_grad
+    with pytest.raises(PolicyError, match="has no module named vision or visual: its encoder is unknown"):
+        set_trainable(model._replace(encoder=None), "encoder+adapter")
+    with pytest.raises(PolicyError, match="names no decoder: LoRA needs one, use trainable: full or adapter"):
+        set_trainable(model._replace(decoder=None), "lora")
