@@ -1,33 +1,122 @@
 """PPO's losses and the numbers that tell how an update went: tensors in, tensors out.
 
-Everything is the mean over the batch it is given. Log-probabilities are float32 of whole actions; nothing is averaged
-over tokens here, and advantages come normalised (see advantages.py).
+B steps of S tokens each, S = 1 where an action is one choice. Everything is the mean over the batch it is given;
+log-probabilities are float32, and advantages come normalised (see advantages.py).
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from manako.agent.samples import Samples
+from manako.policies.interface import Evaluated
+
+
+class LossSettings(Protocol):
+    """The settings that the loss reads; `manako.agent.ppo_config.PPOConfig` has them."""
+
+    advantage: str
+    clip_range: float
+    clip_range_vf: float | None
+    vf_coef: float
+    ent_coef: float
+    kl_coef: float
+
+
+def ppo_loss(
+    evaluated: Evaluated, samples: Samples, settings: LossSettings
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Clipped surrogate - ent_coef x entropy + vf_coef x value loss + kl_coef x KL(policy || reference).
+
+    The policy's own losses are added; the group methods have no value loss.
+
+    Args:
+        evaluated: what the policy being trained says of the samples.
+        samples: B samples.
+        settings: coefficients.
+
+    Returns:
+        The loss, (); its parts and diagnostics by name, (); the ratio of the sampled tokens, flat.
+    """
+    actor, ratio = policy_loss(
+        evaluated.logprobs,
+        samples.logprobs,
+        samples.mask,
+        samples.advantages,
+        settings.clip_range,
+        samples.importance,
+    )
+    bonus = step_means(evaluated.entropy, samples.mask).mean()
+    loss = actor - settings.ent_coef * bonus
+    sampled = ratio[samples.mask]
+    parts = {
+        "policy_loss": actor,
+        "entropy": bonus,
+        "approx_kl": approx_kl(evaluated.logprobs, samples.logprobs, samples.mask),
+        "clip_fraction": clip_fraction(sampled, settings.clip_range),
+    }
+    if settings.advantage == "gae":
+        parts["value_loss"] = value_loss(evaluated.values, samples.values, samples.returns, settings.clip_range_vf)
+        loss = loss + settings.vf_coef * parts["value_loss"]
+    if samples.reference is not None:
+        parts["reference_kl"] = reference_kl(evaluated, samples.reference, samples.mask)
+        loss = loss + settings.kl_coef * parts["reference_kl"]
+    for name, own in evaluated.losses.items():
+        parts[name] = own
+        loss = loss + own
+    return loss, {**parts, "loss": loss}, sampled
+
+
+def reference_kl(evaluated: Evaluated, reference: Tensor, mask: Tensor) -> Tensor:
+    """KL(policy || reference), (): exact where the set of actions is closed, else k3 over the sampled tokens.
+
+    Args:
+        evaluated: of the policy.
+        reference: (B, A) the reference's distribution, or (B, S) its log-probabilities of the same tokens.
+        mask: (B, S) bool.
+    """
+    if evaluated.distribution is not None:
+        return categorical_kl(evaluated.distribution, reference).mean()
+    log_ratio = reference - evaluated.logprobs  # k3 = (r - 1) - log r, r = reference / policy
+    return ((log_ratio.expm1() - log_ratio) * mask).sum(-1).mean()
+
+
+def step_means(per_token: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean over the sampled tokens of each answer, (B, S) and a mask (B, S) -> (B,)."""
+    return (per_token * mask).sum(-1) / mask.sum(-1).clamp_min(1)
+
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, importance: Tensor | None = None
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7), to be minimised.
 
+    Each token has its own ratio and clip, and all of a step its one advantage (VL-DAC, https://arxiv.org/abs/2508.04280).
+    The mean is over an answer's tokens and then over steps, so that a long answer counts as much as a short one and
+    equal micro-batches add up to their minibatch.
+
     Args:
-        logprobs: (B,) log pi(a|s) of the policy being trained.
-        old_logprobs: (B,) log pi_old(a|s) of the policy that the update starts from, which usually drew the action.
-        advantages: (B,).
+        logprobs: (B, S) log pi(token|s) of the policy being trained.
+        old_logprobs: (B, S) log pi_old(token|s) of the policy that the update starts from, which usually drew them.
+        mask: (B, S) bool, True = sampled by the policy.
+        advantages: (B,) of whole steps.
         clip_range: epsilon; beyond 1 ± epsilon a ratio earns nothing more.
         importance: (B,) pi_old / pi_behaviour where an older policy drew the action, truncated: the decoupled
             objective of Hilton et al. 2021 (https://arxiv.org/abs/2110.00641); None is 1.
 
     Returns:
-        The loss, (), and the ratio pi / pi_old, (B,).
+        The loss, (), and the ratio pi / pi_old, (B, S).
     """
-    ratio = (logprobs - old_logprobs).exp()  # (B,)
+    ratio = (logprobs - old_logprobs).exp()  # (B, S)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     # L^CLIP = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
-    surrogate = torch.min(ratio * advantages, clipped * advantages)  # (B,)
+    surrogate = step_means(torch.min(ratio * advantages[:, None], clipped * advantages[:, None]), mask)  # (B,)
     return -(surrogate if importance is None else importance * surrogate).mean(), ratio
 
 
@@ -53,23 +142,24 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_v
     return 0.5 * torch.max(squared, (clipped - returns).square()).mean()
 
 
-def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """KL(pi_old || pi) estimated from the sampled actions: k3 of http://joschu.net/blog/kl-approx.html, never negative.
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """KL(pi_old || pi) of whole answers, from the sampled tokens: k3 of http://joschu.net/blog/kl-approx.html.
 
     Args:
-        logprobs: (B,) of the policy being trained.
-        old_logprobs: (B,) stored when the action was sampled.
+        logprobs: (B, S) of the policy being trained.
+        old_logprobs: (B, S) stored when the tokens were sampled.
+        mask: (B, S) bool, True = sampled.
 
     Returns:
-        The estimate in nats, (), without a gradient.
+        The estimate in nats, (), never negative, without a gradient; by the chain rule the sum over an answer's tokens.
     """
     log_ratio = (logprobs - old_logprobs).detach()
     # k3 = (r - 1) - log r
-    return (log_ratio.expm1() - log_ratio).mean()
+    return ((log_ratio.expm1() - log_ratio) * mask).sum(-1).mean()
 
 
 def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
-    """Share of the batch, in [0, 1], whose ratio (B,) lies outside 1 ± `clip_range`; no gradient."""
+    """Share, in [0, 1], of the ratios (M,) that lie outside 1 ± `clip_range`; no gradient."""
     return ((ratio.detach() - 1).abs() > clip_range).float().mean()
 
 
@@ -102,8 +192,3 @@ def categorical_kl(logp: Tensor, logq: Tensor) -> Tensor:
     # p log p -> 0 as p -> 0; masked before the product, so that the gradient is 0 too and not NaN
     log_ratio = (logp - logq).masked_fill(logp == -torch.inf, 0.0)  # (B, A)
     return (logp.exp() * log_ratio).sum(-1)
-
-
-def entropy(logp: Tensor) -> Tensor:
-    """-sum p log p in nats of a closed set of actions: (B, A) normalised log-probabilities -> (B,)."""
-    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)

@@ -20,36 +20,20 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
+from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError, WorkersError
 from manako.agent.group_advantages import METHODS
-from manako.agent.losses import (
-    approx_kl,
-    categorical_kl,
-    clip_fraction,
-    entropy,
-    explained_variance,
-    policy_loss,
-    value_loss,
-)
+from manako.agent.interfaces import Rollouts, VectorEnv
+from manako.agent.losses import explained_variance, ppo_loss
 from manako.agent.ppo_config import PPOConfig
-from manako.agent.rollout import (
-    SHUFFLES,
-    Rollout,
-    RolloutCollector,
-    Rollouts,
-    Samples,
-    VectorEnv,
-    refreshed,
-    stream,
-    with_advantages,
-    with_group_advantages,
-)
-from manako.policies import PolicyInputs, VLMPolicy
-from manako.policies.saving import load_weights, save_policy
-from manako.policies.trainable import adapter_parameters, give_own_rate
+from manako.agent.ppo_loop import episode_means, minibatches, samples_of
+from manako.agent.rollout import Rollout
+from manako.agent.samples import Samples
+from manako.agent.tuning.parameter_groups import regroup
+from manako.policies.interface import Policy
 
 ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # the fields of Samples
 
 
 class _RolloutDataset(IterableDataset):
@@ -90,13 +74,18 @@ class PPOTrainer(_BaseTrainer):
 
     def __init__(
         self,
-        policy: VLMPolicy,
+        policy: Policy,
         args: PPOConfig,
         env: VectorEnv | None = None,
-        reference: VLMPolicy | None = None,
+        reference: Policy | None = None,
         callbacks: list[TrainerCallback] | None = None,
         rollouts: Rollouts | None = None,
     ) -> None:
+        if not policy.can_learn:
+            raise TrainingError(
+                f"{type(policy).__name__} is a player that cannot learn: expected a policy with weights, such as "
+                "load_policy gives; play it with collect.py or evaluate.py instead."
+            )
         source = env if rollouts is None else rollouts
         if source is None or (env is not None and rollouts is not None):
             raise TrainingError("PPOTrainer plays `env` itself or takes `rollouts`: expected exactly one of them.")
@@ -113,7 +102,7 @@ class PPOTrainer(_BaseTrainer):
                 f"group_size is {args.group_size} for {source.num_envs} environments: expected 2 or more, a divisor."
             )
         if args.kl_coef and reference is None:
-            if not policy.has_lora:
+            if not policy.has_reference:
                 raise TrainingError(
                     "kl_coef needs a reference policy: train LoRA (its off state is the reference) or pass `reference`."
                 )
@@ -149,38 +138,21 @@ class PPOTrainer(_BaseTrainer):
                 self.failure = error
                 return
             lag = self.iteration - rollout.version
-            importance = None
-            if lag:
-                rollout, importance = refreshed(rollout, self.policy)
-        if args.advantage == "gae":
-            samples = with_advantages(rollout, args.gamma, args.gae_lambda, importance)
-        else:
-            samples = with_group_advantages(
-                rollout, args.advantage, args.group_size, args.gamma, args.step_weight, importance
-            )
+            samples = samples_of(rollout, self.policy, args, lag)
         self._rollout_metrics(rollout, samples)
-        if importance is not None:
-            self._rollout |= {"policy_lag": float(lag), "importance": importance.mean().item()}
-        kept = torch.arange(self.num_samples)
-        if samples.usable is not None:
-            kept = kept[samples.usable]
+        if samples.importance is not None:
+            self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
         parts = self.num_samples // args.per_device_train_batch_size
-        if len(kept) < parts:
-            raise TrainingError(
-                f"Only {len(kept)} of {self.num_samples} samples belong to whole episodes that can be compared, too "
-                f"few for {parts} minibatches: expected a num_steps in which episodes end."
-            )
-        for epoch in range(args.num_ppo_epochs):
-            order = stream(args.seed, SHUFFLES, self.iteration, epoch).permutation(len(kept))
-            for rows in kept[torch.from_numpy(order)].tensor_split(parts):
-                yield _batch(samples, rows)
+        for minibatch in minibatches(samples, args, self.iteration, parts):
+            yield {name: value for name, value in minibatch._asdict().items() if value is not None and name != "usable"}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with a group of its own for the adapter where it has its own learning rate."""
-        rate, is_new = self.args.adapter_learning_rate, self.optimizer is None
+        """Returns the Trainer's optimizer with the policy's groups of parameters."""
+        is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if rate is not None and is_new:
-            give_own_rate(optimizer, adapter_parameters(self.policy.model_parts), rate)
+        if is_new:
+            rates = self.args.learning_rate, self.args.adapter_learning_rate
+            regroup(optimizer, self.policy.parameter_groups(*rates))
         return optimizer
 
     def compute_loss(
@@ -190,33 +162,12 @@ class PPOTrainer(_BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Clipped surrogate + vf_coef x value loss - ent_coef x entropy + kl_coef x KL(policy || reference).
-
-        The group methods have no value loss.
-        """
-        args: PPOConfig = self.args
-        output = model(PolicyInputs(inputs["input_ids"], inputs["lengths"], inputs["frames"]))
-        logprobs = output.logprobs.gather(1, inputs["actions"][:, None])[:, 0]  # (B,)
-        actor, ratio = policy_loss(
-            logprobs, inputs["logprobs"], inputs["advantages"], args.clip_range, inputs.get("importance")
-        )
-        bonus = entropy(output.logprobs).mean()
-        loss = actor - args.ent_coef * bonus
-        measured = {
-            "policy_loss": actor,
-            "entropy": bonus,
-            "approx_kl": approx_kl(logprobs, inputs["logprobs"]),
-            "clip_fraction": clip_fraction(ratio, args.clip_range),
-        }
-        if args.advantage == "gae":
-            measured["value_loss"] = value_loss(output.values, inputs["values"], inputs["returns"], args.clip_range_vf)
-            loss = loss + args.vf_coef * measured["value_loss"]
-        if "reference" in inputs:
-            measured["reference_kl"] = categorical_kl(output.logprobs, inputs["reference"]).mean()
-            loss = loss + args.kl_coef * measured["reference_kl"]
-        measured["loss"] = loss
+        """Returns the loss of `manako.agent.losses.ppo_loss`."""
+        samples = Samples(**inputs)
+        evaluated = model(samples.inputs, samples.actions)
+        loss, measured, ratio = ppo_loss(evaluated, samples, self.args)
         self._check_and_keep({name: value.detach() for name, value in measured.items()}, ratio.detach())
-        return (loss, output) if return_outputs else loss
+        return (loss, evaluated) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds an iteration's PPO metrics to what the Trainer logs at the end of an epoch."""
@@ -230,7 +181,7 @@ class PPOTrainer(_BaseTrainer):
         """Saves the policy (weights, processor, value head, policy.json) and where the environments are."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_policy(self.policy, folder)
+        self.policy.save(folder)
         state = {"iteration": self.iteration, "env": self.collector.state_dict()}
         (folder / ROLLOUT_STATE).write_text(json.dumps(state))
         if tensors := self.collector.tensors():
@@ -238,7 +189,7 @@ class PPOTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_weights(self.policy, folder)
+        self.policy.load_weights(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text())
         self.iteration = state["iteration"]
         tensors = folder / ROLLOUT_TENSORS
@@ -255,12 +206,9 @@ class PPOTrainer(_BaseTrainer):
         self._rollout: dict[str, float | None] = {}
 
     def _rollout_metrics(self, rollout: Rollout, samples: Samples) -> None:
-        finished = rollout.episodes
         self._rollout = {
-            "episodes": len(finished),
-            "success_rate": sum(e.success for e in finished) / len(finished) if finished else None,
-            "episode_return": sum(e.episode_return for e in finished) / len(finished) if finished else None,
-            "episode_length": sum(e.length for e in finished) / len(finished) if finished else None,
+            **episode_means(rollout),
+            **self._outcomes(rollout),
             **(
                 {"explained_variance": explained_variance(samples.values, samples.returns).item()}
                 if samples.usable is None
@@ -270,6 +218,12 @@ class PPOTrainer(_BaseTrainer):
             "rollout_seconds": rollout.seconds,
             **self.collector.metrics(),
         }
+
+    @staticmethod
+    def _outcomes(rollout: Rollout) -> dict[str, float | None]:
+        """Share of the answers with each outcome, where the policy names them."""
+        said = rollout.outcomes or []
+        return {f"outcome/{name}": said.count(name) / len(said) for name in sorted(set(said))}
 
     def _check_and_keep(self, measured: dict[str, torch.Tensor], ratio: torch.Tensor) -> None:
         """Stops on NaN and on a first ratio other than 1; keeps the numbers for the log."""
@@ -291,7 +245,7 @@ class PPOTrainer(_BaseTrainer):
         self._measured.append(measured)
 
     def _is_fp32(self) -> bool:
-        return next(self.policy.base_vlm.parameters()).dtype == torch.float32
+        return next(self.policy.parameters()).dtype == torch.float32
 
     def _iteration_metrics(self) -> dict[str, Any]:
         means = {name: torch.stack([step[name] for step in self._measured]).mean().item() for name in self._measured[0]}
@@ -303,25 +257,6 @@ class PPOTrainer(_BaseTrainer):
             "first_ratio_error": self.first_ratio_error,
             "updates": self._updates,  # minibatches that were learned from
         }
-
-
-def _batch(samples: Samples, rows: torch.Tensor) -> Batch:
-    inputs = samples.inputs.select(rows)
-    batch = {
-        "input_ids": inputs.input_ids,
-        "lengths": inputs.lengths,
-        "frames": inputs.frames,
-        "actions": samples.actions[rows],
-        "logprobs": samples.logprobs[rows],
-        "values": samples.values[rows],
-        "advantages": samples.advantages[rows],
-        "returns": samples.returns[rows],
-    }
-    if samples.reference is not None:
-        batch["reference"] = samples.reference[rows]
-    if samples.importance is not None:
-        batch["importance"] = samples.importance[rows]
-    return batch
 
 
 class _PPOStops(TrainerCallback):

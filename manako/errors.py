@@ -1,8 +1,8 @@
-"""The one base class of all errors that a user can repair, and the line of somebody else's error that a sentence of ours quotes."""
+"""The base class of all errors that a user can repair, and how a sentence of ours quotes somebody else's error."""
 
 
 class ManakoError(ValueError):
-    """Bad input or a broken part of the user's own: the message is one sentence (what came, what was expected, what to do)."""
+    """Bad input or a broken part of the user's own, in one sentence: what came, what was expected, what to do."""
 
 
 def first_line(error: BaseException, longest: int = 160) -> str:

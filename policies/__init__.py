@@ -10,21 +10,19 @@ from manako.policies.errors import PolicyError
 from manako.policies.source import PolicySource
 
 if TYPE_CHECKING:
+    from manako.policies.interface import Policy as Policy
+    from manako.policies.interface import PolicySpec as PolicySpec
     from manako.policies.loading import load_policy as load_policy
     from manako.policies.saving import save_policy as save_policy
     from manako.policies.trainable import parameter_table as parameter_table
-    from manako.policies.vlm_policy import PolicyInputs as PolicyInputs
-    from manako.policies.vlm_policy import PolicyOutput as PolicyOutput
-    from manako.policies.vlm_policy import PolicySpec as PolicySpec
     from manako.policies.vlm_policy import VLMPolicy as VLMPolicy
 
 _WHERE = {
     "load_policy": "loading",
     "save_policy": "saving",
     "parameter_table": "trainable",
-    "PolicyInputs": "vlm_policy",
-    "PolicyOutput": "vlm_policy",
-    "PolicySpec": "vlm_policy",
+    "Policy": "interface",
+    "PolicySpec": "interface",
     "VLMPolicy": "vlm_policy",
 }
 

@@ -1,4 +1,5 @@
-"""The door: all that `agent/` knows of a policy. PPO, rollouts, workers, evaluation, datasets and TRL's trainers speak it.
+"""The door: all that `agent/` knows of a policy. PPO, rollouts, workers, evaluation, datasets and TRL's
+trainers speak it.
 
 Legend: B samples, S tokens of an answer (1 for a closed set whose actions are one choice), A actions, (H, W, 3) frames.
 
@@ -12,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
@@ -98,7 +100,8 @@ def _unpickled(arrays: dict[str, np.ndarray], fillers: dict[str, float]) -> Rows
 class Draws:
     """Uniform random numbers for B slots, each slot's own, consumed in order.
 
-    A slot's numbers do not depend on who else is drawn for, so any split of slots over workers samples the same actions.
+    A slot's numbers do not depend on who else is drawn for, so any split of slots over workers samples the same
+    actions.
 
     Args:
         rngs: B generators; slots may share one, which then serves them in their order.
@@ -246,7 +249,11 @@ class Policy(nn.Module, ABC):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": learning_rate}]
 
     def fit_adapter(self, images: np.ndarray) -> list[str]:
-        """Gives adapters that learn and want statistics those of the frames (N, H, W, 3); returns the fitted ones' names."""
+        """Gives adapters that learn and want statistics those of the frames (N, H, W, 3).
+
+        Returns:
+            The names of the adapters that were fitted.
+        """
         return []
 
     def actions_from_env(self, to_env: np.ndarray) -> Rows:
@@ -273,6 +280,18 @@ class Policy(nn.Module, ABC):
         """Returns the token ids of the whole prompt, image placeholders among them."""
         raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
 
+    def save(self, folder: Path) -> None:
+        """Writes all that makes this policy into a folder that exists."""
+        raise PolicyError(f"{type(self).__name__} has nothing to save: expected a policy that can learn.")
+
+    def load_weights(self, folder: Path) -> None:
+        """Reads the weights that `save` wrote, into the same policy.
+
+        Raises:
+            PolicyError: files missing or damaged, or of another policy.
+        """
+        raise PolicyError(f"{type(self).__name__} has no weights: expected a policy that can learn.")
+
     def describe(self) -> list[tuple[str, str]]:
         """Returns what a run's header says of it: (heading, text) lines."""
         return []
@@ -291,6 +310,11 @@ def sample_categorical(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
     cumulative = logprobs.double().exp().cumsum(-1)  # (B, A)
     drawn = torch.as_tensor(uniforms, device=logprobs.device)[:, None] * cumulative[:, -1:]
     return (cumulative <= drawn).sum(-1).clamp_max(logprobs.shape[-1] - 1)
+
+
+def entropy(logp: Tensor) -> Tensor:
+    """Returns -sum p log p in nats of closed sets of actions: (B, A) normalised log-probabilities -> (B,)."""
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
 def acted_by_choice(logprobs: Tensor, values: Tensor, draws: Draws, greedy: bool) -> Acted:

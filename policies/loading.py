@@ -20,6 +20,7 @@ from manako.policies.architectures.composed.presets import PRESETS
 from manako.policies.architectures.model import Model
 from manako.policies.encoders import ENCODERS
 from manako.policies.errors import PolicyError
+from manako.policies.interface import PolicySpec
 from manako.policies.language_models import LANGUAGE_MODELS
 from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
 from manako.policies.saving import (
@@ -37,7 +38,7 @@ from manako.policies.saving import (
 )
 from manako.policies.source import SYSTEM, PolicySource
 from manako.policies.trainable import parts_of, set_trainable
-from manako.policies.vlm_policy import PolicySpec, VLMPolicy
+from manako.policies.vlm_policy import VLMPolicy
 
 OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has its own
 

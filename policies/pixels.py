@@ -14,7 +14,7 @@ import torch
 
 
 class PixelPipeline:
-    """`geometry` once a frame (uint8 in, uint8 out), `pixels` at every forward.
+    """`resize` once a frame (uint8 in, uint8 out), `pixels` at every forward.
 
     Args:
         image_processor: any of transformers' image processors.
@@ -35,7 +35,7 @@ class PixelPipeline:
         if not self.extra_keys and expected["pixel_values"].ndim == 4:
             self.table = self._ask_table()
             if self.table is not None:
-                stored = self.geometry(probe)
+                stored = self.resize(probe)
                 self._resizes = not torch.equal(stored, torch.from_numpy(probe))  # a resize can keep the size
                 if not torch.equal(self.pixels(stored)["pixel_values"], expected["pixel_values"].float()):
                     self.table = None
@@ -45,7 +45,7 @@ class PixelPipeline:
         """Whether the table stands for the processor."""
         return self.table is not None
 
-    def geometry(self, images: np.ndarray) -> torch.Tensor:
+    def resize(self, images: np.ndarray) -> torch.Tensor:
         """Frames (B, H, W, 3) uint8 -> resized and cropped frames (B, h, w, 3) uint8, what rollouts store."""
         if not self.is_table or not self._resizes:
             return torch.from_numpy(np.ascontiguousarray(images))

@@ -2,7 +2,7 @@
 
 The order is: system text with the actions, then the instruction, then the image, then the cue to answer. Visual tokens
 thus attend to the instruction, which gives the image its purpose (from scratch this learned faster than the other
-order). The system text is the same for every sample, so its keys and values are computed once (see vlm_policy.py).
+order). The system text is the same for every sample, so its keys and values are computed once: see reading/.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.architectures.model import Render
+from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 
 MAX_INSTRUCTION_CHARS = 2000
@@ -37,12 +37,9 @@ class PromptBuilder:
     """Renders instructions with the processor's chat template and tokenizes them, each distinct one once.
 
     Args:
-        processor: a VLM's processor (chat template, tokenizer, image processor).
-        image_token: the placeholder that the processor expects in a text.
-        system: system text; `{actions}` is replaced by the codec's legend.
+        model: the model, its processor (chat template, tokenizer, image processor) and its placeholder.
+        system: system text; `{actions}` is replaced by the legend.
         example_frame: a frame (H, W, 3) uint8; processors size the placeholders by it.
-        render: the architecture's own way from system text and instruction to the prompt's text; None: the
-            processor's chat template, else plain text around the placeholder.
 
     Raises:
         PolicyError: the system text holds a special token.
@@ -52,25 +49,21 @@ class PromptBuilder:
         lead: " " where the prompt ends with a word or colon, else "": what stands before an answer.
     """
 
-    def __init__(
-        self, processor: Any, image_token: str, system: str, example_frame: Any, render: Render | None = None
-    ) -> None:
-        self.processor = processor
-        self.image_token = image_token
+    def __init__(self, model: Model, system: str, example_frame: Any) -> None:
+        self.model, self.processor, self.image_token = model, model.processor, model.placeholder
         self.system = system
         self.legend = ""
         self.example_frame = example_frame
-        self.own_render = render
-        tokenizer = processor.tokenizer
+        tokenizer = self.processor.tokenizer
         special = special_vocabulary(tokenizer)
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        self.special_tokens = sorted({*special, *added, image_token})
+        self.special_tokens = sorted({*special, *added, self.image_token})
         held = [token for token in self.special_tokens if token.strip() and token in system]
         if held:
             raise PolicyError(
                 f"The system text {system!r} holds the special token {held[0]!r}: expected plain text, leave it out."
             )
-        self._special_ids = {*special.values(), tokenizer.convert_tokens_to_ids(image_token)} - {tokenizer.unk_token_id}
+        self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id}
         self._ids: dict[str, tuple[int, ...]] = {}
         self.lead = " " if re.search(r"[\w:,.]\Z", self.render("x")) else ""
         self._special_count = self._count_special(self._tokenize("x"))
@@ -81,10 +74,10 @@ class PromptBuilder:
 
     def render(self, instruction: str) -> str:
         """The whole prompt as text, one image placeholder in it unless the processor writes it."""
-        found = self._render(instruction)
         system = self.system.replace("{actions}", self.legend)
-        if self.own_render is not None:
-            return self.own_render(system, instruction)
+        if self.model.render is not None:
+            return self.model.render(system, instruction)
+        found = self._render(instruction)
         return found[1] if found else f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
 
     def messages(self, instruction: str) -> list[dict[str, Any]]:
@@ -103,7 +96,7 @@ class PromptBuilder:
 
     def _render(self, instruction: str) -> tuple[list[dict[str, Any]], str] | None:
         """Messages and their text, in the first form that the template keeps whole; None if none is."""
-        if self.own_render is not None or not getattr(self.processor, "chat_template", None):
+        if self.model.render is not None or not getattr(self.processor, "chat_template", None):
             return None
         system = self.system.replace("{actions}", self.legend)
         image = {"type": "image"}
@@ -129,18 +122,18 @@ class PromptBuilder:
         Raises:
             PolicyError: the tokenizer makes a special token of the instruction.
         """
-        cleaned = self.clean(instruction)
-        if cleaned not in self._ids:
+        if instruction not in self._ids:
             if len(self._ids) > 50_000:
                 self._ids.clear()
+            cleaned = self.clean(instruction)
             ids = self._tokenize(cleaned)
             if self._count_special(ids) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
                     "plain text, change it."
                 )
-            self._ids[cleaned] = ids
-        return self._ids[cleaned]
+            self._ids[instruction] = ids
+        return self._ids[instruction]
 
     def _tokenize(self, instruction: str) -> tuple[int, ...]:
         text = self.render(instruction)

@@ -8,7 +8,7 @@ digests, of what learns and of the base that does not, so that weights that sile
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -20,7 +20,9 @@ from manako.policies.adapters import Adapter
 from manako.policies.errors import PolicyError
 from manako.policies.pretrained import quietly
 from manako.policies.source import PolicySource
-from manako.policies.vlm_policy import VLMPolicy
+
+if TYPE_CHECKING:
+    from manako.policies.vlm_policy import VLMPolicy
 
 POLICY_FILE, VALUE_HEAD_FILE = "policy.json", "value_head.safetensors"
 LORA_CONFIG_FILE, LORA_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -37,7 +39,7 @@ DESCRIPTION = {  # what policy.json holds beside its format
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def save_policy(policy: VLMPolicy, folder: Path) -> None:
+def save_policy(policy: "VLMPolicy", folder: Path) -> None:
     """Writes the policy into a folder that exists."""
     with quietly():
         if policy.has_lora:
@@ -58,7 +60,7 @@ def save_policy(policy: VLMPolicy, folder: Path) -> None:
     (folder / POLICY_FILE).write_text(json.dumps(description, indent=2))
 
 
-def load_weights(policy: VLMPolicy, folder: Path) -> None:
+def load_weights(policy: "VLMPolicy", folder: Path) -> None:
     """Reads the weights that `save_policy` wrote back into the same policy, and checks that all of them arrived.
 
     Raises:
@@ -94,7 +96,7 @@ def load_weights(policy: VLMPolicy, folder: Path) -> None:
         )
 
 
-def learned(policy: VLMPolicy) -> dict[str, torch.Tensor]:
+def learned(policy: "VLMPolicy") -> dict[str, torch.Tensor]:
     """Returns every tensor that learns, by name."""
     return learned_of(policy.vlm, policy.value_head.state_dict())
 

@@ -1,9 +1,8 @@
 """Where a policy's model comes from and what of it learns: the one settings class of this package, light to import."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-ActionFormat = Literal["auto", "token", "choice", "trie"]
+ActionFormat = str  # "auto" or a key of `manako.policies.answers.KINDS`
 SYSTEM = "Follow the instruction. Actions: {actions}."
 
 

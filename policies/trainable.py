@@ -13,7 +13,6 @@ Which module is which part, the architecture's row says (`manako.policies.archit
 
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -150,16 +149,6 @@ def parameter_groups(
         {"params": own, "lr": adapter_learning_rate},
     ]
     return [group for group in groups if group["params"]]
-
-
-def give_own_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
-    """Moves the parameters into groups of their own with another learning rate, before the first step."""
-    mine = set(parameters)
-    for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if parameter in mine]
-        group["params"] = [parameter for parameter in group["params"] if parameter not in mine]
-        if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
 def parameter_table(model: Model, value_head: nn.Module) -> list[tuple[str, int, int]]:

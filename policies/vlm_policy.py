@@ -1,85 +1,36 @@
-"""The VLM policy: frames and instructions in, probabilities of the actions and a value out.
+"""The VLM policy: frames and instructions in, probabilities of a closed set of actions and a value out.
 
-One forward serves acting and learning. It takes what the rollout stored (prompt ids, frames as uint8), never text:
-
-    prefix (P,)   the text that all prompts begin with: its keys and values are computed once at batch size 1 and
-                  expanded over the batch, with gradients
-    rest (B, L)   instruction, visual tokens, cue: right-padded, causal, read at each sample's last token
-    hidden (B, D) -> rows of the LM head (B, A) -> log-probabilities, and -> value head (B,)
-
-A model whose attention is not causal over this layout would get other numbers, so at construction the short way is
-compared with the model's own whole forward on two prompts; where they differ the whole forward is used (`uses_prefix`
-is then False). Dropout is off here, in rollouts and in updates, since PPO compares the two.
+In order of execution: `prepare` makes the rows that rollouts store (prompt ids, frames as uint8), never to be rendered,
+prompted or tokenized again; `distribution` is the one forward, which `act` samples from and `evaluate_actions`
+differentiates. How the model is run over the rows is its `reading`: a prefix that all prompts share, checked here
+against whole prompts, or whole prompts. Dropout is off, in rollouts and in updates, since PPO compares the two.
 """
 
-import contextlib
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import DynamicCache
+from torch import Tensor, nn
 
 from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
+from manako.policies.interface import Acted, Draws, Evaluated, Policy, PolicySpec, Rows, acted_by_choice, entropy
 from manako.policies.pixels import PixelPipeline
 from manako.policies.prompts import PromptBuilder
-from manako.policies.source import SYSTEM, ActionFormat
-
-# The constant prefix is what all these instructions leave alone: a tokenizer may join the text before the instruction
-# with its first character.
-PROBES = ("a", "b c", "", "X", "1", ".", ")", '"', "'s", "-", "é", "目")
-
-
-class PolicyInputs(NamedTuple):
-    """What the policy saw; stored in rollouts as is."""
-
-    input_ids: torch.Tensor  # (B, L) int64, whole prompts, right-padded
-    lengths: torch.Tensor  # (B,) int64, prompt lengths
-    frames: torch.Tensor  # (B, h, w, 3) uint8, resized where the pixel pipeline allows
-
-    def select(self, rows: torch.Tensor) -> "PolicyInputs":
-        """The samples at these rows."""
-        return PolicyInputs(*(field[rows] for field in self))
-
-    def to(self, device: torch.device) -> "PolicyInputs":
-        """The same on another device."""
-        return PolicyInputs(*(field.to(device) for field in self))
-
-
-class PolicyOutput(NamedTuple):
-    """What the policy answers."""
-
-    logprobs: torch.Tensor  # (B, A) float32, exact and normalised
-    values: torch.Tensor  # (B,) float32
-
-
-@dataclass(frozen=True)
-class PolicySpec:
-    """Everything but the weights that makes a policy; saved as policy.json.
-
-    Args:
-        action_names: the A actions, in the env's order.
-        frame_shape: (H, W, 3) of the env's frames.
-        action_format: see actions.py.
-        system: the prompt's system text; `{actions}` stands for the list of actions.
-    """
-
-    action_names: tuple[str, ...]
-    frame_shape: tuple[int, int, int]
-    action_format: ActionFormat = "auto"
-    system: str = SYSTEM
+from manako.policies.reading import Reading, SharedPrefix, WholePrompt
+from manako.policies.reading.shared_prefix import find_prefix
+from manako.policies.saving import load_weights, save_policy
+from manako.policies.trainable import parameter_groups
 
 
 class ValueHead(nn.Module):
-    """Last hidden state (B, D) -> value (B,), float32; starts at 0, so the first advantages are the rewards."""
+    """Hidden states to values; the last layer starts at zero, so that the first values are 0."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -88,57 +39,67 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, D) -> values (B,)."""
         return self.out(self.norm(hidden.float())).squeeze(-1)
 
 
-class VLMPolicy(nn.Module):
+class VLMPolicy(Policy):
     """A vision-language model that acts by naming one of a closed set of actions.
 
     Args:
-        model: a model that `AutoModelForImageTextToText` loads (ours or any other), its processor and its parts' names.
+        model: the model and what stands where in it.
         spec: actions, frame shape and prompt.
-        check: compare the short forward with the whole one and fall back if they differ.
+        check: compare the shared prefix with whole prompts, and do without it where they differ.
 
     Raises:
         PolicyError: the processor or the tokenizer cannot serve these actions or frames.
+
+    Attributes:
+        vlm: the model, with PEFT around it where there is LoRA.
+        parts: what stands where in it.
+        reading: how it is run.
+        why_whole: why it reads whole prompts although its architecture names a faster way; None where it does not.
+        origin: where the model came from; loading.py fills it, saving.py writes it.
     """
+
+    can_learn = True
 
     def __init__(self, model: Model, spec: PolicySpec, check: bool = True) -> None:
         super().__init__()
-        self.model_parts = model
-        self.vlm = model.vlm
-        processor = self.processor = model.processor
-        self.spec = spec
-        base = self.base_vlm
-        self.value_head = ValueHead(base.get_output_embeddings().weight.shape[1]).to(base.device)
-        self.image_token, self.image_token_id = model.placeholder, model.placeholder_id
+        self.vlm, self.processor, self.parts, self.spec = model.vlm, model.processor, model, spec
+        self.value_head = ValueHead(self.base_vlm.get_output_embeddings().weight.shape[1]).to(self.base_vlm.device)
+        tokenizer = self.processor.tokenizer
         example = np.zeros(spec.frame_shape, dtype=np.uint8)  # (H, W, 3)
-        self.prompts = PromptBuilder(processor, self.image_token, spec.system, example, model.render)
-        self.codec = ActionCodec(processor.tokenizer, spec.action_names, spec.action_format, self.prompts.lead)
+        self.prompts = PromptBuilder(model, spec.system, example)
+        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.lead)
         self.prompts.legend = self.codec.legend
-        self.pipeline = PixelPipeline(processor.image_processor, spec.frame_shape)
-        self.pad_id = processor.tokenizer.pad_token_id
-        if self.pad_id is None:
-            self.pad_id = processor.tokenizer.eos_token_id or 0
-        self.prefix_ids = self._find_prefix()  # (P,)
-        self._prefix = tuple(self.prefix_ids.tolist())
+        self.pipeline = PixelPipeline(self.processor.image_processor, spec.frame_shape)
+        self.pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
-        rows = torch.tensor([token for branch in self.codec.branches for token in branch.children])
-        self.register_buffer("action_rows", rows, persistent=False)  # (children of all branches,)
-        self.origin: dict[str, Any] = {}  # where the model came from; saving.py fills and saves it
-        self._kept_prefix: DynamicCache | None = None
-        self.uses_prefix = len(self.prefix_ids) > 0
+        self.origin: dict[str, Any] = {}
+        self.why_whole: str | None = None
         self.eval()
-        if check and not self._short_way_agrees():
-            self.uses_prefix = False
+        self.reading: Reading
+        self.reading = self._choose_reading(check)
+
+    # ---- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        """What TRL's trainers train."""
+        return self.vlm
 
     @property
     def base_vlm(self) -> Any:
         """The model itself, without PEFT's wrapper."""
         return self.vlm.get_base_model() if self.has_lora else self.vlm
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether PEFT wraps the model."""
+        return hasattr(self.vlm, "peft_config")
 
     @property
     def config(self) -> Any:
@@ -156,8 +117,12 @@ class VLMPolicy(nn.Module):
         self.vlm.eval()
         return self
 
-    def prepare(self, images: np.ndarray, instructions: Sequence[str]) -> PolicyInputs:
-        """Frames (N, H, W, 3) uint8 and N instructions -> what the policy sees, on the CPU.
+    # ---- from a frame to an action -------------------------------------------------------------------------------
+
+    def prepare(
+        self, images: np.ndarray, instructions: Sequence[str], told: Mapping[str, np.ndarray] | None = None
+    ) -> Rows:
+        """Returns rows of `input_ids` (B, L) int64, `lengths` (B,) int64 and `frames` (B, h, w, 3) uint8, resized.
 
         Raises:
             PolicyError: frames of another shape than the policy was built for, or an instruction that the tokenizer or
@@ -171,93 +136,79 @@ class VLMPolicy(nn.Module):
         ids = [self.prompts.encode(instruction) for instruction in instructions]
         for tokens, instruction in zip(ids, instructions, strict=True):
             self._check_prompt(tokens, instruction)
-        lengths = torch.tensor([len(row) for row in ids])  # (N,)
-        padded = torch.full((len(ids), int(lengths.max())), self.pad_id)  # (N, L)
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)] = torch.tensor(tokens)
-        return PolicyInputs(padded, lengths, self.pipeline.geometry(images))
+        lengths = torch.tensor([len(row) for row in ids])  # (B,)
+        longest = int(lengths.max())
+        padded = torch.tensor([[*row, *[self.pad_id] * (longest - len(row))] for row in ids])  # (B, L)
+        columns = {"input_ids": padded, "lengths": lengths, "frames": self.pipeline.resize(images)}
+        return Rows(columns, fillers={"input_ids": self.pad_id})
+
+    def distribution(self, inputs: Rows, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
+        """Returns log-probabilities (B, A) and values (B,), float32; gradients flow where they are enabled.
+
+        Args:
+            inputs: of `prepare`, on the policy's device.
+            reading: another way than the policy's own, to compare the two.
+        """
+        hidden, logits = (reading or self.reading).read(inputs)
+        return self.codec.action_logprobs(logits), self.value_head(hidden)
 
     @torch.no_grad()
-    def fit_adapter(self, images: np.ndarray) -> bool:
-        """Gives an adapter that learns, and has a `fit` and no statistics yet, those of the frames (N, H, W, 3) uint8.
+    def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns B actions with S = 1: drawn, or the likeliest."""
+        logprobs, values = self.distribution(inputs.to(self.device))
+        return acted_by_choice(logprobs, values, draws, greedy)
+
+    def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
+        """Returns log-probabilities and entropy (B, 1), values (B,) and the distribution (B, A)."""
+        logprobs, values = self.distribution(inputs)
+        taken = logprobs.gather(1, actions["index"][:, None])  # (B, 1)
+        return Evaluated(taken, entropy(logprobs)[:, None], values, logprobs)
+
+    @torch.no_grad()
+    def predict_values(self, inputs: Rows) -> Tensor:
+        """Returns the values (B,) on the CPU."""
+        return self.value_head(self.reading.read_hidden(inputs.to(self.device))).cpu()
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def frozen_weights(self) -> Iterator[None]:
+        """Inside: no gradients, and what the prompts share is computed once, since no weight changes."""
+        with self.reading.frozen_weights():
+            yield
+
+    def parameter_groups(
+        self, learning_rate: float, adapter_learning_rate: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Returns what learns as one group, or the adapter as a group of its own where it has its own rate."""
+        return parameter_groups(self.parts, self.value_head, learning_rate, adapter_learning_rate)
+
+    @torch.no_grad()
+    def fit_adapter(self, images: np.ndarray) -> list[str]:
+        """Gives adapters that learn and want statistics those of the frames (N, H, W, 3) uint8, once.
 
         Returns:
-            Whether there was one.
+            The names of the adapters that were fitted.
         """
-        adapters = [
-            module
-            for module in self.vlm.modules()
-            if isinstance(module, Adapter)
-            and not module.is_fitted
-            and all(parameter.requires_grad for parameter in module.parameters())
-        ]
-        if adapters:
-            frames = self.pipeline.geometry(images).to(self.device)
-            see = self.base_vlm.model.get_vision_features
-            features = torch.cat([see(**self.pipeline.pixels(part)) for part in frames.split(32)])  # (N, P, Dv)
-            for adapter in adapters:
-                adapter.fit(features)
-        return bool(adapters)
-
-    def forward(self, inputs: PolicyInputs) -> PolicyOutput:
-        """Log-probabilities (B, A) and values (B,) for stored inputs; gradients flow where they are enabled."""
-        final, logits = self._short_way(inputs) if self.uses_prefix else self._whole_way(inputs)
-        return PolicyOutput(self.codec.action_logprobs(logits), self.value_head(final))
-
-    def whole_forward(self, inputs: PolicyInputs) -> PolicyOutput:
-        """The same numbers by the model's own forward over whole prompts, without the shared prefix."""
-        final, logits = self._whole_way(inputs)
-        return PolicyOutput(self.codec.action_logprobs(logits), self.value_head(final))
-
-    def _short_way(self, inputs: PolicyInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Hidden states (B, D) at the last token and each branch's logits, by prefix cache and action rows."""
-        prefix = self._kept_prefix if self._kept_prefix is not None else self._run_prefix()
-        longest = int(inputs.lengths.max())
-        rest = inputs.input_ids[:, len(self.prefix_ids) : longest]  # (B, L)
-        last = inputs.lengths - len(self.prefix_ids) - 1  # (B,)
-        cache = self._expand(prefix, len(rest))
-        hidden = self.base_vlm.model(
-            input_ids=rest, past_key_values=cache, use_cache=True, **self.pipeline.pixels(inputs.frames)
-        ).last_hidden_state  # (B, L, D)
-        final = hidden[torch.arange(len(rest), device=rest.device), last]  # (B, D)
-        return final, self._branch_logits(final, cache, inputs.lengths)
-
-    def _whole_way(self, inputs: PolicyInputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The same by the model's own forward; one pass for each longest path of the token trie."""
-        pixels = self.pipeline.pixels(inputs.frames)
-        rows = torch.arange(len(inputs.lengths), device=inputs.lengths.device)
-        passes = []
-        for path in self.codec.path_tokens or ((),):  # prompts followed by the path, (B, L + path)
-            ids = F.pad(inputs.input_ids, (0, len(path)), value=self.pad_id)
-            for offset, token in enumerate(path):
-                ids[rows, inputs.lengths + offset] = token
-            mask = torch.arange(ids.shape[1], device=ids.device) < (inputs.lengths + len(path))[:, None]  # (B, L)
-            outputs = self.base_vlm(
-                input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, **pixels
-            )
-            passes.append((path, outputs))
-        logits = []
-        for branch in self.codec.branches:
-            outputs = next(out for path, out in passes if path[: len(branch.path)] == branch.path)
-            logits.append(outputs.logits[rows, inputs.lengths - 1 + len(branch.path)][:, list(branch.children)])
-        return self.model_parts.last_hidden(passes[0][1])[rows, inputs.lengths - 1], logits
-
-    @contextlib.contextmanager
-    def frozen_weights(self) -> Iterator[None]:
-        """Inside: no gradients, and the prefix's keys and values are kept, since no weight changes."""
-        with torch.no_grad():
-            self._kept_prefix = self._run_prefix() if self.uses_prefix else None
-            try:
-                yield
-            finally:
-                self._kept_prefix = None
+        wanting = {
+            name: module
+            for name, module in self.vlm.named_modules()
+            if isinstance(module, Adapter) and not module.is_fitted
+            if all(parameter.requires_grad for parameter in module.parameters())
+        }
+        if not wanting:
+            return []
+        frames = self.pipeline.resize(images).to(self.device)
+        see = self.base_vlm.model.get_vision_features
+        features = torch.cat([see(**self.pipeline.pixels(part)) for part in frames.split(32)])  # (N, P, Dv)
+        return [name for name, adapter in wanting.items() if adapter.fit(features)]
 
     @property
-    def has_lora(self) -> bool:
-        """Whether PEFT wraps the model."""
-        return hasattr(self.vlm, "peft_config")
+    def has_reference(self) -> bool:
+        """Whether there is LoRA to switch off."""
+        return self.has_lora
 
-    @contextlib.contextmanager
+    @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Inside: LoRA is off and the adapter is the original one, as the policy was when training started.
 
@@ -266,30 +217,81 @@ class VLMPolicy(nn.Module):
         """
         if not self.has_lora:
             raise PolicyError("This policy has no LoRA to switch off: expected trainable: lora for a reference.")
-        with torch.no_grad(), self.vlm.disable_adapter():
-            kept, self._kept_prefix = self._kept_prefix, self._run_prefix() if self.uses_prefix else None
-            try:
-                yield
-            finally:
-                self._kept_prefix = kept
+        with torch.no_grad(), self.vlm.disable_adapter(), self.reading.frozen_weights():
+            yield
 
-    def _find_prefix(self) -> torch.Tensor:
-        """The ids that all prompts share before the first image token."""
-        prompts = [self.prompts.encode(text) for text in PROBES]
-        if self.image_token_id not in prompts[0]:
+    # ---- in words ------------------------------------------------------------------------------------------------
+
+    def actions_from_env(self, to_env: np.ndarray) -> Rows:
+        """Returns the rows of actions (B,) int64."""
+        return Rows({"index": torch.as_tensor(np.asarray(to_env), dtype=torch.int64)})
+
+    def prompt(self, instruction: str) -> str:
+        """Returns the whole prompt of the cleaned instruction as text, one image placeholder in it."""
+        return self.prompts.render(self.prompts.clean(instruction))
+
+    def prompt_tokens(self, instruction: str) -> list[int]:
+        """Returns the same as token ids, placeholders expanded."""
+        return list(self.prompts.encode(instruction))
+
+    def messages(self, instruction: str) -> list[dict[str, Any]]:
+        """Returns the same as chat messages."""
+        return self.prompts.messages(self.prompts.clean(instruction))
+
+    def answers(self, actions: Rows) -> list[str]:
+        """Returns what the policy says for each action."""
+        return [self.codec.answers[index] for index in actions["index"].tolist()]
+
+    def answer_tokens(self, actions: Rows) -> list[list[int]]:
+        """Returns the same as token ids."""
+        return [list(self.codec.token_ids[index]) for index in actions["index"].tolist()]
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Returns how actions are said and how the model is run, for a run's header."""
+        off = f" (no shared prefix: {self.why_whole})" if self.why_whole else ""
+        pixels = "table" if self.pipeline.is_table else "the library's processor"
+        dtype = str(self.base_vlm.dtype).removeprefix("torch.")
+        return [
+            ("answers", f"as {self.codec.format}"),
+            ("forward", f"{self.reading.name}{off}; pixels by {pixels}; {self.device}, {dtype}"),
+        ]
+
+    # ---- on disk -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Writes a model folder, see `manako.policies.saving`."""
+        save_policy(self, folder)
+
+    def load_weights(self, folder: Path) -> None:
+        """Reads the weights that `save` wrote."""
+        load_weights(self, folder)
+
+    # ---- checks --------------------------------------------------------------------------------------------------
+
+    def _choose_reading(self, check: bool) -> Reading:
+        """The reading that the architecture names where it holds here, else whole prompts."""
+        rest = (self.codec, self.pipeline, self.pad_id)
+        whole = WholePrompt(self.parts, *rest)
+        if self.parts.reading is not SharedPrefix:
+            return self.parts.reading(self.parts, *rest)
+        if self.parts.placeholder_id not in self.prompts.encode(""):
             raise PolicyError(
-                f"The rendered prompt holds no image token {self.image_token!r}: expected a processor that puts one "
-                "where the image stands; use another model."
+                f"The rendered prompt holds no image token {self.parts.placeholder!r}: expected a processor that puts "
+                "one where the image stands; use another model."
             )
-        columns = zip(*prompts, strict=False)  # the tokens of all prompts at the same place
-        same = list(itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-        end = min(len(same), *(prompt.index(self.image_token_id) for prompt in prompts))
-        if end and prompts[0][end - 1] not in self.processor.tokenizer.all_special_ids:
-            end = max(0, end - 2)  # other instructions may be joined with the last of the text before them
-        return torch.tensor(prompts[0][:end], dtype=torch.long)
+        special = self.processor.tokenizer.all_special_ids
+        shared = SharedPrefix(self.parts, *rest, find_prefix(self.prompts.encode, self.parts.placeholder_id, special))
+        if check:
+            frames = np.random.default_rng(0).integers(0, 256, (2, *self.spec.frame_shape), dtype=np.uint8)
+            self.reading = shared  # `prepare` asks it
+            examples = self.prepare(frames, ["go", "go to the far end of the room and wait"])
+            self.why_whole = shared.why_not(examples.to(self.device))
+        elif not len(shared.prefix_ids):
+            self.why_whole = "the prompts share nothing before the image"
+        return whole if self.why_whole else shared
 
     def _check_prompt(self, tokens: tuple[int, ...], instruction: str) -> None:
-        if self.uses_prefix and tokens[: len(self._prefix)] != self._prefix:
+        if not self.reading.accepts(tokens):
             raise PolicyError(
                 f"The tokenizer joins the text before the instruction with the instruction {instruction[:200]!r}: "
                 "expected one that begins with a letter, change it."
@@ -299,75 +301,3 @@ class VLMPolicy(nn.Module):
                 f"The prompt with the instruction {instruction[:200]!r} has {len(tokens)} tokens, but the model reads "
                 f"at most {self.max_length}: shorten the instruction."
             )
-
-    def _run_prefix(self) -> DynamicCache:
-        """Keys and values of the constant prefix, batch size 1."""
-        cache = DynamicCache(config=self.base_vlm.config)
-        self.base_vlm.model(input_ids=self.prefix_ids.to(self.device)[None], past_key_values=cache, use_cache=True)
-        return cache
-
-    def _expand(self, prefix: DynamicCache, batch: int) -> DynamicCache:
-        """A cache whose layers are views of the prefix's, repeated over the batch; gradients add up in the one copy."""
-        cache = DynamicCache(config=self.base_vlm.config)
-        for source, layer in zip(prefix.layers, cache.layers, strict=True):
-            layer.lazy_initialization(source.keys, source.values)
-            layer.keys = source.keys.expand(batch, -1, -1, -1)
-            layer.values = source.values.expand(batch, -1, -1, -1)
-        return cache
-
-    def _branch_logits(self, final: torch.Tensor, cache: DynamicCache, lengths: torch.Tensor) -> list[torch.Tensor]:
-        """Logits (B, children) of each branching node; below the root, its tokens run on the prompt's cache."""
-        at_node: dict[tuple[int, ...], torch.Tensor] = {(): final}
-        base, batch = self.base_vlm, len(final)
-        for path in self.codec.path_tokens:
-            tokens = torch.tensor(path, device=final.device).expand(batch, -1)  # (B, path)
-            seen = cache.get_seq_length()
-            steps = torch.arange(len(path), device=final.device)
-            mask = torch.cat(
-                [
-                    torch.arange(seen, device=final.device) < lengths[:, None],
-                    torch.ones(batch, len(path), dtype=torch.bool, device=final.device),
-                ],
-                dim=1,
-            )  # (B, seen + path), True = attended
-            branch_cache = DynamicCache(config=base.config)
-            for source, layer in zip(cache.layers, branch_cache.layers, strict=True):
-                layer.lazy_initialization(source.keys, source.values)
-                layer.keys, layer.values = source.keys, source.values
-            hidden = base.model(
-                input_ids=tokens,
-                attention_mask=mask.long(),
-                position_ids=lengths[:, None] + steps,
-                past_key_values=branch_cache,
-                use_cache=True,
-            ).last_hidden_state  # (B, path, D)
-            for depth in range(1, len(path) + 1):
-                at_node[path[:depth]] = hidden[:, depth - 1]
-        head = base.get_output_embeddings()
-        rows = self.action_rows
-        weight = head.weight[rows]  # (children of all branches, D)
-        bias = None if head.bias is None else head.bias[rows]
-        logits, start = [], 0
-        for branch in self.codec.branches:
-            stop = start + len(branch.children)
-            logits.append(
-                F.linear(at_node[branch.path], weight[start:stop], None if bias is None else bias[start:stop])
-            )
-            start = stop
-        return logits
-
-    @torch.no_grad()
-    def _short_way_agrees(self) -> bool:
-        """Whether the short way gives what the model's own forward gives, on two prompts of unequal length."""
-        if not self.uses_prefix:
-            return False
-        frames = np.random.default_rng(0).integers(0, 256, (2, *self.spec.frame_shape), dtype=np.uint8)
-        inputs = self.prepare(frames, ["go", "go to the far end of the room and wait"]).to(self.device)
-        whole, whole_logits = self._whole_way(inputs)
-        try:
-            short, short_logits = self._short_way(inputs)
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
-            return False  # a model without `.model`, or with a cache of its own
-        tolerance = 1e-3 if self.base_vlm.dtype == torch.float32 else 0.1
-        pairs = [(short, whole), *zip(short_logits, whole_logits, strict=True)]
-        return all(float((a - b).abs().max()) <= tolerance * max(1e-3, float(b.abs().max())) for a, b in pairs)

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 
-from manako.agent.data.recordings import Recording
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import Observations, Rollout, surely
-from manako.policies import PolicyOutput, VLMPolicy
+from manako.agent.rollout import Record, Rollout
+from manako.policies.interface import Policy
 
 FORMAT = 1
 FEATURES = Features(
@@ -47,102 +45,9 @@ FEATURES = Features(
 )
 
 
-class ScriptedDemonstrator:
-    """The env's scripted expert, wrong with a given probability: then any other action, each alike.
-
-    Args:
-        error_rate: in [0, 1].
-    """
-
-    def __init__(self, error_rate: float = 0.0) -> None:
-        if not 0 <= error_rate <= 1:
-            raise TrainingError(f"error_rate is {error_rate}: expected a number from 0 to 1.")
-        self.error_rate = error_rate
-
-    def __call__(self, env: Any, observations: Observations) -> PolicyOutput:
-        """Log-probabilities (N, A) and values 0."""
-        actions, count = torch.from_numpy(env.expert_actions()), len(env.action_names)
-        probabilities = torch.full((len(actions), count), self.error_rate / (count - 1))
-        probabilities.scatter_(1, actions[:, None], 1 - self.error_rate)
-        return PolicyOutput(probabilities.log(), torch.zeros(len(actions)))
-
-
-class RandomPlayer:
-    """Every action alike."""
-
-    def __call__(self, env: Any, observations: Observations) -> PolicyOutput:
-        """Log-probabilities (N, A) and values 0."""
-        slots, count = len(observations.instructions), len(env.action_names)
-        return PolicyOutput(torch.full((slots, count), 1 / count).log(), torch.zeros(slots))
-
-
-class RecordedDemonstrator:
-    """Plays recordings again: slot k those of `queues[k]`, one after another, and after the last the first again.
-
-    The slots' episodes must have the recordings' seeds: `EpisodeVectorEnv(seed_lists=demonstrator.seed_lists)`. It
-    keeps count of them, so it plays in one process and from the start.
-
-    Args:
-        queues: the recordings of each slot, N; see `in_slots`.
-
-    Attributes:
-        seed_lists: the seeds of the same, N.
-        quota: how many recordings each slot has, N; with it `to_dataset` takes every recording once.
-        num_steps: steps after which all have been played to their end, and a step more: with that one a recording that
-            is too short is noticed.
-    """
-
-    def __init__(self, queues: Sequence[Sequence[Recording]]) -> None:
-        self.queues = queues
-        self.seed_lists = [[recording.seed for recording in queue] for queue in queues]
-        self.quota = [len(queue) for queue in queues]
-        self.num_steps = 1 + max(sum(len(recording.actions) for recording in queue) for queue in queues)
-        self._started = [0] * len(queues)  # episodes
-        self._played = [0] * len(queues)  # steps of the present ones
-
-    def __call__(self, env: Any, observations: Observations) -> PolicyOutput:
-        """Log-probabilities (N, A), 0 for the recorded action and -inf for all others, and values 0.
-
-        Raises:
-            TrainingError: an episode goes on after its recording's end, or the other way round, or has another seed.
-        """
-        actions = [
-            self._next(slot, int(step), seed)
-            for slot, (step, seed) in enumerate(zip(env.episode_lengths, env.episode_seeds, strict=True))
-        ]
-        return surely(torch.tensor(actions), len(env.action_names))
-
-    def _next(self, slot: int, step: int, seed: int) -> int:
-        if step == 0:
-            if self._started[slot] and self._played[slot] < len(self._present(slot).actions):
-                recording, last = self._present(slot), self._played[slot] - 1
-                raise TrainingError(
-                    f"The recording in {recording.place} (seed {recording.seed}) goes on for {len(recording.actions)} "
-                    f"actions, and the episode has ended with step {last}: expected the environment and env_kwargs "
-                    "that it was played in, and no action after the end."
-                )
-            self._started[slot] += 1
-        recording = self._present(slot)
-        if seed != recording.seed:
-            raise TrainingError(
-                f"Slot {slot} plays an episode of seed {seed}, and the recording in {recording.place} is of "
-                f"{recording.seed}: expected an environment that was given the demonstrator's seed_lists."
-            )
-        if step == len(recording.actions):
-            raise TrainingError(
-                f"The recording in {recording.place} (seed {recording.seed}) ends before step {step}, and the episode "
-                "goes on: expected the environment and env_kwargs that it was played in, and all actions to the end."
-            )
-        self._played[slot] = step + 1
-        return recording.actions[step]
-
-    def _present(self, slot: int) -> Recording:
-        return self.queues[slot][(self._started[slot] - 1) % len(self.queues[slot])]
-
-
 def to_dataset(
     rollouts: Sequence[Rollout],
-    policy: VLMPolicy,
+    policy: Policy,
     env_id: str,
     player: str,
     about: dict[str, Any],
@@ -151,8 +56,8 @@ def to_dataset(
     """The whole episodes in consecutive rollouts of the same slots.
 
     Args:
-        rollouts: recorded (with their images), one after another.
-        policy: whose prompts and tokens they were played with.
+        rollouts: with their records, one after another.
+        policy: whose prompts and tokens the rows get; a player that cannot learn has none.
         env_id: the environment.
         player: who chose the actions.
         about: what else holds for all rows, for JSON.
@@ -162,19 +67,28 @@ def to_dataset(
         TrainingError: no episode ended in them.
     """
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    rows_of_actions = [_texts(rollout, policy) for rollout in rollouts]
     count = 0
-    for slot in range(rollouts[0].actions.shape[1]):
-        episode: list[tuple[Rollout, int]] = []
+    for slot in range(rollouts[0].rewards.shape[1]):
+        episode: list[tuple[int, int]] = []  # (number of the rollout, t)
         before = count
-        for rollout in rollouts:
-            for t in range(len(rollout.actions)):
-                if rollout.steps[t, slot] == 0:
+        for number, rollout in enumerate(rollouts):
+            record = _record(rollout)
+            for t in range(len(rollout.rewards)):
+                if record.steps[t, slot] == 0:
                     episode = []
-                episode.append((rollout, t))
+                episode.append((number, t))
                 ended = bool(rollout.terminated[t, slot] | rollout.truncated[t, slot])
-                whole = ended and len(episode) == int(rollout.steps[t, slot]) + 1  # seen from its beginning
+                whole = ended and len(episode) == int(record.steps[t, slot]) + 1  # seen from its beginning
                 if whole and (quota is None or count - before < quota[slot]):
-                    _add(columns, episode, slot, policy, env_id, player, count)
+                    last = bool(record.success[t, slot])
+                    total = sum(float(rollouts[n].rewards[at, slot]) for n, at in episode)
+                    for n, at in episode:
+                        row = _row(rollouts[n], at, slot, policy, *rows_of_actions[n])
+                        row |= {"success": last, "episode_return": total, "episode": count}
+                        row |= {"env_id": env_id, "policy": player}
+                        for name in FEATURES:
+                            columns[name].append(row[name])
                     count += 1
                 if ended:
                     episode = []
@@ -195,44 +109,41 @@ def to_dataset(
     return dataset
 
 
-def _add(
-    columns: dict[str, list[Any]],
-    episode: list[tuple[Rollout, int]],
-    slot: int,
-    policy: VLMPolicy,
-    env_id: str,
-    player: str,
-    number: int,
-) -> None:
-    last, end = episode[-1]
-    total = sum(float(rollout.rewards[t, slot]) for rollout, t in episode)
-    for rollout, t in episode:
-        row = t * rollout.actions.shape[1] + slot
-        action = int(rollout.actions[t, slot])
-        assert rollout.images is not None
-        values = {
-            "image": {"bytes": _png(rollout.images[row]), "path": None},
-            "instruction": rollout.instructions[row],
-            "prompt": policy.prompts.render(policy.prompts.clean(rollout.instructions[row])),
-            "action": action,
-            "action_name": policy.spec.action_names[action],
-            "action_tokens": list(policy.codec.token_ids[action]),
-            "logprob": float(rollout.logprobs[t, slot]),
-            "value": float(rollout.values[t, slot]),
-            "reward": float(rollout.rewards[t, slot]),
-            "terminated": bool(rollout.terminated[t, slot]),
-            "truncated": bool(rollout.truncated[t, slot]),
-            "success": bool(last.success[end, slot]),
-            "episode_return": total,
-            "expert_action": int(rollout.expert_actions[t, slot]) if rollout.expert_actions is not None else -1,
-            "env_id": env_id,
-            "seed": int(rollout.seeds[t, slot]),
-            "episode": number,
-            "step": int(rollout.steps[t, slot]),
-            "policy": player,
-        }
-        for name, value in values.items():
-            columns[name].append(value)
+def _record(rollout: Rollout) -> Record:
+    if rollout.record is None:
+        raise TrainingError("These rollouts keep no record: expected a collector made with record=True.")
+    return rollout.record
+
+
+def _texts(rollout: Rollout, policy: Policy) -> tuple[list[str], list[list[int]]]:
+    """What the policy says for each of the T * N actions, and the tokens of it."""
+    to_env = _record(rollout).to_env
+    actions = policy.actions_from_env(to_env.reshape(-1, *to_env.shape[2:]))
+    return policy.answers(actions), policy.answer_tokens(actions)
+
+
+def _row(
+    rollout: Rollout, t: int, slot: int, policy: Policy, answers: list[str], tokens: list[list[int]]
+) -> dict[str, Any]:
+    """One step, without what holds for its whole episode."""
+    record, flat = _record(rollout), t * rollout.rewards.shape[1] + slot
+    action = int(record.to_env[t, slot])
+    return {
+        "image": {"bytes": _png(record.images[flat]), "path": None},
+        "instruction": record.instructions[flat],
+        "prompt": policy.prompt(record.instructions[flat]),
+        "action": action,
+        "action_name": policy.spec.action_names[action],
+        "action_tokens": tokens[flat],
+        "logprob": float((rollout.logprobs[t, slot] * rollout.mask[t, slot]).sum()),
+        "value": float(rollout.values[t, slot]),
+        "reward": float(rollout.rewards[t, slot]),
+        "terminated": bool(rollout.terminated[t, slot]),
+        "truncated": bool(rollout.truncated[t, slot]),
+        "expert_action": int(record.expert_actions[t, slot]) if record.expert_actions is not None else -1,
+        "seed": int(record.seeds[t, slot]),
+        "step": int(record.steps[t, slot]),
+    }
 
 
 def _png(frame: np.ndarray) -> bytes:

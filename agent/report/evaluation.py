@@ -8,27 +8,21 @@ pairs.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from manako.agent.errors import TrainingError
+from manako.agent.interfaces import EvaluationEnv, Shown, ask
+from manako.agent.random_streams import RANDOM_ACTIONS, make_rng
 from manako.agent.report.figures import Episode as RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
-from manako.agent.rollout import Episode, VectorEnv, choose, stream
-from manako.policies import VLMPolicy
+from manako.agent.rollout import Episode
+from manako.policies.interface import Draws, Policy
 
 Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
 CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
-RANDOM_ACTIONS = 13  # a random stream, see agent/rollout.py
 MAX_EPISODE_STEPS = 30_000  # an Atari game is cut off at 27,000
-
-
-class EvaluationEnv(VectorEnv, Protocol):
-    """Environments that can also say what another instruction would be."""
-
-    def replaced_instructions(self) -> tuple[str, ...]:
-        """For each slot a valid instruction other than its own."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: VLMPolicy,
+    policy: Policy,
     env: EvaluationEnv,
     seeds: Sequence[int],
     condition: Condition = "policy",
@@ -70,7 +64,7 @@ def evaluate(
     """Plays one episode for each seed.
 
     Args:
-        policy: the policy; with `random` only its number of actions counts.
+        policy: the policy or player; with `random` it is not asked.
         env: N environments; their own seeds are not used.
         seeds: held-out episode seeds.
         condition: what the policy sees, or `random` for uniform actions.
@@ -84,8 +78,8 @@ def evaluate(
         raise TrainingError(f"condition is {condition!r}: expected one of {', '.join(CONDITIONS)}.")
     if not seeds:
         raise TrainingError("An evaluation needs at least one episode: give seeds.")
-    draws = stream(seed, RANDOM_ACTIONS)
-    n = env.num_envs
+    rng, n = make_rng(seed, RANDOM_ACTIONS), env.num_envs
+    draws = Draws([rng] * n)
     results: list[Episode | None] = [None] * len(seeds)
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
@@ -94,9 +88,7 @@ def evaluate(
     starts = {_sight(observations, slot) for slot in range(n)}
     with policy.frozen_weights():
         while any(index is not None for index in playing):
-            uniforms = draws.random(n)
-            actions = _act(policy, env, observations, condition, sample, uniforms)
-            result = env.step(actions)
+            result = env.step(_act(policy, env, observations, condition, sample, draws))
             observations = result.observations
             ended = result.terminated | result.truncated
             if (env.episode_lengths[~ended] >= MAX_EPISODE_STEPS).any():
@@ -127,21 +119,20 @@ def _sight(observations: Any, slot: int) -> bytes:
 
 
 def _act(
-    policy: VLMPolicy, env: EvaluationEnv, observations: Any, condition: Condition, sample: bool, uniforms: np.ndarray
+    policy: Policy, env: EvaluationEnv, observations: Shown, condition: Condition, sample: bool, draws: Draws
 ) -> np.ndarray:
     if condition == "random":
-        return (uniforms * len(env.action_names)).astype(np.int64)
+        return (draws.next() * len(env.action_names)).astype(np.int64)
     images, instructions = observations.images, observations.instructions
     if condition == "blank_image":
         images = np.zeros_like(images)
     elif condition == "replaced_instruction":
         instructions = env.replaced_instructions()
-    logprobs = policy(policy.prepare(images, instructions).to(policy.device)).logprobs.cpu()  # (N, A)
-    return (choose(logprobs, uniforms) if sample else logprobs.argmax(-1)).numpy()
+    return policy.act(policy.prepare(images, instructions, ask(env, policy.needs)), draws, greedy=not sample).to_env
 
 
 def evaluate_all(
-    policy: VLMPolicy,
+    policy: Policy,
     env: EvaluationEnv,
     seeds: Sequence[int],
     sample: bool = False,
@@ -157,7 +148,7 @@ def evaluate_all(
 
 
 def record_episodes(
-    policy: VLMPolicy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 60
+    policy: Policy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 60
 ) -> list[RecordedEpisode]:
     """Greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
 
@@ -168,41 +159,40 @@ def record_episodes(
         max_steps: longest episode that is shown.
     """
     observations = env.reset(seeds=list(seeds))
-    tapes = [
-        {
-            "frames": [observations.images[slot]],
-            "instructions": [observations.instructions[slot]],
-            "p": [],
-            "a": [],
-            "r": [],
-        }
-        for slot in range(env.num_envs)
-    ]  # type: list[dict[str, Any]]
+    slots = range(env.num_envs)
+    frames = [[observations.images[slot]] for slot in slots]
+    instructions = [[observations.instructions[slot]] for slot in slots]
+    probabilities: list[list[np.ndarray]] = [[] for _ in slots]
+    actions: list[list[int]] = [[] for _ in slots]
+    rewards: list[list[float]] = [[] for _ in slots]
     success = [False] * env.num_envs
-    open_slots = set(range(env.num_envs))
+    going = set(slots)
+    draws = Draws([])  # greedy actions ask for none
     with policy.frozen_weights():
         for _ in range(max_steps):
-            inputs = policy.prepare(observations.images, observations.instructions)
-            logprobs = policy(inputs.to(policy.device)).logprobs.cpu()  # (N, A)
-            actions = logprobs.argmax(-1).numpy()
-            result = env.step(actions)
+            inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
+            acted = policy.act(inputs, draws, greedy=True)
+            said = policy.evaluate_actions(inputs.to(policy.device), acted.actions.to(policy.device)).distribution
+            assert said is not None, "the bars of a GIF are those of a closed set"
+            result = env.step(acted.to_env)
             observations = result.observations
             ended = result.terminated | result.truncated
-            for slot in sorted(open_slots):
-                tape = tapes[slot]
-                tape["frames"].append(observations.images[slot])
-                tape["instructions"].append(observations.instructions[slot])
-                tape["p"].append(logprobs[slot].exp().numpy())
-                tape["a"].append(int(actions[slot]))
-                tape["r"].append(float(result.rewards[slot]))
+            for slot in sorted(going):
+                frames[slot].append(observations.images[slot])
+                instructions[slot].append(observations.instructions[slot])
+                probabilities[slot].append(said[slot].exp().cpu().numpy())
+                actions[slot].append(int(acted.to_env[slot]))
+                rewards[slot].append(float(result.rewards[slot]))
                 if ended[slot]:
                     success[slot] = bool(result.success[slot])
-                    open_slots.discard(slot)
-            if not open_slots:
+                    going.discard(slot)
+            if not going:
                 break
             if ended.any():
                 observations = env.reset_done(ended)
     return [
-        RecordedEpisode(tape["frames"], tape["instructions"], np.stack(tape["p"]), tape["a"], tape["r"], success[slot])
-        for slot, tape in enumerate(tapes)
+        RecordedEpisode(
+            frames[slot], instructions[slot], np.stack(probabilities[slot]), actions[slot], rewards[slot], success[slot]
+        )
+        for slot in slots
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from manako.policies import VLMPolicy
+from manako.policies.interface import Policy
 
 TEXTS = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
@@ -67,9 +67,9 @@ class Memory:
 
 
 @torch.no_grad()
-def remember(policy: VLMPolicy) -> Memory:
+def remember(policy: Policy) -> Memory:
     """Asks the language model inside the policy, with its LoRA on."""
-    model, tokenizer = policy.vlm, policy.processor.tokenizer
+    model, tokenizer = policy.model, policy.processor.tokenizer
     was_training = model.training
     model.eval()
     loss, tokens = 0.0, 0

@@ -19,8 +19,8 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.supervised import MESSAGES, questions, say, stored_frames
-from manako.policies import VLMPolicy
+from manako.agent.tuning.supervised import MESSAGES, questions, spoken_actions, stored_frames
+from manako.policies.interface import Policy
 
 METHODS = ("expert", "state", "return", "branch")
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
@@ -145,7 +145,7 @@ def _branch(env: Any, seed: int, before: list[int], act: Callable[[Any], np.ndar
         chosen = act(observations)
 
 
-def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: VLMPolicy) -> Dataset:
+def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Dataset:
     """For DPO.
 
     Raises:
@@ -157,7 +157,7 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: VLMPolicy) ->
             "so collect with --group_size, with a weaker player, or choose other --pairs."
         )
     rows = trajectories.select([row for row, _, _ in pairs])
-    answers = [say(answer) for answer in policy.codec.answers]
+    answers = spoken_actions(policy)
     return Dataset.from_dict(
         {
             **questions(rows, policy),

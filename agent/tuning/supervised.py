@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
 from manako.agent.errors import TrainingError
-from manako.policies import VLMPolicy
+from manako.policies.interface import Policy, Rows
 
 CAPTION_PROMPT = "Describe the image."
 TEXT_OR_IMAGE = {"type": Value("string"), "text": Value("string")}
@@ -22,11 +22,21 @@ FEATURES = Features({"prompt": MESSAGES, "completion": MESSAGES, "images": List(
 
 
 def say(text: str) -> list[dict[str, Any]]:
-    """An answer as messages."""
+    """Returns an answer as messages."""
     return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
 
-def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool = False) -> Dataset:
+def every_action(policy: Policy) -> Rows:
+    """Returns the A actions of a closed set, in the env's order."""
+    return policy.actions_from_env(np.arange(len(policy.spec.action_names)))
+
+
+def spoken_actions(policy: Policy) -> list[list[dict[str, Any]]]:
+    """Returns the answer of each of the A actions as messages."""
+    return [say(answer) for answer in policy.answers(every_action(policy))]
+
+
+def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = False) -> Dataset:
     """Each step of the trajectories as prompt and answer.
 
     Args:
@@ -38,7 +48,7 @@ def demonstrations(trajectories: Dataset, policy: VLMPolicy, only_success: bool 
         TrainingError: nothing is left.
     """
     rows = _chosen(trajectories, only_success)
-    answers = [say(answer) for answer in policy.codec.answers]
+    answers = spoken_actions(policy)
     return Dataset.from_dict(
         {
             **questions(rows, policy),
@@ -69,9 +79,9 @@ def _chosen(trajectories: Dataset, only_success: bool) -> Dataset:
     return rows
 
 
-def questions(rows: Dataset, policy: VLMPolicy) -> dict[str, list[Any]]:
+def questions(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
     """The columns `prompt` and `images` of these steps, as the policy is asked."""
-    prompts = {text: policy.prompts.messages(policy.prompts.clean(text)) for text in set(rows["instruction"])}
+    prompts = {text: policy.messages(text) for text in set(rows["instruction"])}
     return {
         "prompt": [prompts[text] for text in rows["instruction"]],
         "images": [[frame] for frame in stored_frames(rows)],
@@ -99,7 +109,7 @@ def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
     )
 
 
-def check_tokens(batch: dict[str, Any], policy: VLMPolicy, row: dict[str, Any], instruction: str) -> None:
+def check_tokens(batch: dict[str, Any], policy: Policy, row: dict[str, Any], instruction: str) -> None:
     """That TRL's batch of one row holds the policy's own prompt, and behind it one of its answers.
 
     Args:
@@ -111,9 +121,9 @@ def check_tokens(batch: dict[str, Any], policy: VLMPolicy, row: dict[str, Any], 
     Raises:
         TrainingError: they differ, so training would be on other tokens than acting.
     """
-    mine = list(policy.prompts.encode(instruction))
+    mine = policy.prompt_tokens(instruction)
     theirs = [int(token) for token, kept in zip(batch["input_ids"][0], batch["attention_mask"][0], strict=True) if kept]
-    answers = [list(tokens) for tokens in policy.codec.token_ids]
+    answers = policy.answer_tokens(every_action(policy))
     starts = any(theirs[len(mine) : len(mine) + len(answer)] == answer for answer in answers)
     if theirs[: len(mine)] != mine or not starts:
         text = policy.processor.tokenizer.decode(theirs[max(0, len(mine) - 4) : len(mine) + 4])

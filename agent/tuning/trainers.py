@@ -23,8 +23,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
 from manako.agent.errors import TrainingError
-from manako.policies import PolicyInputs, VLMPolicy
-from manako.policies.trainable import adapter_parameters, give_own_rate
+from manako.agent.tuning.parameter_groups import regroup
+from manako.policies.interface import Policy
 
 SHARES = {
     "mean_token_accuracy": "token accuracy",
@@ -79,7 +79,7 @@ class _OfPolicy:
 
     def __init__(
         self,
-        policy: VLMPolicy,
+        policy: Policy,
         args: Any,
         data: Dataset,
         run_dir: Path,
@@ -89,8 +89,8 @@ class _OfPolicy:
         self.policy, self.adapter_learning_rate = policy, adapter_learning_rate
         self.rows: list[dict[str, Any]] = []
         trainer: Any = super()
-        trainer.__init__(policy.vlm, args=args, train_dataset=data, processing_class=policy.processor, **others)
-        score_labels_only(policy.base_vlm)
+        trainer.__init__(policy.model, args=args, train_dataset=data, processing_class=policy.processor, **others)
+        score_labels_only(plain_model(policy))
         if others.get("ref_model") is not None:
             score_labels_only(others["ref_model"])
         trainer.remove_callback(PrinterCallback)
@@ -101,8 +101,9 @@ class _OfPolicy:
         trainer: Any = super()
         is_new = self.optimizer is None  # type: ignore[attr-defined]
         optimizer: torch.optim.Optimizer = trainer.create_optimizer(model)
-        if self.adapter_learning_rate is not None and is_new:
-            give_own_rate(optimizer, adapter_parameters(self.policy.model_parts), self.adapter_learning_rate)
+        if is_new:
+            rate = self.args.learning_rate  # type: ignore[attr-defined]
+            regroup(optimizer, self.policy.parameter_groups(rate, self.adapter_learning_rate))
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,8 +112,8 @@ class _OfPolicy:
         try:
             return trainer.train(*args, **kwargs)
         finally:
-            self.policy.vlm.eval()
-            for model in (self.policy.vlm, self.policy.base_vlm):  # TRL's head and accelerate's autocast end here
+            self.policy.model.eval()
+            for model in (self.policy.model, plain_model(self.policy)):  # TRL's head and accelerate's autocast end here
                 for name in ("forward", "_original_forward"):
                     model.__dict__.pop(name, None)
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # type: ignore[attr-defined]
@@ -144,7 +145,7 @@ class PolicyCloningTrainer(PolicySFTTrainer):
         TrainingError: there are several processes.
     """
 
-    def __init__(self, policy: VLMPolicy, args: Any, data: Dataset, run_dir: Path, *others: Any) -> None:
+    def __init__(self, policy: Policy, args: Any, data: Dataset, run_dir: Path, *others: Any) -> None:
         args.remove_unused_columns = False
         if args.world_size > 1:  # the policy's forward is not the one that DistributedDataParallel watches
             raise TrainingError(
@@ -152,31 +153,33 @@ class PolicyCloningTrainer(PolicySFTTrainer):
             )
         super().__init__(policy, args, data, run_dir, *others, data_collator=self.collate)
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows (B) -> the fields of the `PolicyInputs` of their U different sights, `sight` (B,), `action` (B,)."""
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns what the policy sees of the U different observations of B rows; `observation` and `action` (B,)."""
         places: dict[tuple[str, bytes], int] = {}
         frames: list[np.ndarray] = []
         instructions: list[str] = []
-        sight: list[int] = []
+        observation: list[int] = []
         for row in rows:
             png = row["image"]["bytes"]
             place = places.setdefault((row["instruction"], png), len(places))
             if place == len(frames):
                 frames.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))  # (H, W, 3)
                 instructions.append(row["instruction"])
-            sight.append(place)
+            observation.append(place)
         inputs = self.policy.prepare(np.stack(frames), instructions)
         action = torch.tensor([row["action"] for row in rows])
-        return {**inputs._asdict(), "sight": torch.tensor(sight), "action": action}
+        return {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean of -log pi(a | s) over the batch."""
-        seen = PolicyInputs(*(inputs[name] for name in PolicyInputs._fields))
+        # every action of an observation is read by one forward, so it is asked for any one of them
+        first = self.policy.actions_from_env(np.zeros(len(inputs["inputs"]), dtype=np.int64)).to(self.policy.device)
         with self.accelerator.autocast():
-            output = self.policy(seen)
-        logprobs = output.logprobs[inputs["sight"]]  # (B, A)
+            output = self.policy.evaluate_actions(inputs["inputs"].to(self.policy.device), first)
+        assert output.distribution is not None, "cloning an action is for a closed set of them"
+        logprobs = output.distribution[inputs["observation"]]  # (B, A)
         right = logprobs.detach().argmax(-1) == inputs["action"]
         self._metrics["train" if self.model.training else "eval"]["action_accuracy"].append(right.float().mean().item())
         loss = -logprobs.gather(1, inputs["action"][:, None]).mean()
@@ -186,14 +189,14 @@ class PolicyCloningTrainer(PolicySFTTrainer):
 class PolicyDPOTrainer(_OfPolicy, DPOTrainer):
     """`trl.DPOTrainer` of a policy; its reference is the policy as it was."""
 
-    def __init__(self, policy: VLMPolicy, args: DPOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+    def __init__(self, policy: Policy, args: DPOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
         super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
 
 
 class PolicyKTOTrainer(_OfPolicy, KTOTrainer):
     """`trl.KTOTrainer` of a policy; its reference is the policy as it was."""
 
-    def __init__(self, policy: VLMPolicy, args: KTOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+    def __init__(self, policy: Policy, args: KTOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
         super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
 
 
@@ -225,9 +228,14 @@ def score_labels_only(model: Any) -> None:
     model.forward = forward
 
 
-def frozen_copy(policy: VLMPolicy) -> Any:
+def plain_model(policy: Policy) -> Any:
+    """Returns the policy's model without PEFT's wrapper."""
+    return policy.model.get_base_model() if hasattr(policy.model, "peft_config") else policy.model
+
+
+def frozen_copy(policy: Policy) -> Any:
     """The policy's model as it is now, LoRA merged, without gradients: a reference."""
-    model = copy.deepcopy(policy.vlm)
-    if policy.has_lora:
+    model = copy.deepcopy(policy.model)
+    if hasattr(model, "peft_config"):
         model = model.merge_and_unload()
     return model.requires_grad_(False).eval()

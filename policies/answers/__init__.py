@@ -1,1 +1,8 @@
-"""How an action is said: a closed set of names as tokens, choices or a token trie."""
+"""How an action is said: a kind of answer is a file here and a line in `KINDS`; `--action_format NAME` selects it."""
+
+from manako.policies.answers.choice import Choice
+from manako.policies.answers.kind import AnswerKind
+from manako.policies.answers.token import Token
+from manako.policies.answers.trie import Trie
+
+KINDS: dict[str, AnswerKind] = {"token": Token(), "choice": Choice(), "trie": Trie()}  # in the order that `auto` tries

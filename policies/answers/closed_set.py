@@ -1,11 +1,10 @@
 """The action codec: a closed set of action names as tokens of the language model, with exact probabilities.
 
-Three formats. `token`: each name is one token; its probability is read off that row of the LM head. `choice`: the names
-are listed in the prompt as labelled choices ("A: move up") and the label is the one token. `trie`: names of several
-tokens; at each node of the token trie the probabilities are renormalised over the node's children, and a name's
-log-probability is the sum along its path, so the A probabilities add up to 1 whatever the names. `auto` takes the first
-of the three that the tokenizer allows. No answer holds a special token: such a name is refused. Where one name begins
-another ("go", "go on"), the end token closes each, as it would in a chat.
+What the policy emits for each action is decided by a kind of answer (see `answers/__init__.py`); `auto` takes the first
+that the tokenizer allows. Every kind is a token trie, of depth 1 where each answer is one token: at each node the
+probabilities are renormalised over the node's children, and an answer's log-probability is the sum along its path, so
+the A probabilities add up to 1 whatever the names. No answer holds a special token: such a name is refused. Where one
+name begins another ("go", "go on"), the end token closes each, as it would in a chat.
 """
 
 from collections.abc import Sequence
@@ -14,12 +13,10 @@ from typing import Any
 
 import torch
 
+from manako.policies.answers import KINDS
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.errors import PolicyError
 from manako.policies.source import ActionFormat
-
-FORMATS = ("token", "choice", "trie")  # in the order that `auto` tries
-LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class ActionCodec:
     Args:
         tokenizer: the language model's tokenizer.
         names: A different action names, in the order of the env's `Discrete(A)`.
-        action_format: `auto`, `token`, `choice` or `trie`.
+        action_format: `auto`, or a key of `answers.KINDS`.
         lead: what stands between the prompt's last character and the answer: "" or " ".
 
     Raises:
@@ -63,12 +60,12 @@ class ActionCodec:
         self.names = tuple(names)
         self.lead = lead
         self._check_names()
-        if action_format not in ("auto", *FORMATS):
-            raise PolicyError(f"action_format is {action_format!r}: expected one of auto, {', '.join(FORMATS)}.")
-        formats = FORMATS if action_format == "auto" else (action_format,)
+        if action_format not in ("auto", *KINDS):
+            raise PolicyError(f"action_format is {action_format!r}: expected one of auto, {', '.join(KINDS)}.")
+        formats = tuple(KINDS) if action_format == "auto" else (action_format,)
         problems = []
         for self.format in formats:
-            self.answers = tuple(LABELS[: len(self.names)]) if self.format == "choice" else self.names
+            self.answers = KINDS[self.format].answers(self.names)
             problem = self._tokenize()
             if problem is None:
                 break
@@ -83,10 +80,8 @@ class ActionCodec:
 
     @property
     def legend(self) -> str:
-        """How the prompt lists the actions: `up, down` or `A: move up, B: move down`."""
-        if self.format == "choice":
-            return ", ".join(f"{answer}: {name}" for answer, name in zip(self.answers, self.names, strict=True))
-        return ", ".join(self.names)
+        """How the prompt lists the actions."""
+        return KINDS[self.format].legend(self.names)
 
     def action_logprobs(self, branch_logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Exact log-probabilities of the A actions.
@@ -127,7 +122,7 @@ class ActionCodec:
     def _tokenize(self) -> str | None:
         """Fills `token_ids`; returns what is wrong with this format, or None."""
         if len(self.answers) < len(self.names):
-            return f"{len(self.names)} actions but only {len(LABELS)} labels"
+            return f"{len(self.names)} actions but only {len(self.answers)} labels"
         special = set(special_vocabulary(self.tokenizer).values())
         self.token_ids = [
             tuple(self.tokenizer.encode(self.lead + answer, add_special_tokens=False)) for answer in self.answers
@@ -138,7 +133,7 @@ class ActionCodec:
             back = self.tokenizer.decode(list(ids))
             if "".join(back.split()) != "".join(answer.split()):
                 return f"{answer!r} does not survive the tokenizer (it comes back as {back!r})"
-            if self.format != "trie" and len(ids) != 1:
+            if KINDS[self.format].one_token and len(ids) != 1:
                 return f"{answer!r} takes {len(ids)} tokens"
         if len(set(self.token_ids)) < len(self.token_ids):
             return "two names share the same tokens"

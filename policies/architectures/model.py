@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from torch import Tensor
 
-from manako.policies.reading import Reading
+from manako.policies.reading.reading import Reading
 
 Render = Callable[[str, str], str]  # system text, instruction -> the prompt's text
 

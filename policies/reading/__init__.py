@@ -1,7 +1,10 @@
-"""From stored inputs to where the answer is read: the whole prompt, or a prefix that all samples share."""
+"""From stored inputs to where the answer is read: whole prompts, or a prefix that all samples share.
 
-from manako.policies.reading.reading import Reading
+To add one: a subclass of `Reading` in a file here, named by the `Model` of an architecture.
+"""
+
+from manako.policies.reading.reading import Read, Reading
 from manako.policies.reading.shared_prefix import SharedPrefix
 from manako.policies.reading.whole_prompt import WholePrompt
 
-__all__ = ["Reading", "SharedPrefix", "WholePrompt"]
+__all__ = ["Read", "Reading", "SharedPrefix", "WholePrompt"]

@@ -1,7 +1,65 @@
-"""What every way of reading does."""
+"""What every way of reading does: from stored inputs to the hidden state and the logits at which the answer is read."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manako.policies.answers.closed_set import ActionCodec
+from manako.policies.interface import Rows
+from manako.policies.pixels import PixelPipeline
+
+if TYPE_CHECKING:  # architectures name their reading
+    from manako.policies.architectures.model import Model
+
+
+class Read(NamedTuple):
+    """Where the answer is read, of B samples."""
+
+    hidden: Tensor  # (B, D) at the prompt's last token
+    logits: list[Tensor]  # for each branching node of the codec's token trie (B, children)
 
 
 class Reading(ABC):
-    """Runs the model over stored inputs to where the answer is read."""
+    """Runs a model over rows with `input_ids` (B, L), `lengths` (B,) and `frames` (B, h, w, 3).
+
+    Args:
+        model: the model and what stands where in it.
+        codec: the actions' tokens.
+        pipeline: frames to pixels.
+        pad_id: the token that fills shorter prompts.
+    """
+
+    def __init__(self, model: "Model", codec: ActionCodec, pipeline: PixelPipeline, pad_id: int) -> None:
+        self.model, self.codec, self.pipeline, self.pad_id = model, codec, pipeline, pad_id
+
+    @property
+    def vlm(self) -> Any:
+        """The model without PEFT's wrapper; LoRA's layers are inside it."""
+        return self.model.vlm.get_base_model() if hasattr(self.model.vlm, "peft_config") else self.model.vlm
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How it reads, in words, for a run's header."""
+
+    @abstractmethod
+    def read(self, inputs: Rows) -> Read:
+        """Returns hidden states and logits; gradients flow where they are enabled."""
+
+    @abstractmethod
+    def read_hidden(self, inputs: Rows) -> Tensor:
+        """Returns the hidden states (B, D) of `read` alone."""
+
+    def accepts(self, prompt: tuple[int, ...]) -> bool:
+        """Whether it can read a prompt with these tokens."""
+        return True
+
+    @contextmanager
+    def frozen_weights(self) -> Iterator[None]:
+        """Inside: no weight changes, so what does not depend on the samples may be kept."""
+        with torch.no_grad():
+            yield

@@ -9,9 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from manako.policies import PolicyError, PolicySource, load_policy
-from manako.policies.answers.closed_set import LABELS, ActionCodec, Branch
+from manako.policies.answers.choice import LABELS
+from manako.policies.answers.closed_set import ActionCodec, Branch
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.language_models.tiny_llama import tiny_tokenizer
+from manako.policies.reading import SharedPrefix, WholePrompt
 from tests.helpers.foreign_models import FRAME, NAMES, TURNS, byte_tokenizer, frames, llava_folder
 
 
@@ -121,8 +123,8 @@ def test_probabilities_add_up_to_one(names, action_format, tokenizer):
 
 def brute_force(policy, inputs, row):
     """Each action's log-probability, token by token: the plain model, renormalised over the tokens that may follow."""
-    prompt = inputs.input_ids[row, : inputs.lengths[row]].tolist()
-    pixels = policy.pipeline.pixels(inputs.frames[row : row + 1])
+    prompt = inputs["input_ids"][row, : inputs["lengths"][row]].tolist()
+    pixels = policy.pipeline.pixels(inputs["frames"][row : row + 1])
     answers = [tuple(ids) for ids in policy.codec.token_ids]
     logprobs = []
     for answer in answers:
@@ -148,11 +150,13 @@ def test_log_probabilities_against_brute_force(model, action_format, names, llav
     policy = load_policy(source, names, FRAME)
     inputs = policy.prepare(frames(3), ("go to the red ball", "go", "open the door and turn around"))
     expected = torch.stack([brute_force(policy, inputs, row) for row in range(3)])
-    assert policy.uses_prefix
-    for output in (policy(inputs), policy.whole_forward(inputs)):
-        assert torch.allclose(output.logprobs, expected, atol=1e-4)
-        assert torch.allclose(output.logprobs.exp().sum(-1), torch.ones(3), atol=1e-5)
-    entropy = -(output.logprobs.exp() * output.logprobs).sum(-1)
+    assert isinstance(policy.reading, SharedPrefix)
+    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    for reading in (policy.reading, whole):
+        logprobs, _ = policy.distribution(inputs, reading)
+        assert torch.allclose(logprobs, expected, atol=1e-4)
+        assert torch.allclose(logprobs.exp().sum(-1), torch.ones(3), atol=1e-5)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
     assert torch.allclose(entropy, -(expected.exp() * expected).sum(-1), atol=1e-4)
     assert expected.std() > 1e-3  # the names do differ
 

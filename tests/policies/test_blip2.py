@@ -35,17 +35,17 @@ def train_a_little(policy, steps=2):
     torch.nn.init.normal_(policy.value_head.out.weight)  # at 0 the values send no gradient on
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):
-        output = policy(inputs)
+        logprobs, values = policy.distribution(inputs)
         optimizer.zero_grad()
-        (output.values.sub(1).square().mean() - output.logprobs[:, 0].mean()).backward()
+        (values.sub(1).square().mean() - logprobs[:, 0].mean()).backward()
         optimizer.step()
     return policy
 
 
 @torch.no_grad()
 def answers(policy):
-    output = policy(policy.prepare(frames(3), INSTRUCTIONS))
-    return torch.cat([output.logprobs, output.values[:, None]], dim=1)  # (B, A + 1)
+    logprobs, values = policy.distribution(policy.prepare(frames(3), INSTRUCTIONS))
+    return torch.cat([logprobs, values[:, None]], dim=1)  # (B, A + 1)
 
 
 @torch.no_grad()
@@ -85,15 +85,15 @@ def test_a_policy_answers_as_the_library_does(folder, library):
     """Single-token actions: the action rows at the prompt's last token; prompts of unequal length in one batch."""
     model, processor = library
     policy = load(folder, action_format="token")
-    rows = policy.action_rows
-    assert len(rows) == len(NAMES)
+    assert {len(tokens) for tokens in policy.codec.token_ids} == {1}
+    rows = torch.tensor(policy.codec.token_ids)[:, 0]  # (A,)
     images = frames(3)
-    logprobs = policy(policy.prepare(images, INSTRUCTIONS)).logprobs  # (B, A)
+    logprobs = policy.distribution(policy.prepare(images, INSTRUCTIONS))[0]  # (B, A)
     for row, instruction in enumerate(INSTRUCTIONS):
         text = policy.prompts.render(instruction)
         logits = model(**processor(text=text, images=images[row], return_tensors="pt")).logits[0, -1, rows]  # (A,)
         assert torch.allclose(logprobs[row], logits.log_softmax(-1), atol=1e-5)
-    assert (logprobs.exp() - policy(policy.prepare(images[::-1], INSTRUCTIONS)).logprobs.exp()).abs().max() > 0.01
+    assert (logprobs.exp() - policy.distribution(policy.prepare(images[::-1], INSTRUCTIONS))[0].exp()).abs().max() > 0.01
 
 
 @torch.no_grad()
@@ -104,13 +104,13 @@ def test_actions_of_several_tokens(folder, library):
     inputs = policy.prepare(frames(1), ["go"])
     expected = {}
     for branch in policy.codec.branches:
-        ids = torch.cat([inputs.input_ids[0], torch.tensor(branch.path, dtype=torch.long)])[None]
+        ids = torch.cat([inputs["input_ids"][0], torch.tensor(branch.path, dtype=torch.long)])[None]
         pixels = processor.image_processor(list(frames(1)), return_tensors="pt")
         logits = model(input_ids=ids, **pixels).logits[0, -1, list(branch.children)]
         expected |= {(*branch.path, child): p for child, p in zip(branch.children, logits.log_softmax(-1), strict=True)}
     for action, tokens in enumerate(policy.codec.token_ids):
         steps = [expected[path] for end in range(len(tokens)) if (path := tuple(tokens[: end + 1])) in expected]
-        assert torch.allclose(policy(inputs).logprobs[0, action], sum(steps), atol=1e-5)
+        assert torch.allclose(policy.distribution(inputs)[0][0, action], sum(steps), atol=1e-5)
 
 
 def test_trainable_marks_the_named_parts(folder):
@@ -132,7 +132,7 @@ def test_trainable_marks_the_named_parts(folder):
 
 def test_the_parameter_table(folder):
     policy = load(folder, "adapter")
-    table = {part: (total, learns) for part, total, learns in parameter_table(policy.model_parts, policy.value_head)}
+    table = {part: (total, learns) for part, total, learns in parameter_table(policy.parts, policy.value_head)}
     assert list(table) == ["encoder", "adapter", "language model", "value head"]
     assert sum(total for total, _ in table.values()) == sum(p.numel() for p in policy.parameters())
     assert [part for part, (_, learns) in table.items() if learns] == ["adapter", "value head"]

@@ -8,7 +8,8 @@ from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.architectures.composed import ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.prompts import MAX_INSTRUCTION_CHARS, SYSTEM, PromptBuilder, clean_text
+from manako.policies.prompts import MAX_INSTRUCTION_CHARS, PromptBuilder, clean_text
+from manako.policies.source import SYSTEM
 from tests.helpers.foreign_models import (
     FRAME,
     NAMES,

@@ -1,0 +1,156 @@
+"""Players that act in a policy's place and cannot learn: the env's scripted expert, chance, recorded play.
+
+Each is a `Policy`: what it must be told beside frame and instruction stands in `needs`, and `act` draws with the run's
+random numbers. One of your own, here one that asks a service, frame by frame:
+
+    class Remote(Player):
+        def prepare(self, images, instructions, told=None):
+            asked = [ask(image, text, self.spec.action_names) for image, text in zip(images, instructions)]
+            return Rows({"index": torch.tensor([self.spec.action_names.index(name) for name in asked])})
+
+        def act(self, inputs, draws, greedy=False):
+            return self.certain(inputs["index"])
+
+    collector = RolloutCollector(env, Remote(policy.spec), num_steps, seed, record=True)
+    to_dataset([collector.collect(0)], policy, env_id, "remote", {})
+
+Locally and with ray-env there is one, which is asked for all slots before each of their steps, in order. With
+ray-replica every worker has its own copy (it must pickle) and may repeat a rollout: keep no state there.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manako.agent.data.recordings import Recording
+from manako.agent.errors import TrainingError
+from manako.policies.interface import Acted, Draws, Policy, PolicySpec, Rows, acted_by_choice
+
+
+class Player(Policy):
+    """A policy without weights.
+
+    Args:
+        spec: of the policy in whose place it plays.
+    """
+
+    def __init__(self, spec: PolicySpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def prepare(
+        self, images: np.ndarray, instructions: Sequence[str], told: Mapping[str, np.ndarray] | None = None
+    ) -> Rows:
+        """Returns what it was told, (B, ...) each, and `slot` (B,)."""
+        columns = {name: torch.from_numpy(np.array(values)) for name, values in (told or {}).items()}
+        return Rows({"slot": torch.arange(len(images)), **columns})
+
+    def drawn_from(self, probabilities: Tensor, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns actions drawn from probabilities (B, A), or the likeliest ones; values are 0."""
+        return acted_by_choice(probabilities.log(), torch.zeros(len(probabilities)), draws, greedy)
+
+    def certain(self, actions: Tensor) -> Acted:
+        """Returns these actions (B,) int64, at log-probability 0."""
+        one = torch.nn.functional.one_hot(actions, len(self.spec.action_names)).float()  # (B, A)
+        return self.drawn_from(one, Draws([]), greedy=True)
+
+
+class ScriptedPlayer(Player):
+    """The env's scripted expert, wrong with a given probability: then any other action, each alike.
+
+    Args:
+        spec: see `Player`.
+        error_rate: in [0, 1].
+    """
+
+    needs = ("expert_actions",)
+
+    def __init__(self, spec: PolicySpec, error_rate: float = 0.0) -> None:
+        super().__init__(spec)
+        if not 0 <= error_rate <= 1:
+            raise TrainingError(f"error_rate is {error_rate}: expected a number from 0 to 1.")
+        self.error_rate = error_rate
+
+    def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns the expert's actions, or with `error_rate` others."""
+        experts, count = inputs["expert_actions"], len(self.spec.action_names)
+        probabilities = torch.full((len(experts), count), self.error_rate / (count - 1))
+        probabilities.scatter_(1, experts[:, None], 1 - self.error_rate)
+        return self.drawn_from(probabilities, draws, greedy)
+
+
+class RandomPlayer(Player):
+    """Every action alike."""
+
+    def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns uniform actions; a likeliest one there is not, so `greedy` draws as well."""
+        count = len(self.spec.action_names)
+        return self.drawn_from(torch.full((len(inputs), count), 1 / count), draws)
+
+
+class RecordedPlayer(Player):
+    """Plays recordings again: slot k those of `queues[k]`, one after another, and after the last the first again.
+
+    The slots' episodes must have the recordings' seeds: `EpisodeVectorEnv(seed_lists=player.seed_lists)`. It keeps
+    count of them, so it plays in one process and from the start.
+
+    Args:
+        spec: see `Player`.
+        queues: the recordings of each slot, N; see `in_slots`.
+
+    Attributes:
+        seed_lists: the seeds of the same, N.
+        quota: how many recordings each slot has, N; with it `to_dataset` takes every recording once.
+        num_steps: steps after which all have been played to their end, and a step more: with that one a recording that
+            is too short is noticed.
+    """
+
+    needs = ("episode_seeds", "episode_steps")
+
+    def __init__(self, spec: PolicySpec, queues: Sequence[Sequence[Recording]]) -> None:
+        super().__init__(spec)
+        self.queues = queues
+        self.seed_lists = [[recording.seed for recording in queue] for queue in queues]
+        self.quota = [len(queue) for queue in queues]
+        self.num_steps = 1 + max(sum(len(recording.actions) for recording in queue) for queue in queues)
+        self._started = [0] * len(queues)  # episodes
+        self._played = [0] * len(queues)  # steps of the present ones
+
+    def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns the recorded actions.
+
+        Raises:
+            TrainingError: an episode goes on after its recording's end, or the other way round, or has another seed.
+        """
+        steps, seeds = inputs["episode_steps"].tolist(), inputs["episode_seeds"].tolist()
+        actions = [self._next(slot, *now) for slot, now in enumerate(zip(steps, seeds, strict=True))]
+        return self.certain(torch.tensor(actions))
+
+    def _next(self, slot: int, step: int, seed: int) -> int:
+        if step == 0:
+            if self._started[slot] and self._played[slot] < len(self._present(slot).actions):
+                recording, last = self._present(slot), self._played[slot] - 1
+                raise TrainingError(
+                    f"The recording in {recording.place} (seed {recording.seed}) goes on for {len(recording.actions)} "
+                    f"actions, and the episode has ended with step {last}: expected the environment and env_kwargs "
+                    "that it was played in, and no action after the end."
+                )
+            self._started[slot] += 1
+        recording = self._present(slot)
+        if seed != recording.seed:
+            raise TrainingError(
+                f"Slot {slot} plays an episode of seed {seed}, and the recording in {recording.place} is of "
+                f"{recording.seed}: expected an environment that was given the player's seed_lists."
+            )
+        if step == len(recording.actions):
+            raise TrainingError(
+                f"The recording in {recording.place} (seed {recording.seed}) ends before step {step}, and the episode "
+                "goes on: expected the environment and env_kwargs that it was played in, and all actions to the end."
+            )
+        self._played[slot] = step + 1
+        return recording.actions[step]
+
+    def _present(self, slot: int) -> Recording:
+        return self.queues[slot][(self._started[slot] - 1) % len(self.queues[slot])]

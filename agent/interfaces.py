@@ -1,0 +1,127 @@
+"""What learning needs of environments, and what it gets rollouts from; `agent/` imports no environment."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from manako.agent.rollout import Rollout
+
+
+class Shown(Protocol):
+    """What N environments show."""
+
+    @property
+    def images(self) -> np.ndarray:
+        """(N, H, W, 3) uint8."""
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """N texts."""
+
+
+class Stepped(Protocol):
+    """What one step of N environments gave."""
+
+    @property
+    def observations(self) -> Shown:
+        """What the step returned: an episode's last frame where it ended."""
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """(N,)."""
+
+    @property
+    def terminated(self) -> np.ndarray:
+        """(N,) bool."""
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """(N,) bool."""
+
+    @property
+    def success(self) -> np.ndarray:
+        """(N,) bool, the episode ended with this step, successfully."""
+
+
+class VectorEnv(Protocol):
+    """The part of `manako.envs.EpisodeVectorEnv` that learning needs."""
+
+    num_envs: int
+    first_slot: int
+    action_names: tuple[str, ...]
+    episode_returns: np.ndarray  # (N,)
+    episode_lengths: np.ndarray  # (N,)
+    episode_seeds: list[int]  # N
+
+    def reset(self, seeds: Sequence[int] | None = None) -> Shown:
+        """Starts an episode in every slot."""
+
+    def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Shown:
+        """Starts the next episode where `mask` (N,) is True."""
+
+    def start_round(self, number: int) -> Shown:
+        """Starts a new episode in every slot; `number` selects the episodes."""
+
+    def expert_actions(self) -> np.ndarray:
+        """Returns what the env's scripted expert would do now, (N,)."""
+
+    def step(self, actions: np.ndarray) -> Stepped:
+        """Takes one action (N, ...) in every slot."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as JSON: `first_slot`, and of N slots each `episodes`, `slots`, `replacements`."""
+
+    def load_state_dict(self, state: Any) -> Shown | None:
+        """Brings every slot back to where it was."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class EvaluationEnv(VectorEnv, Protocol):
+    """Environments that can also say what another instruction would be."""
+
+    def replaced_instructions(self) -> tuple[str, ...]:
+        """Returns for each slot a valid instruction other than its own."""
+
+
+# What an environment tells beside frame and instruction, by the name that `Policy.needs` asks for it.
+TOLD = {
+    "expert_actions": lambda env: np.asarray(env.expert_actions()),  # (N,)
+    "episode_seeds": lambda env: np.array(env.episode_seeds),  # (N,)
+    "episode_steps": lambda env: np.array(env.episode_lengths),  # (N,) steps taken, 0 at an episode's start
+}
+
+
+def ask(env: VectorEnv, needs: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns what a policy needs to be told, by name."""
+    return {name: TOLD[name](env) for name in needs}
+
+
+class Rollouts(Protocol):
+    """Where rollouts come from: this process or workers, with the same trajectories for the same seed and weights."""
+
+    num_envs: int
+    num_steps: int
+
+    def collect(self, iteration: int) -> "Rollout":
+        """Plays the T steps of that iteration in every environment."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns numbers of the last rollout for the log, beside those of every rollout."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the environments are, as JSON."""
+
+    def load_state_dict(self, state: Any, tensors: "dict[str, torch.Tensor]") -> None:
+        """Brings them back; `tensors` are those of `tensors()`."""
+
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """Returns weights that a resumed run needs beside the policy's."""
+
+    def close(self) -> None:
+        """Ends environments and workers."""
