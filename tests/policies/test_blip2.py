@@ -93,7 +93,9 @@ def test_a_policy_answers_as_the_library_does(folder, library):
         text = policy.prompts.render(instruction)
         logits = model(**processor(text=text, images=images[row], return_tensors="pt")).logits[0, -1, rows]  # (A,)
         assert torch.allclose(logprobs[row], logits.log_softmax(-1), atol=1e-5)
-    assert (logprobs.exp() - policy.distribution(policy.prepare(images[::-1], INSTRUCTIONS))[0].exp()).abs().max() > 0.01
+    assert (
+        logprobs.exp() - policy.distribution(policy.prepare(images[::-1], INSTRUCTIONS))[0].exp()
+    ).abs().max() > 0.01
 
 
 @torch.no_grad()
