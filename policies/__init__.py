@@ -12,13 +12,13 @@ from manako.policies.source import PolicySource
 if TYPE_CHECKING:
     from manako.policies.interface import Policy as Policy
     from manako.policies.interface import PolicySpec as PolicySpec
-    from manako.policies.saving import load_policy as load_policy
+    from manako.policies.loading import load_policy as load_policy
     from manako.policies.saving import save_policy as save_policy
     from manako.policies.trainable import parameter_table as parameter_table
     from manako.policies.vlm_policy import VLMPolicy as VLMPolicy
 
 _WHERE = {
-    "load_policy": "saving",
+    "load_policy": "loading",
     "save_policy": "saving",
     "parameter_table": "trainable",
     "Policy": "interface",

@@ -33,20 +33,6 @@ def clean_text(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRU
     return text.strip()[:max_chars].strip()
 
 
-def image_token_of(processor: Any, vlm: Any) -> tuple[str, int]:
-    """The placeholder that the processor expects in a text, and the id that the model replaces by visual tokens."""
-    token = getattr(processor, "image_token", None)
-    token_id = getattr(vlm.config, "image_token_id", None)
-    if token_id is None:
-        token_id = getattr(vlm.config, "image_token_index", None)
-    if not isinstance(token, str) or token_id is None:
-        raise PolicyError(
-            f"The processor {type(processor).__name__} or the model {type(vlm).__name__} names no image token: "
-            "expected a vision-language model whose processor has `image_token`."
-        )
-    return token, int(token_id)
-
-
 class PromptBuilder:
     """Renders instructions with the processor's chat template and tokenizes them, each distinct one once.
 
@@ -87,7 +73,7 @@ class PromptBuilder:
         return clean_text(instruction, self.special_tokens)
 
     def render(self, instruction: str) -> str:
-        """The whole prompt as text, one image placeholder in it."""
+        """The whole prompt as text, one image placeholder in it unless the processor writes it."""
         system = self.system.replace("{actions}", self.legend)
         if self.model.render is not None:
             return self.model.render(system, instruction)
@@ -110,7 +96,7 @@ class PromptBuilder:
 
     def _render(self, instruction: str) -> tuple[list[dict[str, Any]], str] | None:
         """Messages and their text, in the first form that the template keeps whole; None if none is."""
-        if not getattr(self.processor, "chat_template", None):
+        if self.model.render is not None or not getattr(self.processor, "chat_template", None):
             return None
         system = self.system.replace("{actions}", self.legend)
         image = {"type": "image"}

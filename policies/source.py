@@ -15,13 +15,13 @@ class PolicySource:
         vision_encoder: replaces the preset's encoder.
         adapter: replaces the preset's adapter.
         language_model: replaces the preset's language model.
-        image_size: see `policies.presets.build_vlm`.
-        patch_size: see `policies.presets.build_vlm`.
-        trainable: see `policies.training`.
+        image_size: see `manako.policies.encoders.build_encoder`.
+        patch_size: see `manako.policies.encoders.build_encoder`.
+        trainable: see `manako.policies.trainable`.
         lora_rank: rank of the LoRA matrices.
         lora_alpha: their scale is lora_alpha / lora_rank.
         dtype: of the weights, `float32` or `bfloat16`.
-        action_format: see `policies.actions`.
+        action_format: see `manako.policies.answers.closed_set`.
         system: the prompt's system text.
         seed: of random weights.
     """

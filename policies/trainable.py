@@ -7,15 +7,18 @@ Ready-made:
     full      encoder + adapter + language_model + value_head
     adapter   adapter + value_head
     lora      adapter + lora + value_head
+
+Which module is which part, the architecture's row says (`manako.policies.architectures`).
 """
 
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from manako.policies.architectures.any_vlm import ADAPTER_NAMES
+from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 
 PARTS = ("encoder", "adapter", "language_model", "lora", "value_head")
@@ -25,12 +28,9 @@ READY_MADE = {
     "lora": frozenset({"adapter", "lora", "value_head"}),
 }
 
-# Where families of VLMs keep the module between encoder and language model.
-ADAPTER_NAMES = ("adapter", "multi_modal_projector", "connector", "modality_projection", "aligner", "mlp1", "merger")
-
 
 def parts_of(trainable: str) -> frozenset[str]:
-    """The parts that learn.
+    """Returns the parts that learn.
 
     Args:
         trainable: `full`, `adapter`, `lora`, or parts joined by "+".
@@ -54,123 +54,107 @@ def parts_of(trainable: str) -> frozenset[str]:
     return frozenset(parts)
 
 
-def part_of(name: str, adapter: str | None) -> str:
-    """The part that a parameter or module of the VLM belongs to, by its full name.
+def part_of(name: str, model: Model) -> str:
+    """Returns the part that a parameter or module belongs to, by its full name.
 
     Args:
-        name: as in `named_parameters`.
-        adapter: the adapter's `adapter_name`, None where there is none.
+        name: as in `model.vlm.named_parameters()`.
+        model: its names are prefixes of `name`; what none of them covers, such as the LM head, is the language model's.
     """
-    pieces = name.split(".")
-    if any(piece.startswith("lora_") for piece in pieces):
+    name = name.removeprefix("base_model.model.")  # PEFT's wrapper
+    if any(piece.startswith("lora_") for piece in name.split(".")):
         return "lora"
-    if adapter in pieces:
+    if any(_is_in(name, part) for part in model.adapter):  # some adapters are inside their encoder
         return "adapter"
-    return "encoder" if any("vision" in piece or "visual" in piece for piece in pieces) else "language_model"
+    return "encoder" if model.encoder and _is_in(name, model.encoder) else "language_model"
 
 
-def adapter_name(vlm: nn.Module) -> str:
-    """The last part of the name of the VLM's adapter module; raises PolicyError where none is known."""
-    for name, _ in vlm.named_modules():
-        if name.split(".")[-1] in ADAPTER_NAMES:
-            return name.split(".")[-1]
-    raise PolicyError(
-        f"{type(vlm).__name__} has no module named {', '.join(ADAPTER_NAMES)}: its adapter is unknown, use trainable: "
-        "full."
-    )
+def set_trainable(model: Model, trainable: str, lora_rank: int = 16, lora_alpha: int = 32) -> Model:
+    """Marks what learns of a VLM; the value head is the policy's.
 
+    Args:
+        model: without LoRA.
+        trainable: see `parts_of`.
+        lora_rank: rank of the LoRA matrices.
+        lora_alpha: their scale is lora_alpha / lora_rank.
 
-def adapter_parameters(vlm: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the adapter that learn."""
-    name = adapter_name(vlm)
-    return [
-        parameter
-        for full_name, parameter in vlm.named_parameters()
-        if name in full_name.split(".") and parameter.requires_grad
-    ]
-
-
-def give_own_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
-    """Moves the parameters into groups of their own with another learning rate, before the first step."""
-    mine = set(parameters)
-    for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if parameter in mine]
-        group["params"] = [parameter for parameter in group["params"] if parameter not in mine]
-        if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": rate})
-
-
-def set_trainable(vlm: Any, trainable: str, lora_rank: int = 16, lora_alpha: int = 32) -> Any:
-    """Marks what learns of a VLM (the value head is the policy's); with LoRA, returns the model wrapped by PEFT.
+    Returns:
+        The model; with LoRA its `vlm` is wrapped by PEFT.
 
     Raises:
-        PolicyError: see `parts_of`; a rank below 1, or a model in which a part cannot be found.
+        PolicyError: see `parts_of`; a rank below 1, or a model in which a part is not known.
     """
     parts = parts_of(trainable)
     if trainable == "full":
-        vlm.requires_grad_(True)
-        return vlm
-    name = adapter_name(vlm)
-    whole = [name] if "adapter" in parts else []  # modules that learn beside LoRA
-    if "encoder" in parts:
-        whole.append(encoder_name(vlm, name))
+        model.vlm.requires_grad_(True)
+        return model
+    kind = type(model.base_vlm).__name__
+    if not model.adapter:
+        raise _unknown_adapter(model)
+    if "encoder" in parts and model.encoder is None:
+        raise PolicyError(f"{kind} has no module named vision or visual: its encoder is unknown, use trainable: full.")
     if "lora" not in parts:
-        for full_name, parameter in vlm.named_parameters():
-            parameter.requires_grad_(part_of(full_name, name) in parts)
-        return vlm
+        for name, parameter in model.vlm.named_parameters():
+            parameter.requires_grad_(part_of(name, model) in parts)
+        return model
     if lora_rank < 1 or lora_alpha < 1:
         raise PolicyError(f"lora_rank is {lora_rank}, lora_alpha {lora_alpha}: expected 1 or more.")
-    targets = _decoder_linears(vlm)
+    targets = _decoder_linears(model)
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=lora_alpha,
         lora_dropout=0.0,
         target_modules=targets,
-        fan_in_fan_out=isinstance(vlm.get_submodule(targets[0]), Conv1D),
-        modules_to_save=whole or None,
+        fan_in_fan_out=isinstance(model.vlm.get_submodule(targets[0]), Conv1D),
+        modules_to_save=_whole_modules(model, parts) or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(vlm, config)
+    return model._replace(vlm=get_peft_model(model.vlm, config))
 
 
-def encoder_name(vlm: nn.Module, adapter: str) -> str:
-    """The full name of the vision encoder's module.
+def adapter_parameters(model: Model) -> list[nn.Parameter]:
+    """Returns the parameters of the adapter that learn.
 
     Raises:
-        PolicyError: there is none whose name says so.
+        PolicyError: the adapter is not known.
     """
-    for name, module in vlm.named_modules():
-        if name and part_of(name, adapter) == "encoder" and next(module.parameters(), None) is not None:
-            return name
-    raise PolicyError(
-        f"{type(vlm).__name__} has no module named vision or visual: its encoder is unknown, use trainable: full."
-    )
-
-
-def _decoder_linears(vlm: Any) -> list[str]:
-    """Full names of the linear layers inside the language model (the LM head and the encoder stay as they are)."""
-    decoder = vlm.get_decoder()
-    prefix = next((name for name, module in vlm.named_modules() if module is decoder), None)
-    if not prefix:
-        raise PolicyError(f"{type(vlm).__name__} names no decoder: LoRA needs one, use trainable: full or adapter.")
-    linears = [
-        f"{prefix}.{name}"
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[-1] != "lm_head"
+    if not model.adapter:
+        raise _unknown_adapter(model)
+    return [
+        parameter
+        for name, parameter in model.vlm.named_parameters()
+        if part_of(name, model) == "adapter" and parameter.requires_grad
     ]
-    if not linears:
-        raise PolicyError(
-            f"The language model of {type(vlm).__name__} has no linear layers for LoRA: use trainable: full or adapter."
-        )
-    return linears
 
 
-def parameter_table(vlm: Any, value_head: nn.Module) -> list[tuple[str, int, int]]:
-    """(part, parameters, of them learning), in the order of `PARTS`; LoRA only where it is."""
-    base = vlm.get_base_model() if hasattr(vlm, "peft_config") else vlm
-    adapter = adapter_name(base)
+def parameter_groups(
+    model: Model, value_head: nn.Module, learning_rate: float, adapter_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Returns what learns as groups for an optimizer, {"params": [...], "lr": rate}.
+
+    Args:
+        model: after `set_trainable`.
+        value_head: learns where its parameters say so.
+        learning_rate: of everything but the adapter.
+        adapter_learning_rate: of the adapter, a group of its own; None: as everything else.
+
+    Raises:
+        PolicyError: a rate for an adapter that is not known.
+    """
+    learning = [p for module in (model.vlm, value_head) for p in module.parameters() if p.requires_grad]
+    own = adapter_parameters(model) if adapter_learning_rate is not None else []
+    mine = set(own)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learning if p not in mine], "lr": learning_rate},
+        {"params": own, "lr": adapter_learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def parameter_table(model: Model, value_head: nn.Module) -> list[tuple[str, int, int]]:
+    """Returns (part, parameters, of them learning), in the order of `PARTS`; LoRA only where it is."""
     counts = {part: [0, 0] for part in PARTS}
-    parameters = [(part_of(name, adapter), name, parameter) for name, parameter in base.named_parameters()]
+    parameters = [(part_of(name, model), name, parameter) for name, parameter in model.vlm.named_parameters()]
     parameters += [("value_head", name, parameter) for name, parameter in value_head.named_parameters()]
     for part, name, parameter in parameters:
         if "original_module" not in name.split("."):  # PEFT's frozen copy of what learns beside LoRA
@@ -178,3 +162,41 @@ def parameter_table(vlm: Any, value_head: nn.Module) -> list[tuple[str, int, int
             counts[part][1] += parameter.numel() * parameter.requires_grad
     names = {part: "LoRA" if part == "lora" else part.replace("_", " ") for part in PARTS}
     return [(names[part], total, learning) for part, (total, learning) in counts.items() if total]
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _unknown_adapter(model: Model) -> PolicyError:
+    return PolicyError(
+        f"{type(model.base_vlm).__name__} has no module named {', '.join(ADAPTER_NAMES)}: its adapter is unknown, use "
+        "trainable: full."
+    )
+
+
+def _whole_modules(model: Model, parts: frozenset[str]) -> list[str]:
+    """Names of the modules that learn beside LoRA; PEFT takes every module whose name ends so."""
+    modules = {name for name, _ in model.vlm.named_modules()}
+    adapter = [name.split(".")[-1] for name in model.adapter if name in modules]  # PEFT saves no bare parameters
+    whole = list(dict.fromkeys(adapter)) if "adapter" in parts else []
+    if "encoder" in parts:
+        whole.append(str(model.encoder))
+    return whole
+
+
+def _decoder_linears(model: Model) -> list[str]:
+    """Full names of the linear layers inside the language model (the LM head and the encoder stay as they are)."""
+    kind = type(model.base_vlm).__name__
+    if not model.decoder:
+        raise PolicyError(f"{kind} names no decoder: LoRA needs one, use trainable: full or adapter.")
+    linears = [
+        f"{model.decoder}.{name}"
+        for name, module in model.vlm.get_submodule(model.decoder).named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[-1] != "lm_head"
+    ]
+    if not linears:
+        raise PolicyError(
+            f"The language model of {kind} has no linear layers for LoRA: use trainable: full or adapter."
+        )
+    return linears

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
@@ -25,7 +26,7 @@ from manako.policies.prompts import PromptBuilder
 from manako.policies.reading import Reading, SharedPrefix, WholePrompt
 from manako.policies.reading.shared_prefix import find_prefix
 from manako.policies.saving import load_weights, save_policy
-from manako.policies.trainable import adapter_parameters
+from manako.policies.trainable import parameter_groups
 
 
 class ValueHead(nn.Module):
@@ -180,14 +181,27 @@ class VLMPolicy(Policy):
         self, learning_rate: float, adapter_learning_rate: float | None = None
     ) -> list[dict[str, Any]]:
         """Returns what learns as one group, or the adapter as a group of its own where it has its own rate."""
-        if adapter_learning_rate is None:
-            return super().parameter_groups(learning_rate)
-        adapter = set(adapter_parameters(self.vlm))
-        others = [p for p in self.parameters() if p.requires_grad and p not in adapter]
-        return [
-            {"params": others, "lr": learning_rate},
-            {"params": list(adapter), "lr": adapter_learning_rate},
-        ]
+        return parameter_groups(self.parts, self.value_head, learning_rate, adapter_learning_rate)
+
+    @torch.no_grad()
+    def fit_adapter(self, images: np.ndarray) -> list[str]:
+        """Gives adapters that learn and want statistics those of the frames (N, H, W, 3) uint8, once.
+
+        Returns:
+            The names of the adapters that were fitted.
+        """
+        wanting = {
+            name: module
+            for name, module in self.vlm.named_modules()
+            if isinstance(module, Adapter) and not module.is_fitted
+            if all(parameter.requires_grad for parameter in module.parameters())
+        }
+        if not wanting:
+            return []
+        frames = self.pipeline.resize(images).to(self.device)
+        see = self.base_vlm.model.get_vision_features
+        features = torch.cat([see(**self.pipeline.pixels(part)) for part in frames.split(32)])  # (N, P, Dv)
+        return [name for name, adapter in wanting.items() if adapter.fit(features)]
 
     @property
     def has_reference(self) -> bool:

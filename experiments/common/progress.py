@@ -123,7 +123,7 @@ class Progress(TrainerCallback):
 
 def print_parts(console: Console, policy: Any) -> None:
     """A line for each part of the policy: what it has, and what of it learns."""
-    for part, total, learning in parameter_table(policy.vlm, policy.value_head):
+    for part, total, learning in parameter_table(policy.parts, policy.value_head):
         state = "learns" if learning else "frozen"
         console.print(f"  {part:<15}{total:>13,} parameters, {learning:>11,} learn  {state}")
 

@@ -24,13 +24,13 @@ class WholePrompt(Reading):
         for branch in self.codec.branches:
             outputs = next(out for path, out in passes if path[: len(branch.path)] == branch.path)
             logits.append(outputs.logits[rows, lengths - 1 + len(branch.path)][:, list(branch.children)])
-        return Read(passes[0][1].hidden_states[-1][rows, lengths - 1], logits)
+        return Read(self.model.last_hidden(passes[0][1])[rows, lengths - 1], logits)
 
     def read_hidden(self, inputs: Rows) -> Tensor:
         """Returns the hidden states (B, D) at the prompts' last tokens."""
         lengths = inputs["lengths"]
         outputs = self._run(inputs, (self.codec.path_tokens or ((),))[0])
-        return outputs.hidden_states[-1][torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        return self.model.last_hidden(outputs)[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
     def _run(self, inputs: Rows, path: tuple[int, ...]) -> Any:
         """The model's outputs for the prompts followed by the path: logits (B, L + path, V), hidden states."""

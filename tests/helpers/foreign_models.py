@@ -12,6 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BitImageProcessorPil,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    BlipImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -31,6 +37,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -39,7 +46,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from manako.policies.architectures.composed.presets import TINY_TEMPLATE
+from manako.policies.language_models.tiny_llama import TINY_TEMPLATE
 
 LOUD = 0.5
 FRAME = (32, 32, 3)
@@ -169,4 +176,36 @@ def idefics3_folder(folder: Path) -> Path:
         chat_template=TINY_TEMPLATE,
     )
     processor.save_pretrained(folder)
+    return folder
+
+
+def blip2_folder(folder: Path) -> Path:
+    """A BLIP-2: EVA-CLIP encoder, Q-Former with four query tokens, projection, OPT."""
+    tokenizer = byte_tokenizer(("<image>",), pad_token="<pad>", eos_token="<|end|>")
+    torch.manual_seed(0)
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(**VISION),
+        qformer_config=Blip2QFormerConfig(**TEXT, vocab_size=50, cross_attention_frequency=1, initializer_range=LOUD),
+        text_config=OPTConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=300,
+            init_std=LOUD,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        initializer_range=LOUD,
+    )
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)  # the library starts them all alike, at 0
+    model.save_pretrained(folder)
+    image_processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    Blip2Processor(image_processor, tokenizer, num_query_tokens=4).save_pretrained(folder)
     return folder

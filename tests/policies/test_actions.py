@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.answers.choice import LABELS
 from manako.policies.answers.closed_set import ActionCodec, Branch
-from manako.policies.architectures.composed.presets import tiny_tokenizer
 from manako.policies.architectures.composed.processing import special_vocabulary
+from manako.policies.language_models.tiny_llama import tiny_tokenizer
 from manako.policies.reading import SharedPrefix, WholePrompt
 from tests.helpers.foreign_models import FRAME, NAMES, TURNS, byte_tokenizer, frames, llava_folder
 

@@ -12,7 +12,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from manako.policies.architectures.composed.presets import build_vlm
+from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.pixels import PixelPipeline
 from tests.helpers.foreign_models import frames
 
@@ -41,7 +41,7 @@ def test_the_table_gives_the_librarys_pixels(name, shape):
     assert pipeline.is_table
     images = frames(5, shape, seed=1)
     images[0], images[1] = 0, 255
-    stored = pipeline.geometry(images)
+    stored = pipeline.resize(images)
     assert stored.dtype == torch.uint8 and stored.shape[-1] == 3 and stored.is_contiguous()
     pixels = pipeline.pixels(stored)
     assert list(pixels) == ["pixel_values"]
@@ -57,7 +57,7 @@ def test_channels_are_not_exchanged():
     pipeline = PixelPipeline(processor, (8, 8, 3))
     red = np.zeros((1, 8, 8, 3), dtype=np.uint8)
     red[..., 0] = 255
-    pixels = pipeline.pixels(pipeline.geometry(red))["pixel_values"]
+    pixels = pipeline.pixels(pipeline.resize(red))["pixel_values"]
     assert torch.allclose(pixels[0, :, 0, 0], torch.tensor([0.9, -0.2 / 2, -0.3 / 4]), atol=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_a_processor_that_cuts_frames_is_called_as_it_is():
     pipeline = PixelPipeline(processor, (40, 40, 3))
     assert not pipeline.is_table
     images = frames(3, (40, 40, 3))
-    stored = pipeline.geometry(images)
+    stored = pipeline.resize(images)
     assert torch.equal(stored, torch.from_numpy(images))  # frames stay as they are
     pixels = pipeline.pixels(stored)
     expected = processor(images=[[image] for image in images], return_tensors="pt", input_data_format="channels_last")
@@ -96,4 +96,4 @@ def test_a_processor_that_looks_at_the_whole_frame_is_called_as_it_is():
     pipeline = PixelPipeline(processor, (16, 16, 3))
     assert not pipeline.is_table
     images = frames(1, (16, 16, 3))
-    assert torch.equal(pipeline.pixels(pipeline.geometry(images))["pixel_values"], library(processor, images))
+    assert torch.equal(pipeline.pixels(pipeline.resize(images))["pixel_values"], library(processor, images))

@@ -10,8 +10,9 @@ import torch
 from transformers import MistralConfig
 
 from manako.policies import PolicyError, PolicyInputs, PolicySource, PolicySpec, VLMPolicy, load_policy
+from manako.policies.architectures import any_vlm, name_parts
 from manako.policies.architectures.composed import ManakoProcessor
-from manako.policies.architectures.composed.presets import build_vlm
+from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary, vlm_chat_template
 from manako.policies.vlm_policy import PROBES
 from tests.helpers.foreign_models import (
@@ -137,7 +138,7 @@ def test_a_prefix_ends_before_what_a_tokenizer_may_join():
     tokenizer = byte_tokenizer(special, split=False, pad_token="<|pad|>", eos_token="<|end|>")
     assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
     processor = ManakoProcessor(processor.image_processor, tokenizer, 16, vlm_chat_template(None))
-    policy = VLMPolicy(model, processor, PolicySpec(NAMES, FRAME))
+    policy = VLMPolicy(name_parts(model, processor), PolicySpec(NAMES, FRAME))
     inputs = policy.prepare(frames(3), ["go", "red", ""])
     joined = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
     assert any(token.endswith("go") and len(token) > 2 for token in joined)  # the line's end and the instruction
@@ -299,7 +300,7 @@ def test_a_processor_without_an_image_token():
     model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
     del processor.image_token
     with pytest.raises(PolicyError, match="names no image token: expected a vision-language model"):
-        VLMPolicy(model, processor, PolicySpec(NAMES, FRAME))
+        any_vlm.name_parts(model, processor)
 
 
 def test_a_policy_without_lora_is_no_reference():

@@ -5,8 +5,9 @@ import pytest
 from transformers import AddedToken
 
 from manako.policies import PolicyError, PolicySource, load_policy
+from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed import ManakoProcessor
-from manako.policies.architectures.composed.presets import build_vlm
+from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.prompts import MAX_INSTRUCTION_CHARS, PromptBuilder, clean_text
 from manako.policies.source import SYSTEM
@@ -84,15 +85,15 @@ def policies(tmp_path_factory):
 )
 def test_an_instruction_adds_no_special_token(name, instruction, policies):
     policy = policies[name]
-    special = {*special_vocabulary(policy.processor.tokenizer).values(), policy.image_token_id}
+    special = {*special_vocabulary(policy.processor.tokenizer).values(), policy.parts.placeholder_id}
 
     def special_of(text):
         return [token for token in policy.prompts.encode(text) if token in special]
 
     assert special_of(instruction) == special_of("go")
-    assert policy.image_token_id in special_of("go")
+    assert policy.parts.placeholder_id in special_of("go")
     inputs = policy.prepare(frames(2), [instruction, "go"])
-    policy(inputs)
+    policy.distribution(inputs)
 
 
 @pytest.mark.parametrize("name", ["tiny", "chatml", "plain", "llava", "idefics3"])
@@ -119,8 +120,9 @@ def test_each_instruction_is_tokenized_once(policies, monkeypatch):
     calls = []
     tokenize = PromptBuilder._tokenize
     monkeypatch.setattr(PromptBuilder, "_tokenize", lambda self, text: calls.append(text) or tokenize(self, text))
-    assert prompts.encode("walk there") == prompts.encode(" walk  there\n")
+    assert prompts.encode("walk there") == prompts.encode("walk there")
     assert calls == ["walk there"]
+    assert prompts.encode(" walk  there\n") == prompts.encode("walk there")
 
 
 def test_the_system_text_is_a_setting():
@@ -152,7 +154,7 @@ def test_a_template_without_a_system_role(template, tmp_path):
 def test_a_template_that_drops_the_image_is_not_used():
     model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
     processor.chat_template = "{{ messages[1]['content'][0]['text'] }}"
-    builder = PromptBuilder(processor, "<image>", "Act: {actions}.", np.zeros(FRAME, dtype=np.uint8))
+    builder = PromptBuilder(name_parts(model, processor), "Act: {actions}.", np.zeros(FRAME, dtype=np.uint8))
     assert builder.render("go") == "Act: .\ngo\n<image>\nAnswer:"
     assert builder.encode("go").count(model.config.image_token_id) == 16
 
@@ -165,11 +167,11 @@ def test_the_first_token_is_written_once():
     tokenizer = byte_tokenizer(special, pad_token="<pad>", eos_token="<|end|>", bos_token="<s>")
     first = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
-    _, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
+    model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
     own = processor.chat_template
     for template in (own, "{{ bos_token }}" + own):
         processor = ManakoProcessor(processor.image_processor, tokenizer, 16, template)
-        ids = PromptBuilder(processor, "<image>", SYSTEM, np.zeros(FRAME, dtype=np.uint8)).encode("go")
+        ids = PromptBuilder(name_parts(model, processor), SYSTEM, np.zeros(FRAME, dtype=np.uint8)).encode("go")
         assert ids[0] == first and ids.count(first) == 1
 
 
@@ -177,10 +179,10 @@ def test_a_special_token_made_by_the_tokenizer_is_an_error():
     """A token that is matched after normalisation, where the text no longer is what was cleaned."""
     from tokenizers import normalizers
 
-    _, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
+    model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
     processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     processor.tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<stop>", special=True, normalized=True)])
-    builder = PromptBuilder(processor, "<image>", SYSTEM, np.zeros(FRAME, dtype=np.uint8))
+    builder = PromptBuilder(name_parts(model, processor), SYSTEM, np.zeros(FRAME, dtype=np.uint8))
     assert builder.encode("go <stop>") == builder.encode("go")
     with pytest.raises(PolicyError, match="makes a special token of a part of the instruction 'go ＜stop＞': expected"):
         builder.encode("go ＜stop＞")

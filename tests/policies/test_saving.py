@@ -34,9 +34,9 @@ def trained(source, names=NAMES, steps=2):
     torch.nn.init.normal_(policy.value_head.out.weight)
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):
-        output = policy(inputs)
+        logprobs, values = policy.distribution(inputs)
         optimizer.zero_grad()
-        (output.values.sub(1).square().mean() - output.logprobs[:, 0].mean()).backward()
+        (values.sub(1).square().mean() - logprobs[:, 0].mean()).backward()
         optimizer.step()
     return policy
 
@@ -49,8 +49,8 @@ def saved(policy, folder):
 
 @torch.no_grad()
 def answers(policy):
-    output = policy(policy.prepare(frames(3), INSTRUCTIONS))
-    return torch.cat([output.logprobs, output.values[:, None]], dim=1)
+    logprobs, values = policy.distribution(policy.prepare(frames(3), INSTRUCTIONS))
+    return torch.cat([logprobs, values[:, None]], dim=1)
 
 
 def one_sentence(caught):
@@ -163,7 +163,7 @@ def test_a_folder_brings_its_prompt(tmp_path):
 def test_a_folder_serves_other_frames(tmp_path):
     folder = saved(trained(PolicySource()), tmp_path)
     policy = load_policy(PolicySource(policy=str(folder)), NAMES, (48, 64, 3))
-    policy(policy.prepare(frames(2, (48, 64, 3)), ["go", "go"]))
+    policy.distribution(policy.prepare(frames(2, (48, 64, 3)), ["go", "go"]))
 
 
 def test_a_preset_is_no_folder(tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_the_library_loads_the_folder(trainable, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from manako.policies.architectures.composed.presets import build_vlm
+    from manako.policies.architectures.composed.build import build_vlm
 
     policy = trained(PolicySource(trainable=trainable))
     folder = saved(policy, tmp_path)
@@ -386,7 +386,7 @@ def test_the_encoder_of_a_whole_vlm_serves_another_policy(whole, llava, tmp_path
     mine = load_policy(PolicySource(vision_encoder=folder, seed=5), NAMES, FRAME)
     tower = mine.base_vlm.model.vision_tower.state_dict()
     assert len(tower) > 10 and all(torch.equal(tower[name], theirs[name]) for name in tower)
-    assert mine(mine.prepare(frames(2), INSTRUCTIONS[:2])).logprobs.isfinite().all()
+    assert mine.distribution(mine.prepare(frames(2), INSTRUCTIONS[:2]))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
@@ -395,7 +395,7 @@ def test_what_an_adapter_was_fitted_to_is_saved(trainable, tmp_path):
     policy, plain = (load_policy(source, NAMES, FRAME) for _ in range(2))
     assert policy.fit_adapter(frames(5)) and not policy.fit_adapter(frames(2))  # once
     with torch.no_grad():
-        pixels = policy.pipeline.pixels(policy.pipeline.geometry(frames(5)))
+        pixels = policy.pipeline.pixels(policy.pipeline.resize(frames(5)))
         features = policy.base_vlm.model.get_vision_features(**pixels)
     fitted = [buffer for name, buffer in policy.named_buffers() if name.endswith("feature_mean") and buffer.any()]
     assert len(fitted) == 1  # with LoRA, the copy that learns

@@ -23,8 +23,8 @@ from manako.agent.tuning.supervised import demonstrated_actions, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer
 from manako.envs import EpisodeVectorEnv
 from manako.policies import PolicyError, PolicySource, load_policy
-from manako.policies.architectures.composed.presets import SMOLLM2_INSTALL, smollm2_folder
 from manako.policies.architectures.composed.processing import special_vocabulary
+from manako.policies.language_models.smollm2 import SMOLLM2_INSTALL, smollm2_folder
 from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from manako.policies import PolicyError, PolicySource, load_policy, parameter_table, save_policy
-from manako.policies.architectures.composed.presets import build_vlm
-from manako.policies.trainable import adapter_name, part_of, parts_of, set_trainable
+from manako.policies.architectures import name_parts
+from manako.policies.architectures.composed.build import build_vlm
+from manako.policies.reading import SharedPrefix, WholePrompt
+from manako.policies.trainable import part_of, parts_of, set_trainable
 from tests.helpers.foreign_models import (
     FRAME,
     INSTRUCTIONS,
@@ -48,9 +50,9 @@ def train_a_little(policy, steps=3):
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.01)
     policy.train()
     for _ in range(steps):
-        output = policy(inputs)
+        logprobs, values = policy.distribution(inputs)
         optimizer.zero_grad()
-        (output.values.sub(1).square().mean() - output.logprobs[:, 0].mean()).backward()
+        (values.sub(1).square().mean() - logprobs[:, 0].mean()).backward()
         optimizer.step()
     return inputs
 
@@ -65,7 +67,7 @@ def test_full_trains_everything(model, sources):
 @pytest.mark.parametrize("model", MODELS)
 def test_adapter_trains_the_adapter_alone(model, sources):
     policy = load(sources, model, "adapter")
-    assert adapter_name(policy.vlm) == ADAPTER_OF[model]
+    assert policy.parts.adapter == (f"model.{ADAPTER_OF[model]}",)
     expected = {name for name, _ in policy.named_parameters() if f".{ADAPTER_OF[model]}." in name}
     assert expected and learning(policy) == expected | {f"value_head.{part}" for part in policy.value_head.state_dict()}
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
@@ -93,19 +95,19 @@ def test_lora_starts_as_the_base_and_is_the_base_when_off(model, sources):
     base = load(sources, model, "full", TURNS)
     policy = load(sources, model, "lora", TURNS)
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    expected = base(inputs).logprobs
-    assert torch.equal(policy(inputs).logprobs, expected)
+    expected = base.distribution(inputs)[0]
+    assert torch.equal(policy.distribution(inputs)[0], expected)
     train_a_little(policy)
     with torch.no_grad():
-        trained = policy(inputs).logprobs
+        trained = policy.distribution(inputs)[0]
         assert not torch.allclose(trained, expected, atol=1e-3)
         with policy.as_reference():
-            assert torch.equal(policy(inputs).logprobs, expected)
+            assert torch.equal(policy.distribution(inputs)[0], expected)
         with policy.frozen_weights():  # the kept prefix is the one of the weights in use
-            assert torch.equal(policy(inputs).logprobs, trained)
+            assert torch.equal(policy.distribution(inputs)[0], trained)
             with policy.as_reference():
-                assert torch.equal(policy(inputs).logprobs, expected)
-            assert torch.equal(policy(inputs).logprobs, trained)
+                assert torch.equal(policy.distribution(inputs)[0], expected)
+            assert torch.equal(policy.distribution(inputs)[0], trained)
     assert policy.training and learning(policy) == learning(load(sources, model, "lora", TURNS))
 
 
@@ -113,12 +115,13 @@ def test_lora_starts_as_the_base_and_is_the_base_when_off(model, sources):
 def test_lora_takes_the_short_way_too(model, sources):
     policy = load(sources, model, "lora", TURNS, action_format="trie")
     inputs = train_a_little(policy)
-    assert policy.uses_prefix
+    assert isinstance(policy.reading, SharedPrefix)
     gradients = []
-    for way in (policy, policy.whole_forward):
+    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    for reading in (policy.reading, whole):
         policy.zero_grad()
-        output = way(inputs)
-        (output.logprobs[:, 1].sum() + output.values.sum()).backward()
+        logprobs, values = policy.distribution(inputs, reading)
+        (logprobs[:, 1].sum() + values.sum()).backward()
         gradients.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad})
     for name, expected in gradients[1].items():
         assert expected.abs().max() > 0
@@ -129,7 +132,7 @@ def test_lora_takes_the_short_way_too(model, sources):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_parameter_table_adds_up(model, trainable, sources):
     policy = load(sources, model, trainable, lora_rank=2)
-    table = {part: (total, learns) for part, total, learns in parameter_table(policy.vlm, policy.value_head)}
+    table = {part: (total, learns) for part, total, learns in parameter_table(policy.parts, policy.value_head)}
     lora = {"LoRA"} if trainable == "lora" else set()
     assert set(table) == {"encoder", "adapter", "language model", "value head"} | lora
     kept_copies = sum(p.numel() for name, p in policy.named_parameters() if "original_module" in name)
@@ -151,15 +154,17 @@ LISTS = ("encoder+adapter", "language_model", "value_head", "encoder+lora", "enc
 @pytest.mark.parametrize("model", MODELS)
 def test_the_named_parts_learn_and_all_others_stay_bit_for_bit(model, trainable, sources, tmp_path):
     policy = load(sources, model, trainable, lora_rank=2)
-    named = {part: learns for part, _, learns in parameter_table(policy.vlm, policy.value_head)}
-    adapter = adapter_name(policy.base_vlm)
+    named = {part: learns for part, _, learns in parameter_table(policy.parts, policy.value_head)}
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     with torch.no_grad():
         policy.value_head.out.weight.fill_(0.1)  # at 0 the values send no gradient on
         before["value_head.out.weight"].fill_(0.1)
     train_a_little(policy)
     changed = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
-    parts = {"value_head" if name.startswith("value_head") else part_of(name, adapter) for name in changed}
+    parts = {
+        "value_head" if name.startswith("value_head") else part_of(name.removeprefix("vlm."), policy.parts)
+        for name in changed
+    }
     assert parts == parts_of(trainable) == {part.lower().replace(" ", "_") for part, learns in named.items() if learns}
     may = {name for name, parameter in policy.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     assert changed <= may and not any("original_module" in name for name in changed)
@@ -175,12 +180,12 @@ def test_lora_on_a_policy_whose_lora_was_merged(sources, tmp_path):
     save_policy(first, tmp_path / "first")
     wider = PolicySource(policy=str(tmp_path / "first"), trainable="encoder+lora+adapter", lora_rank=4)
     second = load_policy(wider, NAMES, FRAME)
-    assert torch.allclose(second(inputs).logprobs, first(inputs).logprobs, atol=1e-5)
+    assert torch.allclose(second.distribution(inputs)[0], first.distribution(inputs)[0], atol=1e-5)
     train_a_little(second)
     (tmp_path / "second").mkdir()
     save_policy(second, tmp_path / "second")
     again = load_policy(PolicySource(**{**vars(wider), "policy": str(tmp_path / "second")}), NAMES, FRAME)
-    assert torch.equal(again(inputs).logprobs, second(inputs).logprobs)
+    assert torch.equal(again.distribution(inputs)[0], second.distribution(inputs)[0])
 
 
 class NoAdapter(nn.Module):
@@ -190,7 +195,7 @@ class NoAdapter(nn.Module):
 
 
 def test_what_cannot_be_trained_is_named():
-    model, _ = build_vlm("vit", "mlp", "tiny-llama", FRAME)
+    model = name_parts(*build_vlm("vit", "mlp", "tiny-llama", FRAME))
     with pytest.raises(PolicyError, match="trainable is 'lorra': expected one of full, adapter, lora"):
         set_trainable(model, "lorra")
     with pytest.raises(PolicyError, match="LoRA learns in place of the language model's own weights"):
@@ -199,6 +204,11 @@ def test_what_cannot_be_trained_is_named():
         set_trainable(model, "encoder+head")
     with pytest.raises(PolicyError, match="lora_rank is 0, lora_alpha 32: expected 1 or more"):
         set_trainable(model, "lora", lora_rank=0)
+    unknown = model._replace(vlm=NoAdapter(), encoder=None, adapter=(), decoder=None)
     with pytest.raises(PolicyError, match="NoAdapter has no module named adapter, .* use trainable: full"):
-        set_trainable(NoAdapter(), "adapter")
-    assert set_trainable(NoAdapter(), "full").layer.weight.requires_grad
+        set_trainable(unknown, "adapter")
+    assert set_trainable(unknown, "full").vlm.layer.weight.requires_grad
+    with pytest.raises(PolicyError, match="has no module named vision or visual: its encoder is unknown"):
+        set_trainable(model._replace(encoder=None), "encoder+adapter")
+    with pytest.raises(PolicyError, match="names no decoder: LoRA needs one, use trainable: full or adapter"):
+        set_trainable(model._replace(decoder=None), "lora")

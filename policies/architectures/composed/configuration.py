@@ -1,7 +1,7 @@
 """Configuration of the composed vision-language model: three parts, one field each.
 
 `vision_config` and `text_config` are the configurations of any encoder that `AutoModel` loads and any language model
-that `AutoModelForCausalLM` loads; `adapter` names the module between them (see adapters.py).
+that `AutoModelForCausalLM` loads; `adapter` names the module between them (see `manako.policies.adapters`).
 """
 
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ class ManakoConfig(PreTrainedConfig):
     Args:
         vision_config: configuration of the vision encoder, or its `to_dict()` with a `model_type`.
         text_config: configuration of the language model, or its `to_dict()` with a `model_type`.
-        adapter: name of the adapter, a key of `policies.adapters.ADAPTERS`.
+        adapter: name of the adapter, a key of `manako.policies.adapters.ADAPTERS`.
         image_token_id: id of the placeholder token that visual tokens replace.
         num_image_tokens: visual tokens of one image, K.
     """

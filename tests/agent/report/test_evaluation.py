@@ -8,8 +8,7 @@ from manako.agent.errors import TrainingError
 from manako.agent.report.evaluation import CONDITIONS, evaluate, evaluate_all, record_episodes
 from manako.agent.report.statistics import wilson_interval
 from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
-from manako.policies import save_policy
-from manako.policies.saving import PolicySource, load_policy
+from manako.policies import PolicySource, load_policy, save_policy
 from tests.helpers.small_runs import tiny_policy
 
 SEEDS = [episode_seed(0, HELD_OUT, 0, episode) for episode in range(11)]

@@ -1,0 +1,18 @@
+"""One matrix, as in LLaVA 1.0."""
+
+import torch
+from torch import nn
+
+from manako.policies.adapters.base import Adapter
+
+
+class LinearAdapter(Adapter):
+    """One matrix, as in LLaVA 1.0 (arXiv:2304.08485); K = P."""
+
+    def __init__(self, vision_width: int, text_width: int) -> None:
+        super().__init__(vision_width, text_width)
+        self.proj = nn.Linear(vision_width, text_width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, P, Dv) -> visual tokens (B, P, D)."""
+        return self.proj(features)

@@ -1,0 +1,20 @@
+"""Two matrices with a GELU between, as in LLaVA 1.5."""
+
+import torch
+from torch import nn
+
+from manako.policies.adapters.base import Adapter
+
+
+class MLPAdapter(Adapter):
+    """Two matrices with a GELU between, as in LLaVA 1.5 (arXiv:2310.03744); K = P."""
+
+    def __init__(self, vision_width: int, text_width: int) -> None:
+        super().__init__(vision_width, text_width)
+        self.up = nn.Linear(vision_width, text_width)
+        self.act = nn.GELU()
+        self.down = nn.Linear(text_width, text_width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, P, Dv) -> visual tokens (B, P, D)."""
+        return self.down(self.act(self.up(features)))

@@ -1,0 +1,123 @@
+"""The composition of any three parts to one VLM: a name of ours, a folder or a Hub id each."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from manako.errors import first_line
+from manako.policies.architectures.composed.configuration import ManakoConfig
+from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration
+from manako.policies.architectures.composed.processing import IMAGE_TOKEN, ManakoProcessor, special_vocabulary
+from manako.policies.encoders import build_encoder
+from manako.policies.errors import PolicyError
+from manako.policies.language_models import build_language_model
+from manako.policies.pretrained import quietly
+
+
+def build_vlm(
+    vision_encoder: str,
+    adapter: str,
+    language_model: str,
+    frame_shape: tuple[int, int, int],
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    seed: int = 0,
+) -> tuple[ManakoForConditionalGeneration, ManakoProcessor]:
+    """Composes a VLM from three parts.
+
+    Args:
+        vision_encoder: a key of `manako.policies.encoders.ENCODERS` (small, random), a folder or a Hub id.
+        adapter: a key of `manako.policies.adapters.ADAPTERS`.
+        language_model: a key of `manako.policies.language_models.LANGUAGE_MODELS`, a folder or a Hub id.
+        frame_shape: (H, W, 3) of the env's frames; a small random encoder is sized by it.
+        image_size: see `manako.policies.encoders.build_encoder`.
+        patch_size: see `manako.policies.encoders.build_encoder`.
+        seed: seed of the random weights.
+
+    Returns:
+        The model in evaluation mode and its processor.
+
+    Raises:
+        PolicyError: an unknown name, a folder without a model, parts or sizes that do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_model, tokenizer, template = build_language_model(language_model)
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if text_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+            with quietly():
+                text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size)
+        config = ManakoConfig(
+            vision_config=encoder.config,
+            text_config=text_model.config,
+            adapter=adapter,
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        )
+        model = ManakoForConditionalGeneration(config)
+    _copy(encoder, model.model.vision_tower)
+    _copy(text_model.base_model, model.model.language_model)
+    if not config.tie_word_embeddings:
+        _copy(text_model.get_output_embeddings(), model.lm_head)
+    model.tie_weights()
+    model.eval()
+    _check_language_model(language_model, text_model, model)
+    config.num_image_tokens = _count_image_tokens(vision_encoder, model, image_processor, frame_shape)
+    special = special_vocabulary(tokenizer).values()
+    beyond = range(len(tokenizer), model.lm_head.out_features)  # rows that pad the vocabulary stand for no text
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.suppress_tokens = sorted(
+        {*special, *beyond, config.image_token_id} - {tokenizer.eos_token_id}
+    )
+    processor = ManakoProcessor(
+        image_processor, tokenizer, num_image_tokens=config.num_image_tokens, chat_template=template
+    )
+    return model, processor
+
+
+def _count_image_tokens(
+    name: str, model: ManakoForConditionalGeneration, image_processor: Any, frame_shape: tuple[int, int, int]
+) -> int:
+    """Visual tokens K of a frame, by running one."""
+    frame = np.zeros(frame_shape, dtype=np.uint8)  # (H, W, 3)
+    pixels = image_processor(images=[frame], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    if pixels.ndim != 4:
+        raise PolicyError(
+            f"The image processor of {name!r} gives pixels of shape {tuple(pixels.shape)} for a frame: expected "
+            "(1, 3, height, width); choose an encoder that sees a frame as one image."
+        )
+    try:
+        with torch.no_grad():
+            return model.model.get_image_features(pixels).shape[1]  # (1, K, D)
+    except (ValueError, RuntimeError) as error:
+        raise PolicyError(
+            f"The vision encoder {name!r} cannot see frames of shape {tuple(frame_shape)}, which its processor makes "
+            f"{pixels.shape[-2]} x {pixels.shape[-1]} pixels ({first_line(error)}): use frames of another shape or "
+            "another encoder."
+        ) from error
+
+
+def _check_language_model(name: str, text_model: Any, model: ManakoForConditionalGeneration) -> None:
+    """The composed model has a plain LM head: its logits for a text must be the language model's own."""
+    ids = torch.arange(min(8, model.lm_head.out_features))[None]  # (1, L)
+    with torch.no_grad():
+        own, composed = text_model(input_ids=ids).logits, model(input_ids=ids).logits  # (1, L, V)
+    if not torch.allclose(own, composed, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        raise PolicyError(
+            f"The language model {name!r} makes its logits by more than one matrix (a bias, a scale, soft capping): "
+            "expected a plain LM head, as in Llama, Qwen2 or GPT-2; choose another one."
+        )
+
+
+def _copy(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Copies weights by name; parts that only the source has are left out."""
+    missing = target.load_state_dict(source.state_dict(), strict=False).missing_keys
+    if missing:
+        raise PolicyError(f"The loaded part lacks weights that the composed model needs: {', '.join(missing[:3])}.")

@@ -1,0 +1,47 @@
+"""Any encoder that `AutoModel` loads; of a two-tower model (CLIP, SigLIP) or a whole VLM its vision tower."""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+
+from manako.errors import first_line
+from manako.policies.encoders.encoder import Encoder
+from manako.policies.errors import PolicyError
+from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+
+VISION_TOWERS = ("vision_model", "vision_tower", "visual")  # what models call it that have more parts
+
+
+def load(name: str, others: Iterable[str] = ()) -> Encoder:
+    """Loads an encoder and its image processor.
+
+    Args:
+        name: a folder or a Hub id.
+        others: what else could have been named, for the error's sentence.
+
+    Raises:
+        PolicyError: no vision encoder there, weights missing, or a tower that cannot be taken alone.
+    """
+    try:
+        with quietly():
+            model, loading = AutoModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            processor = AutoImageProcessor.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        raise PolicyError(
+            f"No vision encoder at {name!r}: expected {', '.join([*others, 'a folder'])} or a Hub id "
+            f"({first_line(error)})."
+        ) from error
+    check_complete(name, loading)
+    if "vision_config" in model.config.sub_configs:
+        parts = (getattr(model, part, None) for part in VISION_TOWERS)
+        tower = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+        if tower is None:
+            raise PolicyError(
+                f"{name!r} holds a {type(model).__name__}, whose vision encoder is not a model of its own: expected a "
+                "vision encoder, a two-tower model such as CLIP or SigLIP, or a VLM such as a policy of ours."
+            )
+        model = tower
+    return Encoder(model, processor)

@@ -1,0 +1,40 @@
+"""Any language model that `AutoModelForCausalLM` loads; its chat template learns to take image parts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from manako.errors import first_line
+from manako.policies.architectures.composed.processing import vlm_chat_template
+from manako.policies.errors import PolicyError
+from manako.policies.language_models.language_model import LanguageModel
+from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+
+
+def load(name: str, others: Iterable[str] = (), folder: Path | None = None) -> LanguageModel:
+    """Loads a language model and its tokenizer.
+
+    Args:
+        name: a folder or a Hub id, as errors call it.
+        others: what else could have been named, for the error's sentence.
+        folder: where it lies, where that is not its name.
+
+    Raises:
+        PolicyError: no language model there, or weights missing.
+    """
+    place = str(folder or name)
+    try:
+        with quietly():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(place)
+    except LOADING_ERRORS as error:
+        raise PolicyError(
+            f"No language model at {name!r}: expected {', '.join([*others, 'a folder'])} or a Hub id "
+            f"({first_line(error)})."
+        ) from error
+    check_complete(name, loading)
+    return LanguageModel(model, tokenizer, vlm_chat_template(tokenizer.chat_template))

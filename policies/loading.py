@@ -1,0 +1,245 @@
+"""Where policies come from: presets, folders of ours, LoRA on a base, and any VLM that transformers loads.
+
+Each way gives a `Model` that names its parts; `load_policy` then marks what learns and puts a policy around it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from manako.errors import first_line
+from manako.policies.architectures import name_parts
+from manako.policies.architectures.composed.build import build_vlm
+from manako.policies.architectures.composed.presets import PRESETS
+from manako.policies.architectures.model import Model
+from manako.policies.encoders import ENCODERS
+from manako.policies.errors import PolicyError
+from manako.policies.interface import PolicySpec
+from manako.policies.language_models import LANGUAGE_MODELS
+from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+from manako.policies.saving import (
+    DTYPES,
+    LORA_CONFIG_FILE,
+    POLICY_FILE,
+    VALUE_HEAD_FILE,
+    detail,
+    digest,
+    fill,
+    frozen_of,
+    learned_of,
+    read_description,
+    read_tensors,
+)
+from manako.policies.source import SYSTEM, PolicySource
+from manako.policies.trainable import parts_of, set_trainable
+from manako.policies.vlm_policy import VLMPolicy
+
+OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has its own
+
+
+class Loaded(NamedTuple):
+    """A model from somewhere, before a policy is put around it."""
+
+    model: Model
+    source: PolicySource  # with what the folder brought
+    value_head: dict[str, torch.Tensor] | None = None  # weights, where the folder holds some
+    base_sha256: str | None = None  # of the base that its LoRA belongs to; None: what learns is not marked yet
+
+
+def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> VLMPolicy:
+    """Loads the policy of a preset, a folder or a Hub id, for these actions and frames.
+
+    A folder of `save_policy` also brings its value head, and its system text and action format where the source leaves
+    them at their defaults.
+
+    Args:
+        source: where it comes from and what of it learns.
+        action_names: the A actions, in the env's order.
+        frame_shape: (H, W, 3) of the env's frames.
+
+    Returns:
+        The policy, with what learns marked.
+
+    Raises:
+        PolicyError: nothing loadable there, damaged files, or parts that do not fit.
+    """
+    if source.dtype not in DTYPES:
+        raise PolicyError(f"dtype is {source.dtype!r}: expected one of {', '.join(DTYPES)}.")
+    parts = parts_of(source.trainable)
+    model, source, head, base_sha = _load(_with_whole_paths(source), action_names, frame_shape)
+    if base_sha is None:
+        model, base_sha = _mark(model, source)
+    height, width, channels = frame_shape
+    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
+    with quietly():
+        policy = VLMPolicy(model, spec)
+    if head is not None:
+        fill(policy.value_head, head, Path(source.policy))
+    policy.value_head.requires_grad_("value_head" in parts)
+    policy.origin = {"source": asdict(source), "base_sha256": base_sha}
+    return policy
+
+
+def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> Loaded:
+    """Finds the model of a preset, a folder or a Hub id."""
+    if source.policy in PRESETS:
+        return Loaded(_build_preset(source, frame_shape), source)
+    given = [name for name in OF_PRESETS if getattr(source, name) is not None]
+    if given:
+        raise PolicyError(
+            f"{', '.join(given)} came, but only a preset ({', '.join(PRESETS)}) has parts to choose, not "
+            f"{source.policy!r}: leave it out, or start from a preset."
+        )
+    folder = Path(source.policy)
+    if (folder / POLICY_FILE).is_file():
+        loaded = _go_on(folder, source, action_names)
+    else:
+        loaded = Loaded(_load_any(source.policy, DTYPES[source.dtype]), source)
+    if folder.is_dir() and loaded.base_sha256 is None:
+        return loaded._replace(source=replace(loaded.source, policy=str(folder.resolve())))
+    return loaded
+
+
+def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> Loaded:
+    """Goes on from a folder of `save_policy`: LoRA on the same base stays what it was, else it is merged."""
+    saved, description = read_description(folder)
+    source = _fill_in(source, action_names, description)
+    model, head = _load_own(folder, saved, description)
+    if not isinstance(model.vlm, PeftModel):
+        return Loaded(model, source, head)
+    if not parts_of(source.trainable) ^ parts_of(saved.trainable) <= {"value_head"}:
+        return Loaded(model._replace(vlm=model.vlm.float().merge_and_unload()), source, head)
+    if source.dtype != saved.dtype:
+        raise PolicyError(
+            f"dtype is {source.dtype}, but the LoRA weights in {folder} belong to a {saved.dtype} model: "
+            f"expected dtype: {saved.dtype}, or trainable: full, which merges them."
+        )
+    source = replace(saved, system=source.system, action_format=source.action_format, trainable=source.trainable)
+    return Loaded(model, source, head, description["base_sha256"])
+
+
+def _mark(model: Model, source: PolicySource) -> tuple[Model, str | None]:
+    """Marks what learns; beside the model, the digest of what does not, None where everything learns."""
+    model.vlm.to(DTYPES[source.dtype])
+    with_lora = "lora" in parts_of(source.trainable)
+    base_sha = digest(model.vlm.state_dict()) if with_lora else None
+    with quietly():
+        model = set_trainable(model, source.trainable, source.lora_rank, source.lora_alpha)
+    if not with_lora and (frozen := frozen_of(model.vlm)):
+        base_sha = digest(frozen)
+    return model, base_sha
+
+
+def _with_whole_paths(source: PolicySource) -> PolicySource:
+    """The source with the parts' folders as they are found from anywhere."""
+    places: dict[str, Any] = {
+        name: str(Path(value).resolve())
+        for name, names in (("vision_encoder", ENCODERS), ("language_model", LANGUAGE_MODELS))
+        if (value := getattr(source, name)) and value not in names and Path(value).is_dir()
+    }
+    return replace(source, **places)
+
+
+def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> Model:
+    preset = PRESETS[source.policy]
+    vlm, processor = build_vlm(
+        source.vision_encoder or preset.vision_encoder,
+        source.adapter or preset.adapter,
+        source.language_model or preset.language_model,
+        frame_shape,
+        source.image_size,
+        source.patch_size,
+        source.seed,
+    )
+    return name_parts(vlm, processor)
+
+
+def _fill_in(source: PolicySource, action_names: Sequence[str], description: dict[str, Any]) -> PolicySource:
+    """What the source leaves at its defaults is as it was when the folder was written."""
+    if source.system == SYSTEM:
+        source = replace(source, system=description["system"])
+    if source.action_format == "auto" and list(action_names) == description["action_names"]:
+        source = replace(source, action_format=description["action_format"])
+    return source
+
+
+def _load_own(folder: Path, saved: PolicySource, description: dict[str, Any]) -> tuple[Model, dict[str, torch.Tensor]]:
+    """Model and value head of a folder of `save_policy`, checked against its digests."""
+    if (folder / LORA_CONFIG_FILE).is_file():
+        model = _build_base(folder, saved, description)
+        try:
+            with quietly():
+                model = model._replace(vlm=PeftModel.from_pretrained(model.vlm, str(folder), is_trainable=True))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise PolicyError(
+                f"The LoRA weights in {folder} cannot be read ({detail(error)}): use another checkpoint."
+            ) from error
+    else:
+        model = set_trainable(_load_any(str(folder), DTYPES[saved.dtype]), saved.trainable)
+    head = read_tensors(folder / VALUE_HEAD_FILE)
+    with_lora = isinstance(model.vlm, PeftModel)
+    whole = with_lora or description["base_sha256"] in (None, digest(frozen_of(model.vlm)))
+    if not whole or digest(learned_of(model.vlm, head)) != description["learned_sha256"]:
+        raise PolicyError(
+            f"The weights in {folder} are not the ones that policy.json names: files were changed or mixed up; use "
+            "another checkpoint."
+        )
+    return model, head
+
+
+def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) -> Model:
+    """The model that the LoRA weights in `folder` belong to, built again and compared."""
+    place, dtype = Path(saved.policy), DTYPES[saved.dtype]
+    try:
+        if saved.policy in PRESETS:
+            base = _build_preset(saved, tuple(description["frame_shape"]))
+        elif (place / LORA_CONFIG_FILE).is_file():  # LoRA on a policy whose own LoRA was merged
+            inner, _ = _load_own(place, *read_description(place))
+            base = inner._replace(vlm=inner.vlm.float().merge_and_unload())
+        else:
+            base = _load_any(saved.policy, dtype)
+    except PolicyError as error:
+        raise PolicyError(f"The base of the LoRA weights in {folder} cannot be loaded: {error}") from error
+    base.vlm.to(dtype)
+    if digest(base.vlm.state_dict()) != description["base_sha256"]:
+        raise PolicyError(
+            f"The LoRA weights in {folder} belong to another base model than {saved.policy!r} gives here: install the "
+            "versions of its run, or merge the weights there."
+        )
+    return base
+
+
+def _load_any(name: str, dtype: torch.dtype) -> Model:
+    """Any folder or Hub id that AutoModelForImageTextToText and AutoProcessor load."""
+    if ("/" in name or name.startswith(".")) and not Path(name).exists() and name.count("/") != 1:
+        raise PolicyError(
+            f"There is no folder {name!r}: expected a preset ({', '.join(PRESETS)}), a model folder or a Hub id."
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise PolicyError(f"The folder {name!r} holds no config.json: expected a model folder or a run's checkpoint.")
+    try:
+        with quietly():
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            vlm, loading = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+    except ImportError as error:
+        raise PolicyError(
+            f"The processor of {name!r} needs a package that is not installed ({first_line(error)}); processors with a "
+            "video part (SmolVLM, Qwen-VL, InternVL) need torchvision."
+        ) from error
+    except LOADING_ERRORS as error:
+        raise PolicyError(
+            f"No vision-language model at {name!r}: expected a preset ({', '.join(PRESETS)}), a model folder or a Hub "
+            f"id ({first_line(error)})."
+        ) from error
+    check_complete(name, loading)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise PolicyError(f"{name!r} has no processor for images and text: expected a vision-language model's folder.")
+    return name_parts(vlm.eval(), processor)
