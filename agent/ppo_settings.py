@@ -31,14 +31,15 @@ class PPOSettings:
         "gae", "gae uses the value head; grpo, rloo and gigpo compare episodes of the same seed"
     )
     group_size: int = setting(8, "episodes of the same seed, for grpo, rloo and gigpo", ge=2)
-    step_weight: float = setting(
-        1.0, "weight of gigpo's step advantages beside the episode's", only_in_file=True, ge=0
-    )
+    step_weight: float = setting(1.0, "weight of gigpo's step advantages beside the episode's", only_in_file=True, ge=0)
     gamma: float = setting(0.99, "discount of an env step", ge=0, le=1)
     gae_lambda: float = setting(0.95, "lambda of GAE", ge=0, le=1)
     clip_range: float = setting(0.2, "epsilon of the clipped surrogate", gt=0)
     clip_range_vf: float | None = setting(
-        None, "epsilon of the clipped value loss, in units of the return; null leaves it unclipped", only_in_file=True, gt=0
+        None,
+        "epsilon of the clipped value loss, in units of the return; null leaves it unclipped",
+        only_in_file=True,
+        gt=0,
     )
     vf_coef: float = setting(0.5, "weight of the value loss", only_in_file=True, ge=0)
     ent_coef: float = setting(0.01, "weight of the entropy bonus", ge=0)

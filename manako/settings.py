@@ -1,4 +1,4 @@
-"""One field of a settings class: default, help text and limits in one place, for every package and for the command line.
+"""A field of a settings class: default, help text and limits in one place, for all packages and the command line.
 
 A settings class is a dataclass beside the code that it is for, light to import. Its fields are made by `setting`; the
 choices of a field are those of its type, a `Literal`. Standard library alone: this is imported by all packages.
@@ -20,6 +20,4 @@ def setting(default: Any, help: str, *, only_in_file: bool = False, **limits: fl
     Returns:
         The dataclass field.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "limits": limits, "only_in_file": only_in_file}
-    )
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "only_in_file": only_in_file})

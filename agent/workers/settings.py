@@ -28,9 +28,7 @@ class WorkerSettings:
     rollout_batch_size: int | None = setting(
         None, "slots of one forward while acting; with the same one all backends compute the same bits", ge=1
     )
-    async_rollouts: bool = setting(
-        False, "ray-replica collects the next rollout during the update, one version behind"
-    )
+    async_rollouts: bool = setting(False, "ray-replica collects the next rollout during the update, one version behind")
 
     @property
     def workers(self) -> int:

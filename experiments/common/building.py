@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import math
+import os
 import platform
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +18,13 @@ import transformers
 
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.rollout import RolloutCollector, Rollouts
+from manako.agent.workers.ray_backends import (
+    CentralRollouts,
+    RayVectorEnv,
+    ReplicaRollouts,
+    WorkerOptions,
+    cluster,
+)
 from manako.agent.workers.settings import WorkerSettings
 from manako.envs import EpisodeVectorEnv
 from manako.envs.settings import EnvSettings
@@ -24,6 +34,7 @@ from manako.experiments.common.run_folder import policy_folder
 from manako.experiments.common.settings import PPOCommand, TuningSettings
 from manako.policies import PolicySource, VLMPolicy, load_policy
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = 10_000_000  # parameters
 Arguments = TypeVar("Arguments")
 
@@ -44,9 +55,7 @@ def make_policy(
     torch_threads: int | None = None,
 ) -> VLMPolicy:
     """Returns the policy of the run, on the GPU where there is one."""
-    policy = load_policy(
-        dataclasses.replace(source, policy=policy_folder(source.policy)), action_names, frame_shape
-    )
+    policy = load_policy(dataclasses.replace(source, policy=policy_folder(source.policy)), action_names, frame_shape)
     # The small matrices of a small model lose more to handing work to threads than they gain.
     small = sum(parameter.numel() for parameter in policy.parameters()) < SMALL_MODEL
     torch.set_num_threads(torch_threads or (1 if small else torch.get_num_threads()))
@@ -77,9 +86,7 @@ def policy_of_run(
     torch.manual_seed(seed)
     env = make_vector_env(environment, 1, seed, held_out=True)
     try:
-        policy = make_policy(
-            dataclasses.replace(source, seed=seed), env.action_names, env.frame_shape, torch_threads
-        )
+        policy = make_policy(dataclasses.replace(source, seed=seed), env.action_names, env.frame_shape, torch_threads)
         check_instruction(environment.instruction, policy)
         if trial:
             observations = env.reset()
@@ -127,7 +134,7 @@ def make_trainer_args(command: PPOCommand, output_dir: Path) -> PPOConfig:
 
 
 def make_tuning_args(
-    kind: type[Arguments], settings: TuningSettings, seed: int, run_dir: Path, **own: Any
+    kind: Callable[..., Arguments], settings: TuningSettings, seed: int, run_dir: Path, **own: Any
 ) -> Arguments:
     """Returns the arguments of one of TRL's trainers: those that SFT, DPO and KTO share, and the method's own.
 
@@ -202,8 +209,6 @@ def make_rollouts(
     segment = functools.partial(make_segment, environment, seed, group_size or 1)
     rounds, num_envs, spec = group_size is not None, environment.num_envs, policy.spec
     if workers.rollout_backend == "ray-replica":
-        from manako.agent.workers.ray_backends import ReplicaRollouts
-
         copy = functools.partial(
             make_policy, dataclasses.replace(source, seed=seed), spec.action_names, spec.frame_shape, torch_threads
         )
@@ -219,9 +224,7 @@ def make_rollouts(
             "recorded": recorded,
         }
         options = worker_options(workers)
-        return ReplicaRollouts(
-            of_workers, policy, num_envs, num_steps, num_iterations, options, workers.async_rollouts
-        )
+        return ReplicaRollouts(of_workers, policy, num_envs, num_steps, num_iterations, options, workers.async_rollouts)
     arguments: dict[str, Any] = {
         "reference": policy if reference else None,
         "batch_size": workers.rollout_batch_size,
@@ -229,17 +232,20 @@ def make_rollouts(
         **(recorded or {}),
     }
     if workers.rollout_backend == "ray-env":
-        from manako.agent.workers.ray_backends import CentralRollouts, RayVectorEnv
-
         central = RayVectorEnv(segment, num_envs, spec.action_names, worker_options(workers))
         return CentralRollouts(central, policy, num_steps, seed, **arguments)
     return RolloutCollector(segment(0, num_envs), policy, num_steps, seed, **arguments)
 
 
-def worker_options(settings: WorkerSettings) -> Any:
-    """Returns what the settings give to rollout workers, a `WorkerOptions`."""
-    from manako.agent.workers.ray_backends import WorkerOptions
+def connected(workers: WorkerSettings) -> AbstractContextManager[None]:
+    """Returns a block that is connected to Ray where workers play; they import the user's modules, then these."""
+    if workers.rollout_backend == "local":
+        return nullcontext()
+    return cluster(workers.ray_address, paths=[os.getcwd(), str(ROOT)])
 
+
+def worker_options(settings: WorkerSettings) -> WorkerOptions:
+    """Returns what the settings give to rollout workers."""
     return WorkerOptions(
         num_workers=settings.workers,
         cpus=settings.worker_cpus,

@@ -181,9 +181,9 @@ def read_command_line(
 
 def build(kind: type[Command], sections: Mapping[str, Mapping[str, Any]]) -> Command:
     """Returns the settings with these values in place of defaults."""
-    return dataclasses.replace(
-        kind(), **{name: dataclasses.replace(getattr(kind(), name), **values) for name, values in sections.items()}
-    )
+    start: Any = kind()
+    changed = {name: dataclasses.replace(getattr(start, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(start, **changed)
 
 
 def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

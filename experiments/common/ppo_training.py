@@ -1,8 +1,7 @@
-"""A run of run_ppo.py: environments, policy, before.gif, training, evaluation with controls, learning curve, after.gif."""
+"""A run of run_ppo.py: environments, policy, before.gif, training, evaluation with controls, curve, after.gif."""
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -12,15 +11,13 @@ from typing import Any
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
 from manako.agent.report.figures import learning_curve
-from manako.experiments.common.building import make_rollouts, make_trainer_args, policy_of_run
+from manako.experiments.common.building import connected, make_rollouts, make_trainer_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_final, write_gif
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
@@ -35,19 +32,13 @@ def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: 
     Returns:
         The exit code.
     """
-    if command.workers.rollout_backend == "local":
-        return _train(command, run_dir, checkpoint, started)
-    from manako.agent.workers.ray_backends import cluster
-
-    with cluster(command.workers.ray_address, paths=[os.getcwd(), str(ROOT)]):
+    with connected(command.workers):
         return _train(command, run_dir, checkpoint, started)
 
 
 def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
     environment, ppo, run = command.environment, command.ppo, command.run
-    policy, env = policy_of_run(
-        environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None
-    )
+    policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None)
     staging = run_dir / ".staging"
     if checkpoint is not None:
         shutil.rmtree(staging, ignore_errors=True)

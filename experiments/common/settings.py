@@ -1,7 +1,7 @@
 """The settings of every runner: sections that lie beside their consumers, and those of the runs themselves.
 
-A runner's settings are a `...Command`; its fields are the groups of --help and the sections of a --config file. Light to
-import, as all settings are.
+A runner's settings are a `...Command`; its fields are the groups of --help and the sections of a --config file. Light
+to import, as all settings are.
 """
 
 import dataclasses
@@ -19,16 +19,6 @@ from manako.settings import setting
 SEED = ("seed",)  # the run's
 OF_LEARNING = ("trainable", "lora_rank", "lora_alpha")
 OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has them
-
-
-def environment(without: tuple[str, ...] = ()) -> EnvSettings:
-    """Returns the section of what is played, without a number of environments where the runner knows it itself."""
-    return section(EnvSettings, "environment", without)
-
-
-def policy(without: tuple[str, ...] = (), **defaults: str) -> PolicySource:
-    """Returns the section of who plays."""
-    return section(PolicySource, "policy", (*SEED, *without), **defaults)
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -122,7 +112,7 @@ class SFTSettings(TuningSettings):
 
     stage: Literal["align", "instruct"] = setting(
         "instruct",
-        "align: frame -> caption, the adapter learns; instruct: demonstrations, LoRA learns too (where trainable is auto)",
+        "align (frame -> caption; auto trains the adapter) or instruct (demonstrations; auto trains LoRA too)",
     )
     loss: Literal["tokens", "actions"] = setting(
         "tokens", "of instruct: the answer's tokens out of the vocabulary, or its action out of the actions (quicker)"
@@ -155,8 +145,8 @@ class DPOSettings(TuningSettings):
 class PPOCommand:
     """Settings of run_ppo.py; also the content of a run's config.yaml."""
 
-    environment: EnvSettings = environment()
-    policy: PolicySource = policy()
+    environment: EnvSettings = section(EnvSettings, "environment")
+    policy: PolicySource = section(PolicySource, "policy", without=SEED)
     ppo: PPOSettings = section(PPOSettings, "PPO")
     workers: WorkerSettings = section(WorkerSettings, "rollout workers")
     run: PPORunSettings = section(PPORunSettings, "run")
@@ -166,8 +156,8 @@ class PPOCommand:
 class CollectCommand:
     """Settings of collect.py."""
 
-    environment: EnvSettings = environment()
-    policy: PolicySource = policy(without=OF_LEARNING)
+    environment: EnvSettings = section(EnvSettings, "environment")
+    policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *OF_LEARNING))
     workers: WorkerSettings = section(WorkerSettings, "rollout workers", without=("async_rollouts",))
     run: CollectSettings = section(CollectSettings, "recording")
 
@@ -176,8 +166,8 @@ class CollectCommand:
 class SFTCommand:
     """Settings of run_sft.py."""
 
-    environment: EnvSettings = environment(without=("num_envs",))
-    policy: PolicySource = policy(trainable="auto")
+    environment: EnvSettings = section(EnvSettings, "environment", without=("num_envs",))
+    policy: PolicySource = section(PolicySource, "policy", without=SEED, trainable="auto")
     sft: SFTSettings = section(SFTSettings, "supervised fine-tuning")
     run: SFTRunSettings = section(SFTRunSettings, "run")
 
@@ -186,8 +176,8 @@ class SFTCommand:
 class DPOCommand:
     """Settings of run_dpo.py."""
 
-    environment: EnvSettings = environment()
-    policy: PolicySource = policy(trainable="lora")
+    environment: EnvSettings = section(EnvSettings, "environment")
+    policy: PolicySource = section(PolicySource, "policy", without=SEED, trainable="lora")
     dpo: DPOSettings = section(DPOSettings, "preference optimisation")
     run: RunSettings = section(RunSettings, "run", eval_episodes=200)
 
@@ -196,8 +186,8 @@ class DPOCommand:
 class EvaluateCommand:
     """Settings of evaluate.py; a run brings its own where the policy lies in one."""
 
-    environment: EnvSettings = environment()
-    policy: PolicySource = policy(without=(*OF_LEARNING, *OF_PRESETS))
+    environment: EnvSettings = section(EnvSettings, "environment")
+    policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *OF_LEARNING, *OF_PRESETS))
     run: EvaluateSettings = section(EvaluateSettings, "evaluation")
 
 
