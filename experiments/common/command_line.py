@@ -290,7 +290,7 @@ def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) ->
 
     for name, value in values.items():
         setting = known[name]
-        options: dict[str, Any] = {**setting.limits, "strict": True}
+        options: dict[str, Any] = dict(setting.limits) if setting.choices else {**setting.limits, "strict": True}
         if setting.plain is float:
             options["allow_inf_nan"] = False
         annotated: Any = typing.Annotated[setting.plain, Field(**options)]
