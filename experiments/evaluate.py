@@ -25,6 +25,7 @@ from manako.envs.settings import EnvSettings  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     UsageError,
+    check_new_file,
     checked_sections,
     read_command_line,
     read_yaml,
@@ -41,11 +42,8 @@ def main() -> int:
     line = read_command_line(EvaluateCommand, "Evaluates a policy on held-out seeds, with controls.")
     if "policy" not in line.given:
         raise UsageError("--policy is missing: give a run folder, a checkpoint, a model folder, a Hub id or a preset.")
-    for name, file in (("output", line.settings.run.output), ("gif", line.settings.run.gif)):
-        if file and Path(file).exists():
-            raise UsageError(f"--{name} {file!r} exists and is not overwritten: give another file.")
-        if file and not Path(file).resolve().parent.is_dir():
-            raise UsageError(f"The folder of --{name} {file!r} does not exist: make it or give another file.")
+    check_new_file(line.settings.run.output, "--output")
+    check_new_file(line.settings.run.gif, "--gif")
     command = with_the_runs(line)
     show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")
     from manako.experiments.common.evaluating import evaluate  # torch and all

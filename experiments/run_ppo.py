@@ -26,7 +26,6 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.agent.workers.settings import WorkerSettings  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     UsageError,
@@ -37,11 +36,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
 )
 from manako.experiments.common.run_folder import check_job_folder, new_run_dir  # noqa: E402
-from manako.experiments.common.settings import PPOCommand, check_together, moved  # noqa: E402
-
-GOTO = Path(__file__).resolve().parent / "configs" / "goto.yaml"  # what is played where nothing else is named
-# Settings that change where a run is computed, and not what: a resumed run may have others.
-OF_THE_MACHINE = {field.name for field in dataclasses.fields(WorkerSettings)} - {"rollout_batch_size", "async_rollouts"}
+from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together, moved  # noqa: E402
 
 
 def main() -> int:

@@ -39,8 +39,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
 )
 from manako.experiments.common.run_folder import default_run_dir  # noqa: E402
-from manako.experiments.common.settings import PPOCommand, check_together  # noqa: E402
-from manako.experiments.run_ppo import GOTO, OF_THE_MACHINE  # noqa: E402
+from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together  # noqa: E402
 from manako.settings import setting  # noqa: E402
 
 LEFT_AT_HOME = [

@@ -302,6 +302,18 @@ def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) ->
             raise UsageError(f"{place} is {value!r}: expected {setting.expected}.") from error
 
 
+def check_new_file(file: str | None, flag: str) -> None:
+    """A file of results is new, and its folder is there; None is no file.
+
+    Raises:
+        UsageError: it exists, or its folder does not.
+    """
+    if file and Path(file).exists():
+        raise UsageError(f"{flag} {file!r} exists and is not overwritten: give another file.")
+    if file and not Path(file).resolve().parent.is_dir():
+        raise UsageError(f"The folder of {flag} {file!r} does not exist: make it or give another file.")
+
+
 def show(name: str, text: str) -> None:
     """Prints a line of a runner's header at once, before the heavy libraries are loaded."""
     print(f"{name:<13}{text}", flush=True)

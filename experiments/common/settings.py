@@ -6,6 +6,7 @@ to import, as all settings are.
 
 import dataclasses
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from manako.agent.ppo_settings import PPOSettings, Schedule
@@ -15,6 +16,7 @@ from manako.experiments.common.command_line import UsageError, section
 from manako.policies import PolicySource
 from manako.settings import setting
 
+GOTO = Path(__file__).resolve().parents[1] / "configs" / "goto.yaml"  # what run_ppo.py trains where nothing is named
 # settings of a policy's source that a runner has no use for
 SEED = ("seed",)  # the run's
 OF_LEARNING = ("trainable", "lora_rank", "lora_alpha")
@@ -192,6 +194,10 @@ class EvaluateCommand:
 
 
 TrainCommand = PPOCommand | SFTCommand | DPOCommand  # what leaves a run folder behind
+
+
+# Settings that change where a run is computed, and not what: a resumed run may have others.
+OF_THE_MACHINE = {field.name for field in fields(WorkerSettings)} - {"rollout_batch_size", "async_rollouts"}
 
 
 def check_together(command: PPOCommand) -> None:
