@@ -198,7 +198,7 @@ def as_sections(settings: Any) -> dict[str, dict[str, Any]]:
         part.name: {
             field.name: getattr(getattr(settings, part.name), field.name)
             for field in dataclasses.fields(getattr(settings, part.name))
-            if field.name in known
+            if field.name in known and known[field.name].section == part.name
         }
         for part in dataclasses.fields(settings)
     }
