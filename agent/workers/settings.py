@@ -1,11 +1,15 @@
 """Who plays rollouts: this process or Ray workers, and what each worker is given. Light to import."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from manako.agent.backends import BACKENDS
 from manako.settings import setting
 
-Backend = Literal["local", "ray-env", "ray-replica"]
+if TYPE_CHECKING:
+    Backend = str
+else:  # a line in the table is a choice of --rollout_backend
+    Backend = Literal[tuple(BACKENDS)]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ import re
 import numpy as np
 import torch
 
-from manako.agent.rollout import RolloutCollector, Samples, choose
+from manako.agent.collector import RolloutCollector
+from manako.agent.random_streams import make_rng
+from manako.agent.samples import Samples
 from manako.envs import EpisodeVectorEnv, Observations
 from manako.experiments.benchmarks.timing import Work
 from manako.experiments.benchmarks.workload import Workload
-from manako.policies import PolicyInputs, PolicySource, VLMPolicy, load_policy
+from manako.policies import PolicySource, VLMPolicy, load_policy
+from manako.policies.interface import Draws, Rows, sample_categorical
 
 
 class Bench:
@@ -41,7 +44,7 @@ class Bench:
         self.iteration += 1
         return self.workload.num_envs * self.workload.num_steps
 
-    def inputs(self, batch: int) -> PolicyInputs:
+    def inputs(self, batch: int) -> Rows:
         """The first observations of `batch` environments as the policy sees them."""
         env = EpisodeVectorEnv(self.workload.env, batch, seed=self.workload.seed)
         seen = env.reset()
@@ -52,28 +55,27 @@ class Bench:
         """B samples whose actions, advantages and returns are drawn at random."""
         batch, rng = self.workload.minibatch_size, np.random.default_rng(self.workload.seed)
         inputs = self.inputs(batch)
-        with torch.no_grad():
-            output = self.policy(inputs.select(torch.arange(2)))
-        actions = torch.from_numpy(rng.integers(0, output.logprobs.shape[1], batch))  # (B,)
+        actions = rng.integers(0, len(self.env.action_names), batch)  # (B,)
         normal = torch.from_numpy(rng.standard_normal((2, batch)).astype(np.float32))  # (2, B)
         return Samples(
             inputs=inputs,
-            actions=actions,
-            logprobs=torch.full((batch,), -float(np.log(output.logprobs.shape[1]))),
+            actions=self.policy.actions_from_env(actions),
+            logprobs=torch.full((batch, 1), -float(np.log(len(self.env.action_names)))),
+            mask=torch.ones(batch, 1, dtype=torch.bool),
             values=torch.zeros(batch),
             advantages=normal[0],
             returns=normal[1],
-            reference=None,
         )
 
     def rollout_forward(self) -> Work:
         """The policy's forwards of one rollout without the envs; returns samples."""
         inputs = self.inputs(self.workload.num_envs)
+        draws = Draws([make_rng(self.workload.seed)] * self.workload.num_envs)
 
         def work() -> float:
             with self.policy.frozen_weights():
                 for _ in range(self.workload.num_steps):
-                    self.policy(inputs)
+                    self.policy.act(inputs, draws)
             return self.workload.num_envs * self.workload.num_steps
 
         return work
@@ -81,7 +83,7 @@ class Bench:
 
 def _library_inputs(policy: VLMPolicy, seen: Observations) -> dict[str, torch.Tensor]:
     """Prompts and frames by the library's processor: `input_ids` and `attention_mask` (B, L), `pixel_values`."""
-    texts = [policy.prompts.render(policy.prompts.clean(text)) for text in seen.instructions]
+    texts = [policy.prompt(text) for text in seen.instructions]
     images = [[image] for image in seen.images]
     return dict(policy.processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="right"))
 
@@ -113,7 +115,7 @@ class WholeBatch:
     def __call__(self) -> float:
         """One step of every env; returns N."""
         logprobs, _ = self.forward(self.seen)
-        self.seen = _play(self.env, choose(logprobs, self.rng.random(self.env.num_envs)).numpy())
+        self.seen = _play(self.env, sample_categorical(logprobs, self.rng.random(self.env.num_envs)).numpy())
         return self.env.num_envs
 
 

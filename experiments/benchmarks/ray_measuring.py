@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from manako.agent.backends import make_rollouts
+from manako.agent.interfaces import Rollouts
 from manako.agent.ppo_settings import PPOSettings
-from manako.agent.rollout import Rollouts, with_advantages
-from manako.agent.workers.ray_backends import call_seconds, cluster
+from manako.agent.workers.cluster import call_seconds, cluster
 from manako.agent.workers.settings import Backend, WorkerSettings
 from manako.envs.settings import EnvSettings
 from manako.experiments.benchmarks.settings import RayBenchmarkSettings
 from manako.experiments.benchmarks.throughput import Terms
-from manako.experiments.benchmarks.updating import BareLoop
-from manako.experiments.common.building import ROOT, make_rollouts, make_trainer_args, policy_of_run
+from manako.experiments.benchmarks.updating import LoopUpdates
+from manako.experiments.common.building import ROOT, copy_maker, make_plan, make_trainer_args, policy_of_run
 from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import PolicySource
@@ -50,37 +51,39 @@ def measure(given: RayBenchmarkSettings) -> tuple[dict[str, list[float]], Terms,
         for name, (backend, count) in KINDS.items():
             # half a core each, of what Ray counts: all the workers of this script are there, one works at a time
             workers = WorkerSettings(rollout_backend=backend, num_workers=count, worker_cpus=0.5)
-            sources[name] = make_rollouts(
+            plan = make_plan(
                 environment,
-                source,
                 workers,
                 policy,
+                copy_maker(source, policy, seed=0, torch_threads=1),
                 num_steps=given.num_steps,
                 num_iterations=given.repeats + 1,
                 seed=0,
-                torch_threads=1,
             )
-        bare = BareLoop(policy, args, samples)
+            sources[name] = make_rollouts(backend, plan)
+        loop = LoopUpdates(policy, args, given.num_envs)
         for iteration in range(given.repeats + 1):  # the first warms up
             for name, rollouts in sources.items():
                 start = time.perf_counter()
                 rollout = rollouts.collect(iteration)
                 seconds[name].append(time.perf_counter() - start)
             start = time.perf_counter()
-            bare.update(rollout, iteration)
+            loop.update(rollout)
             seconds["update"].append(time.perf_counter() - start)
         sent = sources["ray-replica, 1 worker"].metrics()["broadcast_bytes"]
         for rollouts in sources.values():
             rollouts.close()
         call = call_seconds()
-    stored = with_advantages(rollout, args.gamma, args.gae_lambda)
+    stored = [*rollout.inputs.columns.values(), *rollout.actions.columns.values(), rollout.logprobs, rollout.values]
+    stored += [rollout.next_values, rollout.rewards]
     env_step = _seconds_of_env_steps(environment, given.num_steps) / samples
     terms = Terms(
         env_step=env_step,
         forward=max(0.0, statistics.median(seconds["local"][1:]) / samples - env_step),
         update=statistics.median(seconds["update"][1:]) / samples,
         call=call,
-        sample_bytes=sum(t.numel() * t.element_size() for t in [*stored.inputs, *stored[1:6]]) / samples,
+        sample_bytes=sum(t.numel() * t.element_size() for t in [*stored, rollout.next_values, rollout.rewards])
+        / samples,
         weight_bytes=sent,
     )
     return seconds, terms, torch.__version__

@@ -65,8 +65,8 @@ def rollouts(bench: Bench) -> dict[str, Any]:
     seen = bench.env.reset()
     logprobs, values = whole.forward(seen)
     with bench.policy.frozen_weights():
-        ours = bench.policy(bench.policy.prepare(seen.images, seen.instructions))
-    difference = max(float((ours.logprobs - logprobs).abs().max()), float((ours.values - values).abs().max()))
+        mine, mine_values = bench.policy.distribution(bench.policy.prepare(seen.images, seen.instructions))
+    difference = max(float((mine - logprobs).abs().max()), float((mine_values - values).abs().max()))
     works: dict[str, Work] = {"ours": bench.collect, "whole batch": whole, "generate per env": generate}
     rates = in_turns(works, bench.workload.repeats, bench.workload.seconds)
     return _compared(rates) | {

@@ -1,44 +1,26 @@
-"""The ways of one update step, and what the trainer costs beside a bare loop.
+"""The ways of one update step, and what the trainer costs beside the plain loop.
 
 ours, whole prompts, batch 1    shared prefix; whole prompts; whole prompts one sample at a time, gradients added up
 """
 
 import copy
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from manako.agent.losses import entropy, policy_loss, value_loss
+from manako.agent.collector import RolloutCollector
+from manako.agent.losses import ppo_loss
 from manako.agent.ppo_config import PPOConfig
+from manako.agent.ppo_loop import train_ppo
 from manako.agent.ppo_trainer import PPOTrainer
-from manako.agent.rollout import SHUFFLES, Rollout, RolloutCollector, Samples, stream, with_advantages
+from manako.agent.rollout import Rollout
 from manako.envs import EpisodeVectorEnv
 from manako.experiments.benchmarks.acting import Bench
 from manako.experiments.benchmarks.timing import Clocks, Spread, Work, clocks, since, spread
 from manako.experiments.benchmarks.workload import Workload
-from manako.policies import PolicyInputs, PolicyOutput, VLMPolicy
-
-
-def ppo_loss(policy_output: PolicyOutput, samples: Samples, args: PPOConfig) -> torch.Tensor:
-    """The loss of `PPOTrainer.compute_loss` without its metrics."""
-    logprobs = policy_output.logprobs.gather(1, samples.actions[:, None])[:, 0]  # (B,)
-    actor, _ = policy_loss(logprobs, samples.logprobs, samples.advantages, args.clip_range)
-    critic = value_loss(policy_output.values, samples.values, samples.returns, args.clip_range_vf)
-    return actor + args.vf_coef * critic - args.ent_coef * entropy(policy_output.logprobs).mean()
-
-
-def select(samples: Samples, rows: torch.Tensor) -> Samples:
-    """The samples at these rows; no reference."""
-    return Samples(
-        inputs=samples.inputs.select(rows),
-        actions=samples.actions[rows],
-        logprobs=samples.logprobs[rows],
-        values=samples.values[rows],
-        advantages=samples.advantages[rows],
-        returns=samples.returns[rows],
-        reference=None,
-    )
+from manako.policies import VLMPolicy
+from manako.policies.interface import Evaluated, entropy
+from manako.policies.reading import Reading, WholePrompt
 
 
 class Learner:
@@ -50,12 +32,16 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, eps=args.adam_epsilon, weight_decay=0.0, fused=True)
         self.gradient_norm = 0.0
 
-    def step(self, forward: Callable[[PolicyInputs], PolicyOutput], part: int) -> float:
+    def step(self, reading: Reading, part: int) -> float:
         """Forward, backward and AdamW over the minibatch in parts of `part` samples; returns B."""
-        batch = len(self.samples.actions)
+        batch = len(self.samples.values)
         for rows in torch.arange(batch).split(part):
-            samples = select(self.samples, rows)
-            (ppo_loss(forward(samples.inputs), samples, self.args) * (len(rows) / batch)).backward()
+            samples = self.samples.select(rows)
+            logprobs, values = self.policy.distribution(samples.inputs, reading)  # (B, A), (B,)
+            taken = logprobs.gather(1, samples.actions["index"][:, None])  # (B, 1)
+            evaluated = Evaluated(taken, entropy(logprobs)[:, None], values, logprobs)
+            loss, _, _ = ppo_loss(evaluated, samples, self.args)
+            (loss * (len(rows) / batch)).backward()
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -67,50 +53,50 @@ UPDATES = ("ours", "whole prompts", "batch 1")
 
 def update_work(learner: Learner, name: str, norms: dict[str, float]) -> Work:
     """One of the three ways of an update; notes the gradient's norm."""
-    batch = len(learner.samples.actions)
-    forward = learner.policy if name == "ours" else learner.policy.whole_forward
+    batch, policy = len(learner.samples.values), learner.policy
+    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    reading = policy.reading if name == "ours" else whole
     part = 1 if name == "batch 1" else batch
 
     def work() -> float:
-        samples = learner.step(forward, part)
+        samples = learner.step(reading, part)
         norms[name] = learner.gradient_norm
         return samples
 
     return work
 
 
-class BareLoop:
-    """PPO's update as a plain PyTorch loop on its own copy of the policy: the measure of the trainer's overhead."""
+class LoopUpdates:
+    """The updates of `manako.agent.ppo_loop` on its own copy of the policy, one for each rollout that it is handed.
 
-    def __init__(self, policy: VLMPolicy, args: PPOConfig, num_samples: int) -> None:
-        self.policy, self.args, self.num_samples = copy.deepcopy(policy), args, num_samples
-        self.parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0, fused=True
-        )
-        steps = args.num_iterations * args.num_ppo_epochs * num_samples // args.minibatch_size
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / steps))
+    Args:
+        policy: copied.
+        args: of PPO.
+        num_envs: N of the rollouts.
+    """
 
-    def update(self, rollout: Rollout, iteration: int) -> None:
-        """The minibatches that the trainer draws from this rollout, in its order."""
-        samples = with_advantages(rollout, self.args.gamma, self.args.gae_lambda)
-        for epoch in range(self.args.num_ppo_epochs):
-            order = stream(self.args.seed, SHUFFLES, iteration, epoch).permutation(self.num_samples)
-            for rows in torch.from_numpy(order).split(self.args.minibatch_size):
-                minibatch = select(samples, rows)
-                ppo_loss(self.policy(minibatch.inputs), minibatch, self.args).backward()
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
-                self.optimizer.step()
-                self.schedule.step()
-                self.optimizer.zero_grad()
+    def __init__(self, policy: VLMPolicy, args: PPOConfig, num_envs: int) -> None:
+        self.policy, self.num_envs, self.num_steps = copy.deepcopy(policy), num_envs, args.num_steps
+        self._rollout: Rollout | None = None
+        self._loop = train_ppo(self.policy, self, args)
+
+    def collect(self, iteration: int) -> Rollout:
+        """Returns the rollout at hand; the loop asks for it."""
+        assert self._rollout is not None
+        return self._rollout
+
+    def update(self, rollout: Rollout) -> dict[str, float | None]:
+        """Learns from the rollout of the next iteration and returns its metrics."""
+        self._rollout = rollout
+        return next(self._loop)
 
 
 class _InTurns(RolloutCollector):
-    """A collector that clocks what the trainer does between two rollouts, and has the bare loop do the same next."""
+    """A collector that clocks what the trainer does between two rollouts, and has the plain loop do the same next."""
 
-    def __init__(self, env: EpisodeVectorEnv, policy: VLMPolicy, args: PPOConfig, bare: BareLoop) -> None:
+    def __init__(self, env: EpisodeVectorEnv, policy: VLMPolicy, args: PPOConfig, loop: LoopUpdates) -> None:
         super().__init__(env, policy, args.num_steps, args.seed)
-        self.bare = bare
+        self.loop = loop
         self.trainer_clocks: list[Clocks] = []
         self.bare_clocks: list[Clocks] = []
         self.weight_difference = 0.0
@@ -121,11 +107,11 @@ class _InTurns(RolloutCollector):
         if self._last is not None:
             self.trainer_clocks.append(since(self._left))
             start = clocks()
-            self.bare.update(self._last, iteration - 1)
+            self.loop.update(self._last)
             self.bare_clocks.append(since(start))
             self.weight_difference = max(
                 float((mine - theirs).detach().abs().max())
-                for mine, theirs in zip(self.policy.parameters(), self.bare.policy.parameters(), strict=True)
+                for mine, theirs in zip(self.policy.parameters(), self.loop.policy.parameters(), strict=True)
             )
         self._last = super().collect(iteration)
         self._left = clocks()
@@ -133,7 +119,7 @@ class _InTurns(RolloutCollector):
 
 
 class Overhead(NamedTuple):
-    """The trainer's update beside the bare loop's on the same minibatches."""
+    """The trainer's update beside the plain loop's (`manako.agent.ppo_loop`) on the same minibatches."""
 
     percent: Spread
     cpu_percent: Spread  # the same in CPU time
@@ -151,7 +137,7 @@ def trainer_overhead(bench: Bench, args: PPOConfig) -> Overhead:
     """
     policy = copy.deepcopy(bench.policy)
     env = EpisodeVectorEnv(bench.workload.env, bench.workload.num_envs, seed=args.seed)
-    collector = _InTurns(env, policy, args, BareLoop(policy, args, env.num_envs * args.num_steps))
+    collector = _InTurns(env, policy, args, LoopUpdates(policy, args, env.num_envs))
     PPOTrainer(policy, args, rollouts=collector).train()
     env.close()
     mine, bare = collector.trainer_clocks[1:], collector.bare_clocks[1:]

@@ -16,15 +16,10 @@ import numpy as np
 import torch
 import transformers
 
+from manako.agent.backends import RolloutPlan
 from manako.agent.ppo_config import PPOConfig
-from manako.agent.rollout import RolloutCollector, Rollouts
-from manako.agent.workers.ray_backends import (
-    CentralRollouts,
-    RayVectorEnv,
-    ReplicaRollouts,
-    WorkerOptions,
-    cluster,
-)
+from manako.agent.workers.cluster import cluster
+from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.settings import WorkerSettings
 from manako.envs import EpisodeVectorEnv
 from manako.envs.settings import EnvSettings
@@ -33,6 +28,7 @@ from manako.experiments.common.environments import make_segment, make_vector_env
 from manako.experiments.common.run_folder import policy_folder
 from manako.experiments.common.settings import PPOCommand, TuningSettings
 from manako.policies import PolicySource, VLMPolicy, load_policy
+from manako.policies.interface import Draws, Policy
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = 10_000_000  # parameters
@@ -91,7 +87,7 @@ def policy_of_run(
         if trial:
             observations = env.reset()
             with policy.frozen_weights():
-                policy(policy.prepare(observations.images, observations.instructions).to(policy.device))
+                policy.act(policy.prepare(observations.images, observations.instructions), Draws([]), greedy=True)
             env.step(np.zeros(env.num_envs, dtype=np.int64))
     finally:
         env.close()
@@ -172,69 +168,51 @@ def make_tuning_args(
         )
 
 
-def make_rollouts(
+def make_plan(
     environment: EnvSettings,
-    source: PolicySource,
     workers: WorkerSettings,
-    policy: VLMPolicy,
+    policy: Policy,
+    make_copy: Callable[[], Policy],
     *,
     num_steps: int,
     num_iterations: int,
     seed: int,
     group_size: int | None = None,
-    reference: bool = False,
-    bf16: bool = False,
-    torch_threads: int | None = None,
-    recorded: dict[str, Any] | None = None,
-) -> Rollouts:
-    """Returns the rollouts of the run, by the backend that the settings name; Ray must be connected for all but local.
+    **others: bool,
+) -> RolloutPlan:
+    """Returns what the run's backend is given.
 
     Args:
         environment: what is played, and in how many slots.
-        source: of the policy, for workers that make a copy.
         workers: who plays.
-        policy: the policy.
+        policy: who acts.
+        make_copy: makes it again in a worker.
         num_steps: env steps of each slot in a rollout.
         num_iterations: how many rollouts there will be.
         seed: the run's.
         group_size: every rollout starts new episodes, so many slots each the same; None plays on.
-        reference: keep the log-probabilities of the policy with its LoRA off.
-        bf16: bfloat16 autocast in workers, as in the learner's updates.
-        torch_threads: CPU threads of torch in workers.
-        recorded: `demonstrator`, `record` and `ask_expert` of `RolloutCollector`, to record trajectories.
-
-    Raises:
-        WorkersError: workers find no place, or cannot make environments or policy.
+        others: `reference`, `bf16`, `record` and `ask_expert` of `RolloutPlan`.
     """
-    segment = functools.partial(make_segment, environment, seed, group_size or 1)
-    rounds, num_envs, spec = group_size is not None, environment.num_envs, policy.spec
-    if workers.rollout_backend == "ray-replica":
-        copy = functools.partial(
-            make_policy, dataclasses.replace(source, seed=seed), spec.action_names, spec.frame_shape, torch_threads
-        )
-        of_workers = {
-            "make_env": segment,
-            "make_policy": copy,
-            "num_steps": num_steps,
-            "seed": seed,
-            "reference": reference,
-            "batch_size": workers.rollout_batch_size,
-            "bf16": bf16,
-            "rounds": rounds,
-            "recorded": recorded,
-        }
-        options = worker_options(workers)
-        return ReplicaRollouts(of_workers, policy, num_envs, num_steps, num_iterations, options, workers.async_rollouts)
-    arguments: dict[str, Any] = {
-        "reference": policy if reference else None,
-        "batch_size": workers.rollout_batch_size,
-        "rounds": rounds,
-        **(recorded or {}),
-    }
-    if workers.rollout_backend == "ray-env":
-        central = RayVectorEnv(segment, num_envs, spec.action_names, worker_options(workers))
-        return CentralRollouts(central, policy, num_steps, seed, **arguments)
-    return RolloutCollector(segment(0, num_envs), policy, num_steps, seed, **arguments)
+    return RolloutPlan(
+        make_env=functools.partial(make_segment, environment, seed, group_size or 1),
+        policy=policy,
+        make_policy=make_copy,
+        num_envs=environment.num_envs,
+        num_steps=num_steps,
+        num_iterations=num_iterations,
+        seed=seed,
+        options=worker_options(workers),
+        batch_size=workers.rollout_batch_size,
+        rounds=group_size is not None,
+        asynchronous=workers.async_rollouts,
+        **others,
+    )
+
+
+def copy_maker(source: PolicySource, policy: Policy, seed: int, torch_threads: int | None) -> Callable[[], VLMPolicy]:
+    """Returns what makes the policy again as it was made here, in a worker."""
+    spec, source = policy.spec, dataclasses.replace(source, seed=seed)
+    return functools.partial(make_policy, source, spec.action_names, spec.frame_shape, torch_threads)
 
 
 def connected(workers: WorkerSettings) -> AbstractContextManager[None]:

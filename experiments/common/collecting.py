@@ -1,30 +1,28 @@
 """Trajectories of collect.py and of run_dpo.py: rollouts until enough episodes have ended, as a dataset."""
 
 import contextlib
+import functools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
+from manako.agent.backends import make_rollouts
+from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
 from manako.agent.data.recordings import Recording, in_slots
-from manako.agent.data.trajectories import (
-    RandomPlayer,
-    RecordedDemonstrator,
-    ScriptedDemonstrator,
-    episode_success,
-    save_trajectories,
-    to_dataset,
-)
-from manako.agent.rollout import Rollout, RolloutCollector, Rollouts
-from manako.experiments.common.building import connected, make_rollouts, policy_of_run
+from manako.agent.data.trajectories import episode_success, save_trajectories, to_dataset
+from manako.agent.interfaces import Rollouts
+from manako.agent.rollout import Rollout
+from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import knows_expert, make_vector_env
 from manako.experiments.common.settings import CollectCommand, DPOCommand
 from manako.policies import VLMPolicy
+from manako.policies.interface import Policy
 
 PATIENCE = 100_000  # steps to wait for the first episode's end
 
@@ -74,21 +72,28 @@ def _collect(command: CollectCommand, recordings: Sequence[Recording], has_exper
 def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> list[Rollout]:
     """Rollouts until enough episodes have ended."""
     run = command.run
-    players = {"expert": ScriptedDemonstrator(run.error_rate), "random": RandomPlayer(), "policy": None}
-    source = make_rollouts(
+    player: Policy = policy
+    copy: Callable[[], Policy] = copy_maker(command.policy, policy, run.seed, run.torch_threads)
+    if run.player == "expert":
+        copy = functools.partial(ScriptedPlayer, policy.spec, run.error_rate)
+        player = copy()
+    elif run.player == "random":
+        copy = functools.partial(RandomPlayer, policy.spec)
+        player = copy()
+    plan = make_plan(
         command.environment,
-        command.policy,
         command.workers,
-        policy,
+        player,
+        copy,
         num_steps=run.num_steps,
         num_iterations=1_000_000,
         seed=run.seed,
         group_size=run.group_size if run.group_size > 1 else None,
         bf16=run.bf16,
-        torch_threads=run.torch_threads,
-        recorded={"demonstrator": players[run.player], "record": True, "ask_expert": has_expert},
+        record=True,
+        ask_expert=has_expert,
     )
-    with contextlib.closing(source):
+    with contextlib.closing(make_rollouts(command.workers.rollout_backend, plan)) as source:
         return play_until(source, run.episodes or 500, command.environment.env)
 
 
@@ -97,11 +102,9 @@ def _replay(
 ) -> tuple[list[Rollout], list[int]]:
     """Rollouts in which every recording is played to its end, and how many of them each slot has played."""
     environment, run = command.environment, command.run
-    player = RecordedDemonstrator(in_slots(recordings, environment.num_envs))
+    player = RecordedPlayer(policy.spec, in_slots(recordings, environment.num_envs))
     env = make_vector_env(environment, len(player.queues), run.seed, seed_lists=player.seed_lists)
-    collector = RolloutCollector(
-        env, policy, run.num_steps, run.seed, demonstrator=player, record=True, ask_expert=has_expert
-    )
+    collector = RolloutCollector(env, player, run.num_steps, run.seed, record=True, ask_expert=has_expert)
     with contextlib.closing(collector):
         rollouts = [collector.collect(number) for number in range(math.ceil(player.num_steps / run.num_steps))]
     return rollouts, player.quota
@@ -112,8 +115,8 @@ def own_trajectories(command: DPOCommand, policy: VLMPolicy, number: int) -> Dat
     environment, dpo, seed = command.environment, command.dpo, command.run.seed
     env = make_vector_env(environment, environment.num_envs, seed, group_size=dpo.group_size)
     with contextlib.closing(env):
-        recorded: dict[str, Any] = {"record": True, "ask_expert": knows_expert(env)}
-        collector = RolloutCollector(env, policy, dpo.num_steps, seed, rounds=True, **recorded)
+        expert = knows_expert(env)
+        collector = RolloutCollector(env, policy, dpo.num_steps, seed, rounds=True, record=True, ask_expert=expert)
         rollouts = play_until(collector, dpo.episodes, environment.env, first=1000 * number)
     return to_dataset(rollouts, policy, environment.env, f"policy {command.policy.policy}, round {number + 1}", {})
 

@@ -31,6 +31,7 @@ from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import DPOCommand
 from manako.policies import VLMPolicy
+from manako.policies.interface import Draws
 
 
 def train(command: DPOCommand, run_dir: Path, started: float) -> int:
@@ -94,7 +95,7 @@ def make_pairs(command: DPOCommand, policy: VLMPolicy, trajectories: Dataset, nu
     def act(observations: Observations) -> np.ndarray:
         with policy.frozen_weights():
             inputs = policy.prepare(observations.images, observations.instructions)
-            return policy(inputs.to(policy.device)).logprobs.argmax(-1).cpu().numpy()
+            return policy.act(inputs, Draws([]), greedy=True).to_env
 
     seed, num_actions = command.run.seed, len(policy.spec.action_names)
     with contextlib.closing(make_vector_env(command.environment, num_actions, seed)) as env:

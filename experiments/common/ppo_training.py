@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from manako.agent.backends import make_rollouts
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
 from manako.agent.report.figures import learning_curve
-from manako.experiments.common.building import connected, make_rollouts, make_trainer_args, policy_of_run
+from manako.experiments.common.building import connected, copy_maker, make_plan, make_trainer_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_final, write_gif
@@ -44,20 +45,19 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
         shutil.rmtree(staging, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         args = make_trainer_args(command, staging)
-        source = make_rollouts(
+        plan = make_plan(
             environment,
-            command.policy,
             command.workers,
             policy,
+            copy_maker(command.policy, policy, run.seed, run.torch_threads),
             num_steps=ppo.num_steps,
             num_iterations=args.num_iterations,
             seed=run.seed,
             group_size=None if ppo.advantage == "gae" else ppo.group_size,
             reference=ppo.kl_coef > 0,
             bf16=ppo.bf16,
-            torch_threads=run.torch_threads,
         )
-        rollouts = stack.enter_context(contextlib.closing(source))
+        rollouts = stack.enter_context(contextlib.closing(make_rollouts(command.workers.rollout_backend, plan)))
         try:
             trainer = PPOTrainer(policy, args, rollouts=rollouts)  # makes the run folder
         except OSError as error:

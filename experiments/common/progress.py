@@ -55,23 +55,16 @@ class Progress(TrainerCallback):
             f"environment  {played.env}, {played.num_envs} side by side, frames {env.frame_shape}, "
             f"instruction {instruction_from}"
         )
-        self.console.print(
-            f"actions      {', '.join(env.action_names)} (as {policy.codec.format}); success: {env.success_rule}"
-        )
+        self.console.print(f"actions      {', '.join(env.action_names)}; success: {env.success_rule}")
         self.console.print(f"policy       {source.policy}, trainable: {source.trainable}")
         print_parts(self.console, policy)
-        prefix = (
-            f"{len(policy.prefix_ids)} tokens shared by all prompts"
-            if policy.uses_prefix
-            else "whole prompts (no shared prefix)"
-        )
-        pixels = "table" if policy.pipeline.is_table else "the library's processor"
         if workers.rollout_backend != "local":
             self.console.print(
                 f"workers      {workers.workers} ({workers.rollout_backend}), {workers.worker_cpus:g} CPU and "
                 f"{workers.worker_gpus:g} GPU each"
             )
-        self.console.print(f"forward      {prefix}; pixels by {pixels}; {policy.device}, {source.dtype}")
+        for heading, text in policy.describe():
+            self.console.print(f"{heading:<13}{text}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock."""
