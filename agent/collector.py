@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manako.agent.backends import RolloutPlan
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import Shown, Stepped, VectorEnv, ask
 from manako.agent.random_streams import action_draws
@@ -260,3 +261,18 @@ class RolloutCollector:
             images=np.concatenate([step.shown.images for step in steps]),
             expert_actions=torch.from_numpy(np.stack(advice)) if advice else None,
         )
+
+
+def make_rollouts(plan: RolloutPlan) -> RolloutCollector:
+    """Returns the backend `local`: all environments in this process."""
+    return RolloutCollector(
+        plan.make_env(0, plan.num_envs),
+        plan.policy,
+        plan.num_steps,
+        plan.seed,
+        reference=plan.policy if plan.reference else None,
+        batch_size=plan.batch_size,
+        rounds=plan.rounds,
+        record=plan.record,
+        ask_expert=plan.ask_expert,
+    )

@@ -102,14 +102,18 @@ def ask(env: VectorEnv, needs: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: TOLD[name](env) for name in needs}
 
 
-class Rollouts(Protocol):
-    """Where rollouts come from: this process or workers, with the same trajectories for the same seed and weights."""
+class RolloutSource(Protocol):
+    """What the algorithm alone needs: N environments that are played for T steps at a time."""
 
     num_envs: int
     num_steps: int
 
     def collect(self, iteration: int) -> "Rollout":
         """Plays the T steps of that iteration in every environment."""
+
+
+class Rollouts(RolloutSource, Protocol):
+    """Where a run's rollouts come from: this process or workers, with the same trajectories for seed and weights."""
 
     def metrics(self) -> dict[str, float]:
         """Returns numbers of the last rollout for the log, beside those of every rollout."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from manako.agent.errors import TrainingError
-from manako.agent.interfaces import Rollouts
+from manako.agent.interfaces import RolloutSource
 from manako.agent.losses import ppo_loss
 from manako.agent.random_streams import SHUFFLES, make_rng
 from manako.agent.rollout import Rollout
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from manako.agent.ppo_config import PPOConfig
 
 
-def train_ppo(policy: Policy, rollouts: Rollouts, settings: "PPOConfig") -> Iterator[dict[str, float | None]]:
+def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") -> Iterator[dict[str, float | None]]:
     """Trains the policy, and yields each iteration's metrics.
 
     Args:

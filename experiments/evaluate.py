@@ -7,11 +7,11 @@ A run's folder, or a checkpoint in it, brings its environment and settings along
 with --output, writes it as JSON; --gif draws episodes. An existing file is never overwritten.
 """
 
-import json
+import dataclasses
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,92 +21,63 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import UsageError, check, parse, read_yaml, run_main, setting  # noqa: E402
+from manako.envs.settings import EnvSettings  # noqa: E402
+from manako.experiments.common.command_line import (  # noqa: E402
+    CommandLine,
+    UsageError,
+    check_new_file,
+    checked_sections,
+    read_command_line,
+    read_yaml,
+    run_main,
+    show,
+)
 from manako.experiments.common.run_folder import is_run, policy_folder  # noqa: E402
-from manako.experiments.common.settings import RunConfig  # noqa: E402
-
-OF_THE_POLICY = ("trainable", "action_format", "system", "dtype")  # likewise, and no flags here
-TAKEN = ("env", "instruction", "action_names", "env_kwargs", "image_source", "success_return")  # from the run
-
-
-@dataclass
-class EvaluateConfig:
-    """Settings of evaluate.py."""
-
-    policy: str = setting("", "run folder, checkpoint, model folder, Hub id or preset")
-    env: str | None = setting(None, "Gymnasium id; by default the run's")
-    instruction: str | None = setting(None, "replaces the env's own instruction")
-    action_names: str | None = setting(None, "replaces the env's own action names: a,b,c")
-    env_kwargs: str | None = setting(None, "arguments of the env's constructor, a JSON object")
-    image_source: str | None = setting(None, "auto, observation or render", choices=("auto", "observation", "render"))
-    success_return: float | None = setting(None, "lowest return of a successful episode")
-    episodes: int = setting(500, "held-out episodes of each row", ge=1)
-    num_envs: int = setting(64, "environments side by side", ge=1)
-    seed: int | None = setting(None, "of the held-out episodes; by default the run's, else 0", ge=0, lt=2**31)
-    sample: bool = setting(False, "draw actions instead of taking the most probable one")
-    output: str | None = setting(None, "JSON file for the results, must not exist")
-    gif: str | None = setting(None, "GIF file for the first episodes, must not exist")
-    gif_episodes: int = setting(4, "how many of them", ge=1)
+from manako.experiments.common.settings import OF_PRESETS, EvaluateCommand, PPOCommand  # noqa: E402
+from manako.policies import PolicySource  # noqa: E402
 
 
 def main() -> int:
     """One evaluation; returns the exit code."""
-    given = parse(EvaluateConfig, description="Evaluates a policy on held-out seeds, with controls.")
-    if not given.policy:
+    line = read_command_line(EvaluateCommand, "Evaluates a policy on held-out seeds, with controls.")
+    if "policy" not in line.given:
         raise UsageError("--policy is missing: give a run folder, a checkpoint, a model folder, a Hub id or a preset.")
-    for name, file in (("output", given.output), ("gif", given.gif)):
-        if file and Path(file).exists():
-            raise UsageError(f"--{name} {file!r} exists and is not overwritten: give another file.")
-        if file and not Path(file).resolve().parent.is_dir():
-            raise UsageError(f"The folder of --{name} {file!r} does not exist: make it or give another file.")
-    config = _run_config(given)
-    import torch
+    check_new_file(line.settings.run.output, "--output")
+    check_new_file(line.settings.run.gif, "--gif")
+    command = with_the_runs(line)
+    show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")
+    from manako.experiments.common.evaluating import evaluate  # torch and all
 
-    from manako.agent.report.evaluation import evaluate_all, record_episodes
-    from manako.agent.report.figures import episode_gif
-    from manako.experiments.common.building import make_policy, quiet_libraries
-    from manako.experiments.common.environments import held_out_seeds, make_env
-    from manako.experiments.common.progress import plain_console, print_table
-
-    quiet_libraries()
-    torch.manual_seed(config.seed)
-    env = make_env(config, min(given.num_envs, given.episodes), held_out=True)
-    policy = make_policy(config, env.action_names, env.frame_shape)
-    seeds = held_out_seeds(config.seed, max(given.episodes, given.gif_episodes))
-    console = plain_console()
-    evaluations = evaluate_all(
-        policy,
-        env,
-        seeds[: given.episodes],
-        given.sample,
-        done=lambda name, result: console.print(f"{name.replace('_', ' ')}: {result.summary()['success']:.1%}"),
-    )
-    env.close()
-    summary = {name: evaluation.summary() for name, evaluation in evaluations.items()}
-    print_table(console, summary, f"{given.policy} on {config.env}, held-out seeds of seed {config.seed}")
-    if given.output:
-        Path(given.output).write_text(json.dumps(summary, indent=2))
-    if given.gif:
-        shown = make_env(config, given.gif_episodes, held_out=True)
-        episode_gif(record_episodes(policy, shown, seeds[: given.gif_episodes]), shown.action_names, given.gif)
-        shown.close()
-    return 0
+    return evaluate(command, line.settings.policy.policy)
 
 
-def _run_config(given: EvaluateConfig) -> RunConfig:
-    """The run's settings where the policy lies in a run, with what the flags replace."""
-    folder = Path(given.policy)
-    policy = policy_folder(given.policy)
+def with_the_runs(line: CommandLine[EvaluateCommand]) -> EvaluateCommand:
+    """Returns the settings, with those of the run in which the policy lies where none were given."""
+    given, command = line.given, line.settings
+    folder, policy = Path(command.policy.policy), policy_folder(command.policy.policy)
     run = next((place for place in (folder, folder.parent, folder.parent.parent) if is_run(place)), None)
-    values = read_yaml(run / "config.yaml") if folder.is_dir() and run else {}
-    kept = {key: value for key, value in values.items() if key in (*TAKEN, *OF_THE_POLICY, "seed")}
-    check(RunConfig, kept, source=f"{run}/config.yaml")
-    replaced = {key: getattr(given, key) for key in (*TAKEN, "seed") if getattr(given, key) is not None}
-    if "env" in replaced and replaced["env"] != kept.get("env"):
-        kept = {key: value for key, value in kept.items() if key not in TAKEN}
-    return RunConfig(
-        **{**kept, **replaced, "policy": policy, "eval_episodes": given.episodes, "gif_episodes": given.gif_episodes}
+    if not folder.is_dir() or run is None:
+        return command
+    file = run / "config.yaml"
+    written = read_yaml(file)
+    shared = {part: values for part, values in written.items() if part not in ("sft", "dpo", "run")}
+    sections = checked_sections(PPOCommand, shared, str(file))
+    played, source = sections.get("environment", {}), sections.get("policy", {})
+    if "env" in given and command.environment.env != played.get("env"):
+        played = {}  # another environment: nothing of the run's fits
+    played.pop("num_envs", None)
+    of_policy = {name: value for name, value in source.items() if name not in ("policy", *OF_PRESETS)}
+    environment = EnvSettings(**{**played, **_given(command.environment, given)})
+    policy_source = PolicySource(**{**of_policy, **_given(command.policy, given), "policy": policy})
+    seed = {} if "seed" in given else {"seed": written["run"]["seed"]}
+    return dataclasses.replace(
+        command, environment=environment, policy=policy_source, run=dataclasses.replace(command.run, **seed)
     )
+
+
+def _given(settings: EnvSettings | PolicySource, given: frozenset[str]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(settings)} & given
+    return {name: getattr(settings, name) for name in names}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python experiments/export_lerobot.py --dataset data/goto --output data/goto-lerobot
     python experiments/export_lerobot.py --dataset data/goto --output data/goto-lerobot --fps 10
 
-LeRobot is not needed for it. agent/lerobot_format.py says what is in the folder; there,
+LeRobot is not needed for it. agent/data/lerobot_format.py says what is in the folder; there,
 `LeRobotDataset("goto", root="data/goto-lerobot")` opens it.
 """
 
@@ -23,14 +23,17 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from manako.envs import EnvError  # noqa: E402
+from manako.envs.making import make_raw_env  # noqa: E402
+from manako.experiments.common.command_line import UsageError, parse, run_main, section, show  # noqa: E402
+from manako.settings import setting  # noqa: E402
 
 DEFAULT_FPS = 4  # where nothing says how fast an environment runs: that of this project's own
 
 
-@dataclass
-class ExportConfig:
-    """Settings of export_lerobot.py."""
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is written again."""
 
     dataset: str | None = setting(None, "trajectories, a folder of collect.py")
     output: str | None = setting(None, "folder of the LeRobot dataset, must not exist")
@@ -39,25 +42,30 @@ class ExportConfig:
     )
 
 
+@dataclass(frozen=True)
+class ExportCommand:
+    """Settings of export_lerobot.py."""
+
+    export: ExportSettings = section(ExportSettings, "export")
+
+
 def main() -> int:
     """One export; returns the exit code."""
-    given = parse(ExportConfig, description="Writes trajectories as a LeRobot dataset.")
+    given = parse(ExportCommand, "Writes trajectories as a LeRobot dataset.").export
     if not given.dataset:
         raise UsageError("--dataset is missing: give a folder of experiments/collect.py.")
     if not given.output:
         raise UsageError("--output is missing: give the folder of the new dataset.")
     if Path(given.output).exists():
         raise UsageError(f"{given.output!r} exists and is not overwritten: give another --output.")
-    from manako.agent.data.lerobot_format import export_lerobot
-    from manako.agent.data.trajectories import load_trajectories
-    from manako.experiments.common.building import quiet_libraries
+    show("export", f"{given.dataset} to {given.output}")
+    from manako.experiments.common import lerobot_export  # torch and all
 
-    quiet_libraries()
-    dataset, about = load_trajectories(given.dataset)
+    dataset, about = lerobot_export.load(given.dataset)
     rendered = None if given.fps else render_fps(about)
     origin = "--fps" if given.fps else "its render_fps" if rendered else f"it has no render_fps here: {DEFAULT_FPS}"
     fps = given.fps or rendered or DEFAULT_FPS
-    written = export_lerobot(dataset, about, Path(given.output), fps)
+    written = lerobot_export.export_lerobot(dataset, about, Path(given.output), fps)
     print(
         f"{written.episodes:,} episodes, {written.frames:,} frames and {written.tasks:,} tasks of {about['env_id']} at "
         f"{fps} frames per second ({origin}), written to {given.output}"
@@ -66,14 +74,9 @@ def main() -> int:
 
 
 def render_fps(about: dict[str, Any]) -> int | None:
-    """The frames per second in the metadata of the trajectories' environment.
-
-    Returns:
-        None where it has none, has no whole number, or cannot be made on this machine.
+    """Returns the frames per second in the metadata of the trajectories' environment., None where it has
+    none, has no whole number, or cannot be made on this machine.
     """
-    from manako.envs import EnvError
-    from manako.envs.making import make_raw_env
-
     try:
         with contextlib.closing(make_raw_env(about["env_id"], json.loads(about.get("env_kwargs") or "{}"))) as env:
             fps = env.metadata.get("render_fps")

@@ -33,9 +33,10 @@ import numpy as np  # noqa: E402
 
 from manako.agent.data.recordings import Recording, append_recording, read_recordings  # noqa: E402
 from manako.envs import TRAINING, EpisodeVectorEnv, Observations, episode_seed  # noqa: E402
-from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
-from manako.experiments.common.environments import json_object, make_env  # noqa: E402
-from manako.experiments.common.settings import EnvConfig  # noqa: E402
+from manako.envs.settings import EnvSettings  # noqa: E402
+from manako.experiments.common.command_line import UsageError, parse, run_main, section, show  # noqa: E402
+from manako.experiments.common.environments import make_vector_env  # noqa: E402
+from manako.settings import setting  # noqa: E402
 
 KEYS = "123456789abcdefghijklmnopqrstuvwxyz"
 ARROWS = ("up", "down", "left", "right")
@@ -44,11 +45,20 @@ MOST_LINES = 12  # of a text
 BACKGROUND, TEXT, QUIET = (24, 24, 28), (240, 240, 240), (160, 160, 170)
 
 
-@dataclasses.dataclass
-class WindowConfig(EnvConfig):
-    """Settings of play.py: the environment's, and the file."""
+@dataclasses.dataclass(frozen=True)
+class SittingSettings:
+    """What is recorded."""
 
     output: str | None = setting(None, "file of the recording; episodes are added to an existing one of the same env")
+    seed: int = setting(0, "of the episodes", ge=0, lt=2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlayCommand:
+    """Settings of play.py."""
+
+    environment: EnvSettings = section(EnvSettings, "environment", without=("num_envs",))
+    run: SittingSettings = section(SittingSettings, "recording")
 
 
 class Window:
@@ -174,29 +184,30 @@ def _score(env: EpisodeVectorEnv) -> str:
 
 def main() -> int:
     """One sitting; returns the exit code."""
-    given = parse(WindowConfig, description="Records a person's play in a window.")
-    if not given.output:
+    command = parse(PlayCommand, "Records a person's play in a window.")
+    played, output = command.environment, command.run.output
+    if not output:
         raise UsageError("--output is missing: give the file of the recording, such as play.jsonl.")
-    path = Path(given.output)
+    path = Path(output)
     if path.is_dir():
-        raise UsageError(f"--output {given.output!r} is a folder: expected a file, such as play.jsonl.")
+        raise UsageError(f"--output {output!r} is a folder: expected a file, such as play.jsonl.")
     above = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not os.access(above, os.W_OK):
         raise UsageError(f"{str(above)!r} cannot be written to: give another --output.")
-    env_kwargs = json_object(given.env_kwargs)
-    with contextlib.closing(make_env(given, 1)) as env:
-        known = (given.env, env.action_names, env_kwargs)
-        before = read_recordings(given.output, *known) if path.exists() and path.stat().st_size else []
-        played = {recording.seed for recording in before}
-        seeds = (episode_seed(given.seed, TRAINING, 0, number) for number in itertools.count())
+    show("recording", f"{played.env}, to {output}")
+    with contextlib.closing(make_vector_env(played, 1, command.run.seed)) as env:
+        known = (played.env, env.action_names, played.env_kwargs)
+        before = read_recordings(output, *known) if path.exists() and path.stat().st_size else []
+        played_seeds = {recording.seed for recording in before}
+        seeds = (episode_seed(command.run.seed, TRAINING, 0, number) for number in itertools.count())
         with contextlib.closing(Window(env)) as window:
             count = play(
                 env,
                 window,
-                (seed for seed in seeds if seed not in played),
-                lambda recording: append_recording(given.output or "", recording, *known),
+                (seed for seed in seeds if seed not in played_seeds),
+                lambda recording: append_recording(output, recording, *known),
             )
-    print(f"{count:,} episodes added to {given.output}, which has {len(before) + count:,}")
+    print(f"{count:,} episodes added to {output}, which has {len(before) + count:,}")
     return 0
 
 

@@ -10,8 +10,8 @@ experiments/run_ppo.py ...`, see docs/cluster.md.
 """
 
 import asyncio
-import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import shlex
@@ -29,9 +29,18 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import UsageError, parse, run_main, setting  # noqa: E402
+from manako.experiments.common.command_line import (  # noqa: E402
+    CommandLine,
+    UsageError,
+    as_sections,
+    read_command_line,
+    run_main,
+    section,
+    show,
+)
 from manako.experiments.common.run_folder import default_run_dir  # noqa: E402
-from manako.experiments.common.settings import RunConfig, check_together  # noqa: E402
+from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together  # noqa: E402
+from manako.settings import setting  # noqa: E402
 
 LEFT_AT_HOME = [
     ".git",
@@ -48,44 +57,48 @@ LEFT_AT_HOME = [
 ]
 
 
-@dataclass
-class JobConfig(RunConfig):
-    """Settings of submit_ray_job.py: those of a run, and two of its own."""
+@dataclass(frozen=True)
+class JobSettings:
+    """Which cluster, and whether to wait."""
 
     job_address: str | None = setting(None, "address of the cluster's dashboard, such as http://head:8265")
     follow: bool = setting(True, "print the job's log until it ends, and end with its exit code")
 
 
+@dataclass(frozen=True)
+class JobCommand(PPOCommand):
+    """Settings of submit_ray_job.py: those of a run, and two of its own."""
+
+    job: JobSettings = section(JobSettings, "job")
+
+
 def main() -> int:
     """One submission; returns the job's exit code."""
-    given = parse(JobConfig, description="Submits run_ppo.py to a Ray cluster; takes its flags.")
-    fields = [field.name for field in dataclasses.fields(RunConfig)]
-    run = RunConfig(**{name: getattr(given, name) for name in fields})
-    check_together(dataclasses.replace(run))
-    folder = run.resume or run.output_dir or str(default_run_dir(run))
-    run.resume, run.output_dir = (os.path.abspath(folder), None) if run.resume else (None, os.path.abspath(folder))
-    if Path(run.policy).is_dir():
-        run.policy = os.path.abspath(run.policy)
-    # A resumed run has its own settings; all others travel as flags, so that no file has to be there.
-    words = [
-        word
-        for name in fields
-        if (value := getattr(run, name)) != getattr(RunConfig(), name)
-        for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
-    ]
-    module = plugin_file(run.env)
-    from manako.agent.workers.ray_backends import job_client
+    line = read_command_line(
+        JobCommand,
+        "Submits run_ppo.py to a Ray cluster; takes its flags.",
+        file_without=(GOTO, ("env", "resume")),
+    )
+    given = line.settings
+    if not given.run.resume:
+        check_together(given)
+    folder = os.path.abspath(given.run.resume or given.run.output_dir or str(default_run_dir(given)))
+    words = job_words(line, folder)
+    module = plugin_file(given.environment.env)
+    show("run", folder)
+    from manako.agent.workers.ray_backends import job_client  # ray
 
-    client = job_client(given.job_address)
+    client = job_client(given.job.job_address)
     environment: dict[str, Any] = {"working_dir": str(ROOT), "excludes": LEFT_AT_HOME}
     entrypoint = shlex.join(["python", "experiments/run_ppo.py", *words])
     logging.getLogger("ray").setLevel(logging.ERROR)  # a line for each file that stays here
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as package:
         if module is not None:
-            environment["py_modules"] = [str(as_package(module, Path(folder)))]
+            environment["py_modules"] = [str(as_package(module, Path(package)))]
         job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
-    print(f"job          {job}\ncommand      {entrypoint}\nrun          {run.resume or run.output_dir}", flush=True)
-    if not given.follow:
+    show("job", job)
+    show("command", entrypoint)
+    if not given.job.follow:
         return 0
     try:
         asyncio.run(_print_log(client, job))
@@ -101,8 +114,26 @@ def main() -> int:
     return details.driver_exit_code or 1
 
 
+def job_words(line: CommandLine[JobCommand], folder: str) -> list[str]:
+    """Returns the words of run_ppo.py in the job: all settings in one --config, so that no file has to be there.
+
+    Args:
+        line: what came here.
+        folder: the run's, absolute. A resumed run has its own settings, and only those of the machine travel.
+    """
+    sections = as_sections(line.settings)
+    del sections["job"]
+    if line.settings.run.resume:
+        moved = {name: value for name, value in sections["workers"].items() if name in line.given & OF_THE_MACHINE}
+        return ["--resume", folder, *(["--config", json.dumps({"workers": moved})] if moved else [])]
+    sections["run"] |= {"output_dir": folder, "resume": None}
+    if Path(sections["policy"]["policy"]).is_dir():
+        sections["policy"]["policy"] = os.path.abspath(sections["policy"]["policy"])
+    return ["--config", json.dumps(sections)]
+
+
 def plugin_file(env: str) -> Path | None:
-    """The file or folder of `module:EnvId-v0`'s module where it lies in the current folder and not in the project.
+    """Returns the file or folder of `module:EnvId-v0`'s module where it lies in the current folder, not in the project.
 
     Raises:
         UsageError: there is no such module.
@@ -120,7 +151,7 @@ def plugin_file(env: str) -> Path | None:
 
 
 def as_package(module: Path, folder: Path) -> Path:
-    """The module as a folder, which is all that a job can be sent: a single file becomes the package's own."""
+    """Returns the module as a folder, which is all that a job can be sent: a single file becomes the package's own."""
     if module.is_dir():
         return module
     package = folder / module.stem

@@ -1,41 +1,41 @@
 """Where a policy's model comes from and what of it learns: the one settings class of this package, light to import."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-ActionFormat = str  # "auto" or a key of `manako.policies.answers.KINDS`
+from manako.policies.answers import KINDS
+from manako.settings import setting
+
+if TYPE_CHECKING:
+    ActionFormat = str
+else:  # a line in the table is a choice of --action_format
+    ActionFormat = Literal[("auto", *KINDS)]
+Dtype = Literal["float32", "bfloat16"]
 SYSTEM = "Follow the instruction. Actions: {actions}."
 
 
 @dataclass(frozen=True)
 class PolicySource:
-    """Where a policy's model comes from, and what of it learns.
+    """Where a policy's model comes from, and what of it learns."""
 
-    Args:
-        policy: a preset's name, a folder (of this module or of any VLM), or a Hub id.
-        vision_encoder: replaces the preset's encoder.
-        adapter: replaces the preset's adapter.
-        language_model: replaces the preset's language model.
-        image_size: see `manako.policies.encoders.build_encoder`.
-        patch_size: see `manako.policies.encoders.build_encoder`.
-        trainable: see `manako.policies.trainable`.
-        lora_rank: rank of the LoRA matrices.
-        lora_alpha: their scale is lora_alpha / lora_rank.
-        dtype: of the weights, `float32` or `bfloat16`.
-        action_format: see `manako.policies.answers.closed_set`.
-        system: the prompt's system text.
-        seed: of random weights.
-    """
-
-    policy: str = "tiny"
-    vision_encoder: str | None = None
-    adapter: str | None = None
-    language_model: str | None = None
-    image_size: int | None = None
-    patch_size: int | None = None
-    trainable: str = "full"
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    dtype: str = "float32"
-    action_format: ActionFormat = "auto"
-    system: str = SYSTEM
-    seed: int = 0
+    policy: str = setting("tiny", "preset (tiny, smollm2), model folder, run checkpoint or Hub id")
+    vision_encoder: str | None = setting(None, "replaces a preset's encoder: vit, clip_vit, convnext, folder or Hub id")
+    adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp, mlp_zscore")
+    language_model: str | None = setting(
+        None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id"
+    )
+    image_size: int | None = setting(None, "side in pixels that a small random encoder sees", ge=8)
+    patch_size: int | None = setting(None, "side in pixels of its patches", ge=2)
+    trainable: str = setting(
+        "full",
+        "what learns: full, adapter, lora (with the adapter), or parts among encoder, adapter, language_model, lora, "
+        "value_head joined by +",
+    )
+    lora_rank: int = setting(16, "rank of LoRA", ge=1)
+    lora_alpha: int = setting(32, "LoRA is scaled by lora_alpha / lora_rank", only_in_file=True, ge=1)
+    dtype: Dtype = setting("float32", "of the weights")
+    action_format: ActionFormat = setting("auto", "how actions are named")
+    system: str = setting(
+        SYSTEM, "system text of the prompt; {actions} stands for the list of actions", only_in_file=True
+    )
+    seed: int = setting(0, "of random weights", ge=0, lt=2**31)

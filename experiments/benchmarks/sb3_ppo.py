@@ -4,6 +4,7 @@ The baseline of compare_sb3.py, which imports this module late: it needs stable-
 more than our policy gets: the colour, in place of a sentence to read.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -20,10 +22,13 @@ from torch import nn
 
 from manako.envs import TRAINING, episode_seed, make_env
 from manako.envs.tiles import COLORS
-from manako.experiments.common.settings import RunConfig
+from manako.experiments.benchmarks.settings import RUN, CompareSettings
+from manako.experiments.benchmarks.steps_to_success import Curve, Judge, print_table, train_ours
+from manako.experiments.common.environments import held_out_seeds
+from manako.experiments.common.settings import PPOCommand
 
 Seen = dict[str, np.ndarray]  # {"image": (H, W, 3) uint8, "color": (colours,) float32}, or a batch of them
-Judge = Callable[[int, float, float], bool]  # (env steps, seconds, success rate) -> whether that is enough
+OURS, SB3 = "VLM policy, tiny", "Stable-Baselines3 CNN"
 FEATURES = 128
 
 
@@ -132,35 +137,66 @@ class _EvaluateEvery(BaseCallback):
             self.look()
 
 
-def train(config: RunConfig, seeds: Sequence[int], every: int, judge: Judge) -> None:
-    """Trains until `judge` is content or `config.total_steps` are played, with the settings of our own run.
+def train(command: PPOCommand, seeds: Sequence[int], every: int, judge: Judge) -> None:
+    """Trains until `judge` is content or all steps are played, with the settings of our own run.
 
     Args:
-        config: the environment and PPO's settings.
+        command: the environment and PPO's settings.
         seeds: of the held-out episodes.
         every: updates between evaluations.
         judge: hears env steps, seconds of training and the success rate after each evaluation; True ends it.
     """
-    held_out = [NamedColor(config.env, config.seed, slot) for slot in range(len(seeds))]
-    makers = [functools.partial(NamedColor, config.env, config.seed, slot) for slot in range(config.num_envs)]
+    ppo, env, seed = command.ppo, command.environment.env, command.run.seed
+    held_out = [NamedColor(env, seed, slot) for slot in range(len(seeds))]
+    makers = [functools.partial(NamedColor, env, seed, slot) for slot in range(command.environment.num_envs)]
     model = PPO(
         "MultiInputPolicy",
         DummyVecEnv(list[Callable[[], gym.Env]](makers)),
-        learning_rate=lambda remaining: config.learning_rate * remaining,
-        n_steps=config.num_steps,
-        batch_size=config.minibatch_size,
-        n_epochs=config.num_ppo_epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
-        clip_range_vf=config.clip_range_vf,
-        ent_coef=config.ent_coef,
-        vf_coef=config.vf_coef,
-        max_grad_norm=config.max_grad_norm,
+        learning_rate=lambda remaining: ppo.learning_rate * remaining,
+        n_steps=ppo.num_steps,
+        batch_size=ppo.minibatch_size,
+        n_epochs=ppo.num_ppo_epochs,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        clip_range=ppo.clip_range,
+        clip_range_vf=ppo.clip_range_vf,
+        ent_coef=ppo.ent_coef,
+        vf_coef=ppo.vf_coef,
+        max_grad_norm=ppo.max_grad_norm,
         policy_kwargs={"features_extractor_class": ImageAndColor},
-        seed=config.seed,
+        seed=seed,
         device="cpu",
     )
-    model.learn(config.total_steps, callback=_EvaluateEvery(every, lambda it: success_rate(it, held_out, seeds), judge))
-    for env in held_out:
-        env.close()
+    evaluation = _EvaluateEvery(every, lambda it: success_rate(it, held_out, seeds), judge)
+    model.learn(command.run.total_steps, callback=evaluation)
+    for played in held_out:
+        played.close()
+
+
+def compare(given: CompareSettings) -> dict[str, list[dict[str, Any]]]:
+    """Trains both ways with every seed and prints the table.
+
+    Args:
+        given: what is compared.
+
+    Returns:
+        The results of each way, one a seed.
+    """
+    threads = given.torch_threads or torch.get_num_threads()
+    runs: dict[str, list[dict[str, Any]]] = {OURS: [], SB3: []}
+    environment = dataclasses.replace(RUN.environment, env=given.env)
+    for seed in range(given.seeds):
+        run = dataclasses.replace(RUN.run, seed=seed, total_steps=given.total_steps, torch_threads=given.torch_threads)
+        command = dataclasses.replace(RUN, environment=environment, run=run)
+        longer = dataclasses.replace(command, run=dataclasses.replace(run, total_steps=given.total_steps_sb3))
+        episodes = held_out_seeds(seed, given.episodes)
+        ours, theirs = Curve(given.success), Curve(given.success)
+        train_ours(command, episodes, given.eval_every, ours)
+        print(f"{OURS}, seed {seed}: {ours}", flush=True)
+        torch.set_num_threads(threads)
+        train(longer, episodes, given.eval_every, theirs)
+        print(f"{SB3}, seed {seed}: {theirs}", flush=True)
+        runs[OURS].append(ours.result(seed))
+        runs[SB3].append(theirs.result(seed))
+    print_table(Console(soft_wrap=True, highlight=False), runs, given.success, given.episodes)
+    return runs

@@ -1,163 +1,159 @@
-"""From settings to objects: policy, rollouts, trainer arguments. Shared by the runners."""
+"""From settings to objects: policy, rollouts, trainer arguments. Shared by the runners; imports torch."""
 
+import dataclasses
 import functools
 import math
+import os
 import platform
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+import datasets
 import numpy as np
+import torch
+import transformers
 
+from manako.agent.backends import RolloutPlan
 from manako.agent.ppo_config import PPOConfig
-from manako.agent.rollout import Rollout, RolloutCollector, Rollouts
+from manako.agent.workers.cluster import cluster
+from manako.agent.workers.options import WorkerOptions
+from manako.agent.workers.settings import WorkerSettings
 from manako.envs import EpisodeVectorEnv
+from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import make_segment
+from manako.experiments.common.environments import make_segment, make_vector_env
 from manako.experiments.common.run_folder import policy_folder
-from manako.experiments.common.settings import PlayConfig, RolloutConfig, RunConfig
+from manako.experiments.common.settings import PPOCommand, TuningSettings
 from manako.policies import PolicySource, VLMPolicy, load_policy
-from manako.policies.source import SYSTEM
+from manako.policies.interface import Draws, Policy
 
-if TYPE_CHECKING:
-    from manako.agent.workers.ray_backends import WorkerOptions
-
-PATIENCE = 100_000  # steps to wait for the first episode's end
-# settings of a run that are PPOConfig's by the same name
-SHARED = (
-    "num_steps",
-    "num_ppo_epochs",
-    "minibatch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "adapter_learning_rate",
-    "lr_scheduler_type",
-    "advantage",
-    "group_size",
-    "step_weight",
-    "gamma",
-    "gae_lambda",
-    "clip_range",
-    "clip_range_vf",
-    "vf_coef",
-    "ent_coef",
-    "kl_coef",
-    "target_kl",
-    "max_grad_norm",
-    "bf16",
-    "seed",
-)
-
-
+ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = 10_000_000  # parameters
+Arguments = TypeVar("Arguments")
 
 
 def quiet_libraries() -> None:
     """No progress bars and warnings of libraries between our lines."""
-    import datasets
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
 
 
-def make_policy(config: PlayConfig, action_names: tuple[str, ...], frame_shape: tuple[int, int, int]) -> VLMPolicy:
-    """The policy of the run, on the GPU where there is one."""
-    import torch
-
-    source = PolicySource(
-        policy=policy_folder(config.policy),
-        vision_encoder=config.vision_encoder,
-        adapter=config.adapter,
-        language_model=config.language_model,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        trainable=config.trainable,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        dtype=config.dtype,
-        action_format=config.action_format,  # type: ignore[arg-type]
-        system=SYSTEM if config.system is None else config.system,
-        seed=config.seed,
-    )
-    policy = load_policy(source, action_names, frame_shape)
-    if config.instruction is not None and policy.prompts.clean(config.instruction) != " ".join(
-        config.instruction.split()
-    ):
-        raise UsageError(
-            f"--instruction {config.instruction!r} holds special tokens or control characters, or is too long: "
-            f"expected plain text such as {policy.prompts.clean(config.instruction)!r}."
-        )
+def make_policy(
+    source: PolicySource,
+    action_names: tuple[str, ...],
+    frame_shape: tuple[int, int, int],
+    torch_threads: int | None = None,
+) -> VLMPolicy:
+    """Returns the policy of the run, on the GPU where there is one."""
+    policy = load_policy(dataclasses.replace(source, policy=policy_folder(source.policy)), action_names, frame_shape)
     # The small matrices of a small model lose more to handing work to threads than they gain.
     small = sum(parameter.numel() for parameter in policy.parameters()) < SMALL_MODEL
-    torch.set_num_threads(config.torch_threads or (1 if small else torch.get_num_threads()))
+    torch.set_num_threads(torch_threads or (1 if small else torch.get_num_threads()))
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def try_out(env: EpisodeVectorEnv, policy: VLMPolicy) -> None:
-    """Plays one step of a held-out episode: what is wrong with environment, prompt or model shows before a run begins.
+def policy_of_run(
+    environment: EnvSettings, source: PolicySource, seed: int, torch_threads: int | None, trial: bool = False
+) -> tuple[VLMPolicy, EpisodeVectorEnv]:
+    """Seeds torch and makes the run's policy for what its environment shows.
+
+    Args:
+        environment: what is played.
+        source: who plays.
+        seed: the run's one seed, of the policy's random weights too.
+        torch_threads: CPU threads of torch; None chooses.
+        trial: play one step of a held-out episode, so that what is wrong with environment, prompt or model shows before
+            a run begins.
+
+    Returns:
+        The policy, and one closed environment, which still knows its names and shapes.
 
     Raises:
         EnvError: the environment breaks.
         PolicyError: the policy cannot read what the environment shows.
     """
-    observations = env.reset()
-    with policy.frozen_weights():
-        policy(policy.prepare(observations.images, observations.instructions).to(policy.device))
-    env.step(np.zeros(env.num_envs, dtype=np.int64))
+    quiet_libraries()
+    torch.manual_seed(seed)
+    env = make_vector_env(environment, 1, seed, held_out=True)
+    try:
+        policy = make_policy(dataclasses.replace(source, seed=seed), env.action_names, env.frame_shape, torch_threads)
+        check_instruction(environment.instruction, policy)
+        if trial:
+            observations = env.reset()
+            with policy.frozen_weights():
+                policy.act(policy.prepare(observations.images, observations.instructions), Draws([]), greedy=True)
+            env.step(np.zeros(env.num_envs, dtype=np.int64))
+    finally:
+        env.close()
+    return policy, env
 
 
-def check_bf16(config: PlayConfig) -> None:
+def check_instruction(instruction: str | None, policy: VLMPolicy) -> None:
+    """A replaced instruction has to reach the policy as it was given.
+
+    Raises:
+        UsageError: it holds what is taken out of every text that an environment gives.
+    """
+    if instruction is not None and policy.prompts.clean(instruction) != " ".join(instruction.split()):
+        raise UsageError(
+            f"--instruction {instruction!r} holds special tokens or control characters, or is too long: "
+            f"expected plain text such as {policy.prompts.clean(instruction)!r}."
+        )
+
+
+def check_bf16(bf16: bool) -> None:
     """Says where bfloat16 is asked of a CPU that has to compute it in software, several times slower than float32."""
-    import torch
-
     native = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
     on_cpu = not torch.cuda.is_available() and platform.machine() in ("x86_64", "AMD64")
-    if config.bf16 and on_cpu and not any(supported() for supported in native):
+    if bf16 and on_cpu and not any(supported() for supported in native):
         print("note: this CPU has no bfloat16 instructions (AVX512-BF16, AMX): --bf16 false is faster here", flush=True)
 
 
-def make_trainer_args(config: RunConfig, output_dir: Path) -> PPOConfig:
-    """Arguments of PPOTrainer; the Trainer writes its checkpoints into `output_dir`."""
-    import torch
-
-    check_bf16(config)
+def make_trainer_args(command: PPOCommand, output_dir: Path) -> PPOConfig:
+    """Returns the arguments of PPOTrainer; the Trainer writes its checkpoints into `output_dir`."""
+    check_bf16(command.ppo.bf16)
+    samples = command.environment.num_envs * command.ppo.num_steps
     return PPOConfig(
         output_dir=str(output_dir),
-        num_iterations=math.ceil(config.total_steps / (config.num_envs * config.num_steps)),
+        num_iterations=math.ceil(command.run.total_steps / samples),
+        seed=command.run.seed,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),  # else bf16 is refused on a CPU
-        **{name: getattr(config, name) for name in SHARED},
+        **dataclasses.asdict(command.ppo),
     )
 
 
-def make_tuning_args(kind: Any, config: Any, run_dir: Path, **own: Any) -> Any:
-    """Arguments of one of TRL's trainers: those that SFT, DPO and KTO share, and the method's own.
+def make_tuning_args(
+    kind: Callable[..., Arguments], settings: TuningSettings, seed: int, run_dir: Path, **own: Any
+) -> Arguments:
+    """Returns the arguments of one of TRL's trainers: those that SFT, DPO and KTO share, and the method's own.
 
     Args:
         kind: trl.SFTConfig, DPOConfig or KTOConfig.
-        config: settings of run_sft.py or run_dpo.py.
+        settings: of the training.
+        seed: the run's.
         run_dir: the run folder.
         own: further arguments.
     """
-    import torch
-
-    check_bf16(config)
-    schedule = config.lr_scheduler_type
+    check_bf16(settings.bf16)
+    schedule: str = settings.lr_scheduler_type
     if schedule == "constant" and own.get("warmup_steps"):
         schedule = "constant_with_warmup"  # by `constant` the library leaves the rise out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
         return kind(
             output_dir=str(run_dir / ".staging"),
-            per_device_train_batch_size=config.batch_size,
-            num_train_epochs=config.epochs,
-            learning_rate=config.learning_rate,
+            per_device_train_batch_size=settings.batch_size,
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
             lr_scheduler_type=schedule,
-            max_grad_norm=config.max_grad_norm,
+            max_grad_norm=settings.max_grad_norm,
             max_length=None,
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -165,104 +161,73 @@ def make_tuning_args(kind: Any, config: Any, run_dir: Path, **own: Any) -> Any:
             report_to="none",
             disable_tqdm=True,
             gradient_checkpointing=False,
-            bf16=config.bf16,
+            bf16=settings.bf16,
             use_cpu=not torch.cuda.is_available(),
-            seed=config.seed,
+            seed=seed,
             **own,
         )
 
 
-def make_rollouts(
-    config: RolloutConfig,
-    policy: VLMPolicy,
+def make_plan(
+    environment: EnvSettings,
+    workers: WorkerSettings,
+    policy: Policy,
+    make_copy: Callable[[], Policy],
+    *,
+    num_steps: int,
     num_iterations: int,
-    rounds: bool = False,
-    reference: bool = False,
-    asynchronous: bool = False,
-    recorded: dict[str, Any] | None = None,
-) -> Rollouts:
-    """The rollouts of the run, by the backend that the settings name; Ray must be connected for the others than local.
+    seed: int,
+    group_size: int | None = None,
+    **others: bool,
+) -> RolloutPlan:
+    """Returns what the run's backend is given.
 
     Args:
-        config: the settings.
-        policy: the policy.
+        environment: what is played, and in how many slots.
+        workers: who plays.
+        policy: who acts.
+        make_copy: makes it again in a worker.
+        num_steps: env steps of each slot in a rollout.
         num_iterations: how many rollouts there will be.
-        rounds: every rollout starts new episodes, `config.group_size` slots each the same.
-        reference: keep the log-probabilities of the policy with its LoRA off.
-        asynchronous: see `ReplicaRollouts`.
-        recorded: `demonstrator`, `record` and `ask_expert` of `RolloutCollector`, to record trajectories.
-
-    Raises:
-        WorkersError: workers find no place, or cannot make environments or policy.
+        seed: the run's.
+        group_size: every rollout starts new episodes, so many slots each the same; None plays on.
+        others: `reference`, `bf16`, `record` and `ask_expert` of `RolloutPlan`.
     """
-    group_size = config.group_size if rounds else 1
-    segment = functools.partial(make_segment, config, group_size)
-    if config.rollout_backend == "ray-replica":
-        from manako.agent.workers.ray_backends import ReplicaRollouts
-
-        spec = policy.spec
-        of_workers = {
-            "make_env": segment,
-            "make_policy": functools.partial(make_policy, config, spec.action_names, spec.frame_shape),
-            "num_steps": config.num_steps,
-            "seed": config.seed,
-            "reference": reference,
-            "batch_size": config.rollout_batch_size,
-            "bf16": config.bf16,
-            "rounds": rounds,
-            "recorded": recorded,
-        }
-        return ReplicaRollouts(
-            of_workers,
-            policy,
-            config.num_envs,
-            config.num_steps,
-            num_iterations,
-            worker_options(config),
-            asynchronous,
-        )
-    arguments = {
-        "reference": policy if reference else None,
-        "batch_size": config.rollout_batch_size,
-        "rounds": rounds,
-        **(recorded or {}),
-    }
-    if config.rollout_backend == "ray-env":
-        from manako.agent.workers.ray_backends import CentralRollouts, RayVectorEnv
-
-        central = RayVectorEnv(segment, config.num_envs, policy.spec.action_names, worker_options(config))
-        return CentralRollouts(central, policy, config.num_steps, config.seed, **arguments)
-    return RolloutCollector(segment(0, config.num_envs), policy, config.num_steps, config.seed, **arguments)
+    return RolloutPlan(
+        make_env=functools.partial(make_segment, environment, seed, group_size or 1),
+        policy=policy,
+        make_policy=make_copy,
+        num_envs=environment.num_envs,
+        num_steps=num_steps,
+        num_iterations=num_iterations,
+        seed=seed,
+        options=worker_options(workers),
+        batch_size=workers.rollout_batch_size,
+        rounds=group_size is not None,
+        asynchronous=workers.async_rollouts,
+        **others,
+    )
 
 
-def play(source: Rollouts, episodes: int, env: str, first: int = 0) -> list[Rollout]:
-    """Rollouts from number `first` on, until as many episodes have ended.
-
-    Raises:
-        UsageError: none ended in more than `PATIENCE` steps of all slots together.
-    """
-    rollouts: list[Rollout] = []
-    ended = steps = 0
-    while ended < episodes:
-        rollouts.append(source.collect(first + len(rollouts)))
-        ended += len(rollouts[-1].episodes)
-        steps += source.num_envs * source.num_steps
-        if steps > PATIENCE and not ended:
-            raise UsageError(
-                f"No episode of {env} ended in {steps:,} steps of {source.num_envs} environments: expected an "
-                "environment whose episodes end, and --num_steps no shorter than they are."
-            )
-    return rollouts
+def copy_maker(source: PolicySource, policy: Policy, seed: int, torch_threads: int | None) -> Callable[[], VLMPolicy]:
+    """Returns what makes the policy again as it was made here, in a worker."""
+    spec, source = policy.spec, dataclasses.replace(source, seed=seed)
+    return functools.partial(make_policy, source, spec.action_names, spec.frame_shape, torch_threads)
 
 
-def worker_options(config: RolloutConfig) -> "WorkerOptions":
-    """What the settings give to rollout workers."""
-    from manako.agent.workers.ray_backends import WorkerOptions
+def connected(workers: WorkerSettings) -> AbstractContextManager[None]:
+    """Returns a block that is connected to Ray where workers play; they import the user's modules, then these."""
+    if workers.rollout_backend == "local":
+        return nullcontext()
+    return cluster(workers.ray_address, paths=[os.getcwd(), str(ROOT)])
 
+
+def worker_options(settings: WorkerSettings) -> WorkerOptions:
+    """Returns what the settings give to rollout workers."""
     return WorkerOptions(
-        num_workers=config.num_workers or 1,
-        cpus=config.worker_cpus,
-        gpus=config.worker_gpus,
-        timeout=config.worker_timeout,
-        placement_timeout=config.placement_timeout,
+        num_workers=settings.workers,
+        cpus=settings.worker_cpus,
+        gpus=settings.worker_gpus,
+        timeout=settings.worker_timeout,
+        placement_timeout=settings.placement_timeout,
     )

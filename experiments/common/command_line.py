@@ -1,111 +1,286 @@
 """How the runners read settings and report bad input.
 
-One flat dataclass a runner; `trl.TrlParser` makes the flags of it; a YAML file (`--config`) gives other defaults; then
-every value is checked for type and range, since the parser lets `2.5`, `-3` and `true` of a YAML file through for a
-whole number. Anything wrong ends in one sentence on stderr and exit code 2. Nothing heavy is imported here: `--help`
-answers at once.
+A runner's settings are one dataclass whose fields are sections (`section`), and a section is a settings class that lies
+beside the code that it is for: `EnvSettings`, `PolicySource`, `PPOSettings` and so on. A YAML file (`--config`, and the
+config.yaml of a run) holds the sections; the command line holds their settings as flat flags, in a group for each
+section. argparse is given the fields as they are: trl.TrlParser would spell every flag twice, has no settings for files
+alone, and lets `2.5`, `-3` and `true` of a file through for a whole number. Every value is checked for type and range.
+Anything wrong ends in one sentence on stderr and exit code 2. Nothing heavy is imported here: `--help` answers at once.
 """
 
+import argparse
 import dataclasses
 import difflib
+import functools
+import json
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
-from trl import TrlParser
 
-Settings = TypeVar("Settings")
+Command = TypeVar("Command")
+Section = TypeVar("Section")
+EXAMPLE = "expected sections with settings, such as 'environment:' and below it '  num_envs: 64'"
 
 
 class UsageError(ValueError):
     """The command line or a configuration file cannot be used; the message says what came and what was expected."""
 
 
-class Help(str):
-    """A flag's help text that carries the setting's limits (TrlParser hands all other metadata to argparse)."""
+def section(kind: Callable[..., Any], title: str, without: Sequence[str] = (), **defaults: Any) -> Any:
+    """Makes a field of a runner's settings.
 
-    limits: dict[str, Any]
+    Args:
+        kind: the section's settings class.
+        title: over its flags in --help.
+        without: settings that this runner does not use: no flags, and refused in files.
+        defaults: this runner's own.
+
+    Returns:
+        The dataclass field.
+    """
+    return dataclasses.field(
+        default_factory=functools.partial(kind, **defaults), metadata={"title": title, "without": tuple(without)}
+    )
 
 
-def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field with its help text and its limits: ge, gt, le, lt, or choices."""
-    text = Help(help.replace("%", "%%"))
-    text.limits = limits
-    return dataclasses.field(default=default, metadata={"help": text})
+@dataclass(frozen=True)
+class Known:
+    """A setting of a runner: where it stands and what it may be."""
+
+    name: str
+    section: str
+    hint: Any
+    default: Any
+    help: str
+    limits: Mapping[str, float]
+    only_in_file: bool
+
+    @property
+    def plain(self) -> Any:
+        """The type without None."""
+        if typing.get_origin(self.hint) in (typing.Union, types.UnionType):
+            return next(part for part in typing.get_args(self.hint) if part is not type(None))
+        return self.hint
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be left out."""
+        return type(None) in typing.get_args(self.hint)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What it may be, where only a few texts are allowed."""
+        return typing.get_args(self.plain) if typing.get_origin(self.plain) is typing.Literal else ()
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in --help."""
+        if self.choices:
+            return "{" + ",".join(self.choices) + "}"
+        names = {int: "N", float: "X", bool: "{true,false}", str: "TEXT"}
+        return names.get(self.plain) or ("JSON" if typing.get_origin(self.plain) is dict else "A,B,...")
+
+    @property
+    def expected(self) -> str:
+        """What it may be, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        what = words.get(self.plain) or (
+            "a mapping" if typing.get_origin(self.plain) is dict else "a list of texts such as [left, right]"
+        )
+        signs = {"ge": "from {} on", "gt": "above {}", "le": "up to {}", "lt": "below {}"}
+        return " ".join([what, *(signs[name].format(limit) for name, limit in self.limits.items())])
 
 
-def parse(kind: type[Settings], arguments: Sequence[str] | None = None, **parser_options: Any) -> Settings:
-    """Settings from a YAML file (`--config FILE`) and flags, flags first; checked.
+@dataclass(frozen=True)
+class CommandLine(Generic[Command]):
+    """What came: the settings, the names of those that flags or --config gave, and the file that was read."""
+
+    settings: Command
+    given: frozenset[str]
+    file: str | None
+
+
+def known_settings(kind: type) -> dict[str, Known]:
+    """Returns the settings of a runner by their names, which are unique over its sections."""
+    table: dict[str, Known] = {}
+    for part in dataclasses.fields(kind):
+        assert part.default_factory is not dataclasses.MISSING, part.name
+        defaults = part.default_factory()
+        hints = typing.get_type_hints(type(defaults))
+        for field in dataclasses.fields(defaults):
+            if field.name in part.metadata["without"]:
+                continue
+            assert field.name not in table, f"{field.name} is a setting of {table[field.name].section} and {part.name}"
+            table[field.name] = Known(
+                field.name, part.name, hints[field.name], getattr(defaults, field.name), **field.metadata
+            )
+    return table
+
+
+def parse(kind: type[Command], description: str, arguments: Sequence[str] | None = None, **options: Any) -> Command:
+    """Returns the settings alone, see `read_command_line`."""
+    return read_command_line(kind, description, arguments, **options).settings
+
+
+def read_command_line(
+    kind: type[Command],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    positional: str | None = None,
+    file_without: tuple[Path, Sequence[str]] | None = None,
+) -> CommandLine[Command]:
+    """Reads settings from a YAML file (`--config`) and flags, flags first; checked.
+
+    Args:
+        kind: the dataclass of sections.
+        description: what the runner does, for --help.
+        arguments: the words; by default those of this program.
+        positional: a setting that is given without a flag, and has to be.
+        file_without: a file to read where there is no --config and none of these settings came as a flag.
+
+    Returns:
+        The settings and where they come from.
 
     Raises:
         UsageError: an unknown flag or key, a file that cannot be read, a value of the wrong type or out of range.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _Parser(dataclass_types=kind, allow_abbrev=False, **parser_options)
-    hints = typing.get_type_hints(kind)
-    for action in parser._actions:
-        if action.dest in hints:
-            action.type = _reader(hints[action.dest])
-    parser.add_argument("--config", metavar="FILE", help="YAML file with other defaults; flags go before it")
-    file, rest = _take_config(words)
+    known = known_settings(kind)
+    parser = _parser(kind, known, description, positional)
+    _refuse_unknown_flags(parser, known, words)
+    found, rest = parser.parse_known_args(words)
+    if rest:
+        raise UsageError(f"{rest[0]!r} belongs to no flag: expected pairs such as --num_envs 64.")
+    flags = {name: _read(known[name], text) for name, text in vars(found).items() if name in known}
+    file = getattr(found, "config", None)
+    from_file: dict[str, Any] = {}
+    given = set(flags)
     if file is not None:
-        parser.set_defaults_with_config(**read_settings(kind, Path(file)))
-    settings = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)[0]
-    check(kind, dataclasses.asdict(settings), source="")
-    return settings
+        from_file = flat(read_settings(kind, file))
+        given |= set(from_file)
+    elif file_without is not None and not given & set(file_without[1]):
+        file = str(file_without[0])
+        from_file = flat(read_settings(kind, file))
+    check(known, flags, source="")
+    values = {**from_file, **flags}
+    sections = {
+        part: {name: value for name, value in values.items() if known[name].section == part}
+        for part in {setting.section for setting in known.values()}
+    }
+    return CommandLine(build(kind, sections), frozenset(given), file)
 
 
-def read_settings(kind: type, file: Path) -> dict[str, Any]:
-    """The settings in a YAML file, checked; those it does not name are left out.
+def build(kind: type[Command], sections: Mapping[str, Mapping[str, Any]]) -> Command:
+    """Returns the settings with these values in place of defaults."""
+    start: Any = kind()
+    changed = {name: dataclasses.replace(getattr(start, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(start, **changed)
+
+
+def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the settings of all sections by their names."""
+    return {name: value for values in sections.values() for name, value in values.items()}
+
+
+def as_sections(settings: Any) -> dict[str, dict[str, Any]]:
+    """Returns the settings of a runner as a file holds them, all that the runner uses."""
+    known = known_settings(type(settings))
+    return {
+        part.name: {
+            field.name: getattr(getattr(settings, part.name), field.name)
+            for field in dataclasses.fields(getattr(settings, part.name))
+            if field.name in known and known[field.name].section == part.name
+        }
+        for part in dataclasses.fields(settings)
+    }
+
+
+def read_settings(kind: type, file: str) -> dict[str, dict[str, Any]]:
+    """Returns the settings in a YAML file by sections, checked; those it does not name are left out.
+
+    Args:
+        kind: the dataclass of sections.
+        file: its path, or its content in braces.
 
     Raises:
-        UsageError: the file cannot be read, an unknown key, a value of the wrong type or out of range.
+        UsageError: the file cannot be read, an unknown section or key, a value of the wrong type or out of range.
     """
-    values = read_yaml(file)
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise UsageError(f"{file} has the unknown key {key!r}{_hint(key, kind)}")
-        if isinstance(values[key], str) and _plain(hints[key]) is float:  # YAML 1.1 takes 1e-4 for text
-            values[key] = _reader(float)(values[key])
-    check(kind, values, source=str(file))
-    return values
+    if file.lstrip().startswith("{"):
+        return checked_sections(kind, _mapping(file, "--config"), "--config")
+    return checked_sections(kind, read_yaml(Path(file)), file)
+
+
+def checked_sections(kind: type, values: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    """Returns sections as they were read, each value checked.
+
+    Args:
+        kind: the dataclass of sections.
+        values: what the file holds.
+        source: its name.
+
+    Raises:
+        UsageError: the first section, key or value that does not fit.
+    """
+    known, names = known_settings(kind), [part.name for part in dataclasses.fields(kind)]
+    sections: dict[str, dict[str, Any]] = {}
+    for part, content in values.items():
+        if part not in names:
+            raise UsageError(f"{source} {_no_section(part, names, known)}")
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            if part in known:  # a file from before there were sections may have `policy: tiny`
+                raise UsageError(f"{source} has {part!r} as a setting at its top, and not as a section: {EXAMPLE}.")
+            raise UsageError(f"The section {part} in {source} is {content!r}: expected settings, one a line below it.")
+        for key in content:
+            if key not in known or known[key].section != part:
+                raise UsageError(f"{source} has the unknown key {key!r} in {part}{_hint(key, part, known)}")
+        sections[part] = {key: _from_yaml(known[key], value) for key, value in content.items()}
+        check(known, sections[part], source)
+    return sections
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Returns the mapping in a YAML file.
 
     Raises:
         UsageError: no such file, no YAML, or no mapping.
     """
-    name = repr(str(file))
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text file"
-        raise UsageError(f"The configuration {name} cannot be read ({reason}): give a YAML file.") from error
+        raise UsageError(f"The configuration {str(file)!r} cannot be read ({reason}): give a YAML file.") from error
+    return _mapping(text, str(file))
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(
-            f"The configuration {name} is no YAML{place}: expected lines such as 'num_envs: 64'."
-        ) from error
+        raise UsageError(f"The configuration {source!r} is no YAML{place}: {EXAMPLE}.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"The configuration {name} holds no mapping: expected lines such as 'num_envs: 64'.")
+        raise UsageError(f"The configuration {source!r} holds no mapping: {EXAMPLE}.")
     return values
 
 
-def check(kind: type, values: dict[str, Any], source: str) -> None:
+def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) -> None:
     """Types and limits of the given values.
 
     Args:
-        kind: the dataclass.
-        values: some or all of its fields.
+        known: the runner's settings.
+        values: some or all of them.
         source: the file that they come from; empty for the command line, whose settings are named as flags.
 
     Raises:
@@ -113,25 +288,35 @@ def check(kind: type, values: dict[str, Any], source: str) -> None:
     """
     from pydantic import Field, TypeAdapter, ValidationError
 
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if field.name not in values:
-            continue
-        value, limits = values[field.name], dict(field.metadata["help"].limits)
-        choices = limits.pop("choices", None)
-        options = {**limits, "strict": True}
-        if _plain(hints[field.name]) is float:
+    for name, value in values.items():
+        setting = known[name]
+        options: dict[str, Any] = dict(setting.limits) if setting.choices else {**setting.limits, "strict": True}
+        if setting.plain is float:
             options["allow_inf_nan"] = False
+        annotated: Any = typing.Annotated[setting.plain, Field(**options)]
         try:
-            if not (value is None and type(None) in typing.get_args(hints[field.name])):
-                annotated: Any = typing.Annotated[_plain(hints[field.name]), Field(**options)]
+            if not (value is None and setting.optional):
                 TypeAdapter(annotated).validate_python(value)
-            fits = choices is None or value is None or value in choices
-        except ValidationError:
-            fits = False
-        if not fits:
-            name = f"{field.name} in {source}" if source else f"--{field.name}"
-            raise UsageError(f"{name} is {value!r}: expected {_expected(hints[field.name], limits, choices)}.")
+        except ValidationError as error:
+            place = f"{name} in {source}" if source else f"--{name}"
+            raise UsageError(f"{place} is {value!r}: expected {setting.expected}.") from error
+
+
+def check_new_file(file: str | None, flag: str) -> None:
+    """A file of results is new, and its folder is there; None is no file.
+
+    Raises:
+        UsageError: it exists, or its folder does not.
+    """
+    if file and Path(file).exists():
+        raise UsageError(f"{flag} {file!r} exists and is not overwritten: give another file.")
+    if file and not Path(file).resolve().parent.is_dir():
+        raise UsageError(f"The folder of {flag} {file!r} does not exist: make it or give another file.")
+
+
+def show(name: str, text: str) -> None:
+    """Prints a line of a runner's header at once, before the heavy libraries are loaded."""
+    print(f"{name:<13}{text}", flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -143,7 +328,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         code = main()
     except ValueError as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
-        if not kinds & {"UsageError", "EnvError", "PolicyError", "TrainingError"}:
+        if not kinds & {"UsageError", "ManakoError", "EnvError", "PolicyError", "TrainingError"}:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
@@ -154,79 +339,136 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
-class _Parser(TrlParser):
-    """TrlParser whose errors are sentences, with the flag that was probably meant."""
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are sentences."""
 
     def error(self, message: str) -> NoReturn:
         """Raised in place of argparse's usage text and exit."""
         message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message).rstrip(".")
         raise UsageError(f"{message[:1].upper()}{message[1:]}; --help lists the flags.")
 
-    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> Any:
-        known = {option for action in self._actions for option in action.option_strings}
-        for word in args or ():
-            name = word.split("=")[0]
-            if name.startswith("--") and name not in known:
-                near = difflib.get_close_matches(name, sorted(known), 1)
-                hint = f", did you mean {near[0]}?" if near else "; --help lists the flags."
-                raise UsageError(f"There is no flag {name}{hint}")
-        *settings, remaining = super().parse_args_into_dataclasses(args=args, return_remaining_strings=True, **kwargs)
-        if remaining:
-            raise UsageError(f"{remaining[0]!r} belongs to no flag: expected pairs such as --num_envs 64.")
-        return settings
+
+def _parser(kind: type, known: Mapping[str, Known], description: str, positional: str | None) -> _Parser:
+    """Flags whose values stay text; those that do not come are not there."""
+    parser = _Parser(
+        usage=f"%(prog)s {'' if positional is None else positional.upper() + ' '}[--config FILE] [--FLAG VALUE ...]",
+        description=description,
+        epilog=_epilog(known.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with settings by section, or its content in braces; flags go first"
+    )
+    for part in dataclasses.fields(kind):
+        group = parser.add_argument_group(part.metadata["title"])
+        for setting in known.values():
+            if setting.section != part.name or setting.only_in_file:
+                continue
+            text = setting.help.replace("%", "%%")
+            if setting.name == positional:
+                group.add_argument(setting.name, metavar=setting.name.upper(), help=text)
+                continue
+            default = "" if setting.default is None else f" (default: {_shown(setting.default)})"
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.plain is bool else {}
+            group.add_argument(
+                f"--{setting.name}", metavar=setting.metavar, help=text + default.replace("%", "%%"), **switch
+            )
+    return parser
 
 
-def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
-    """The file named by --config FILE or --config=FILE, and the other words."""
-    for index, word in enumerate(words):
-        if word.startswith("--config="):
-            return word.split("=", 1)[1], words[:index] + words[index + 1 :]
-        if word == "--config":
-            if index + 1 == len(words):
-                raise UsageError("--config came without a file: expected --config FILE.")
-            return words[index + 1], words[:index] + words[index + 2 :]
-    return None, words
+def _epilog(known: Iterable[Known]) -> str | None:
+    """The settings without a flag, by section."""
+    lines: list[str] = []
+    for setting in known:
+        if setting.only_in_file:
+            head = f"{setting.section}:"
+            if f"  {head}" not in lines:
+                lines.append(f"  {head}")
+            default = "" if setting.default is None else f" (default: {_shown(setting.default)})"
+            lines.append(f"    {setting.name + ':':<22}{setting.help}{default}")
+    return "\n".join(["only in a --config file:", *lines]) if lines else None
 
 
-def _hint(key: str, kind: Any) -> str:
-    near = difflib.get_close_matches(key, [field.name for field in dataclasses.fields(kind)], 1)
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _refuse_unknown_flags(parser: _Parser, known: Mapping[str, Known], words: Sequence[str]) -> None:
+    """Says which flag was probably meant."""
+    flags = {option for action in parser._actions for option in action.option_strings}
+    for word in words:
+        name = word.split("=")[0]
+        if not name.startswith("--") or name in flags:
+            continue
+        setting = known.get(name[2:])
+        if setting is not None and setting.only_in_file:
+            raise UsageError(
+                f"There is no flag {name}: {setting.name} stands in the section {setting.section} of a --config file."
+            )
+        near = difflib.get_close_matches(name, sorted(flags), 1)
+        raise UsageError(
+            f"There is no flag {name}" + (f", did you mean {near[0]}?" if near else "; --help lists the flags.")
+        )
+
+
+def _no_section(part: str, names: Sequence[str], known: Mapping[str, Known]) -> str:
+    if part in known:
+        return (
+            f"has the setting {part!r} at its top, which belongs in the section {known[part].section}: files and runs "
+            "without sections are no longer read."
+        )
+    near = difflib.get_close_matches(part, names, 1)
+    hint = f", did you mean {near[0]!r}?" if near else f": expected {', '.join(names)}."
+    return f"has the unknown section {part!r}{hint}"
+
+
+def _hint(key: str, part: str, known: Mapping[str, Known]) -> str:
+    if key in known:
+        return f": it belongs in the section {known[key].section}."
+    own = [setting.name for setting in known.values() if setting.section == part]
+    near = difflib.get_close_matches(key, own, 1)
     return f", did you mean {near[0]!r}?" if near else ": --help lists the settings."
 
 
-def _reader(hint: Any) -> Callable[[str], Any]:
-    """Text to a value of this type; text that is none stays text, which `check` then refuses by name.
+def _read(setting: Known, text: str) -> Any:
+    """A flag's text to a value; text that is none stays text, which `check` then refuses by name.
 
     `none` stands for None where a number may be left out.
     """
-    plain, optional = _plain(hint), type(None) in typing.get_args(hint)
-
-    def read(text: str) -> Any:
-        if optional and plain is not str and text.lower() == "none":
-            return None
+    if setting.optional and setting.plain is not str and text.lower() == "none":
+        return None
+    if typing.get_origin(setting.plain) is dict:
+        return _json_object(setting.name, text)
+    if typing.get_origin(setting.plain) is tuple:
+        return tuple(name.strip() for name in text.split(","))
+    if setting.plain is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if setting.plain in (int, float):
         try:
-            return (_truth if plain is bool else plain)(text)
+            return setting.plain(text)
         except ValueError:
             return text
-
-    return read
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
+    return text
 
 
-def _plain(hint: Any) -> Any:
-    """The type without None."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not type(None))
-    return hint
+def _from_yaml(setting: Known, value: Any) -> Any:
+    """A file's value; YAML 1.1 takes 1e-4 for text, and a list stands for a tuple."""
+    if setting.plain is float and isinstance(value, str):
+        return _read(setting, value)
+    if typing.get_origin(setting.plain) is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
 
 
-def _expected(hint: Any, limits: dict[str, Any], choices: Any) -> str:
-    if choices:
-        return f"one of {', '.join(map(str, choices))}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[_plain(hint)]
-    signs = {"ge": "from {} on", "gt": "above {}", "le": "up to {}", "lt": "below {}"}
-    return " ".join([words, *(signs[name].format(limit) for name, limit in limits.items())])
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"--{name} {text!r} is no JSON ({error}): expected an object such as '{{\"size\": 4}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--{name} is {text!r}: expected a JSON object such as '{{\"size\": 4}}'.")
+    return value

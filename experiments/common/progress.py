@@ -11,7 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
-from manako.policies import parameter_table
+from manako.envs import EpisodeVectorEnv
+from manako.experiments.common.settings import PPOCommand
+from manako.policies import VLMPolicy, parameter_table
 
 
 def plain_console() -> Console:
@@ -24,7 +26,7 @@ class Progress(TrainerCallback):
 
     Args:
         run_dir: the run folder.
-        config: the run's settings.
+        command: the run's settings.
         policy: the policy.
         iterations: how many there will be.
         samples: env steps of an iteration.
@@ -33,8 +35,10 @@ class Progress(TrainerCallback):
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, run_dir: Path, config: Any, policy: Any, iterations: int, samples: int, started: float) -> None:
-        self.run_dir, self.config, self.policy = run_dir, config, policy
+    def __init__(
+        self, run_dir: Path, command: PPOCommand, policy: VLMPolicy, iterations: int, samples: int, started: float
+    ) -> None:
+        self.run_dir, self.command, self.policy = run_dir, command, policy
         self.iterations, self.samples, self.started = iterations, samples, started
         self.console = plain_console()
         self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
@@ -42,32 +46,25 @@ class Progress(TrainerCallback):
         self._first_iteration = 0
         self._last_line = -1e9
 
-    def header(self, env: Any, checkpoint: Path | None) -> None:
-        """What is about to run."""
-        config, policy = self.config, self.policy
-        instruction_from = "replaced" if config.instruction else "the env's own"
-        self.console.print(f"run          {self.run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
+    def header(self, env: EpisodeVectorEnv) -> None:
+        """What is about to run; the runner has already said where."""
+        played, workers, source = self.command.environment, self.command.workers, self.command.policy
+        policy = self.policy
+        instruction_from = "replaced" if played.instruction else "the env's own"
         self.console.print(
-            f"environment  {config.env}, {config.num_envs} side by side, frames {env.frame_shape}, "
+            f"environment  {played.env}, {played.num_envs} side by side, frames {env.frame_shape}, "
             f"instruction {instruction_from}"
         )
-        self.console.print(
-            f"actions      {', '.join(env.action_names)} (as {policy.codec.format}); success: {env.success_rule}"
-        )
-        self.console.print(f"policy       {config.policy}, trainable: {config.trainable}")
+        self.console.print(f"actions      {', '.join(env.action_names)}; success: {env.success_rule}")
+        self.console.print(f"policy       {source.policy}, trainable: {source.trainable}")
         print_parts(self.console, policy)
-        prefix = (
-            f"{len(policy.prefix_ids)} tokens shared by all prompts"
-            if policy.uses_prefix
-            else "whole prompts (no shared prefix)"
-        )
-        pixels = "table" if policy.pipeline.is_table else "the library's processor"
-        if config.rollout_backend != "local":
+        if workers.rollout_backend != "local":
             self.console.print(
-                f"workers      {config.num_workers} ({config.rollout_backend}), {config.worker_cpus:g} CPU and "
-                f"{config.worker_gpus:g} GPU each"
+                f"workers      {workers.workers} ({workers.rollout_backend}), {workers.worker_cpus:g} CPU and "
+                f"{workers.worker_gpus:g} GPU each"
             )
-        self.console.print(f"forward      {prefix}; pixels by {pixels}; {policy.device}, {config.dtype}")
+        for heading, text in policy.describe():
+            self.console.print(f"{heading:<13}{text}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock."""
@@ -115,13 +112,13 @@ class Progress(TrainerCallback):
 
     def table(self, summary: dict[str, dict[str, Any]]) -> None:
         """The evaluation, and where everything lies."""
-        print_table(self.console, summary, f"{self.config.env}, held-out seeds")
+        print_table(self.console, summary, f"{self.command.environment.env}, held-out seeds")
         written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
         self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
         self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
 
 
-def print_parts(console: Console, policy: Any) -> None:
+def print_parts(console: Console, policy: VLMPolicy) -> None:
     """A line for each part of the policy: what it has, and what of it learns."""
     for part, total, learning in parameter_table(policy.parts, policy.value_head):
         state = "learns" if learning else "frozen"

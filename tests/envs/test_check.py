@@ -309,11 +309,11 @@ def test_command_describes_a_plugin_of_the_current_folder(tmp_path):
     [
         (["manako/GoTo-v0", "--env_kwargs", '{"size": 4}'], 0, "image         (32, 32, 3)"),
         (["manako/GoTo-v0", "--env_kwargs", '{"size": 1}'], 1, "fault: manako/GoTo-v0 could not be made"),
-        (["manako/GoTo-v0", "--env_kwargs", "{size: 4}"], 2, "'{size: 4}' is not JSON"),
-        (["manako/GoTo-v0", "--env_kwargs", "[4]"], 2, "is a JSON list, expected an object"),
-        (["manako/GoTo-v0", "--sise", "4"], 2, "unrecognized arguments: --sise"),
-        (["manako/GoTo-v0", "--success_return", "high"], 2, "invalid float value"),
-        ([], 2, "required: ID"),
+        (["manako/GoTo-v0", "--env_kwargs", "{size: 4}"], 2, "'{size: 4}' is no JSON"),
+        (["manako/GoTo-v0", "--env_kwargs", "[4]"], 2, "expected a JSON object"),
+        (["manako/GoTo-v0", "--sise", "4"], 2, "There is no flag --sise"),
+        (["manako/GoTo-v0", "--success_return", "high"], 2, "--success_return is 'high': expected a number"),
+        ([], 2, "required: ENV"),
     ],
 )
 def test_command_exit_codes(tmp_path, arguments, code, says):

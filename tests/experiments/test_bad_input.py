@@ -69,6 +69,8 @@ TINY_RUN = [
 ]
 FLAGS = {
     "unknown flag": (["--totl_steps", "5"], "did you mean --total_steps"),
+    "another spelling": (["--total-steps", "5"], "did you mean --total_steps"),
+    "a setting of files": (["--lora_alpha", "5"], "lora_alpha stands in the section policy of a --config file"),
     "abbreviated flag": (["--total", "5"], "no flag --total"),
     "steps no whole number": (["--total_steps", "2.5"], "2.5"),
     "steps negative": (["--total_steps=-3"], "total_steps is -3: expected a whole number from 1 on"),
@@ -124,22 +126,43 @@ FLAGS = {
     "resume of nothing": (["--resume", "nowhere"], "is no run"),
     "resume without checkpoints": (["--resume", "unfinished"], "no whole checkpoint"),
     "resume with damaged checkpoints": (["--resume", "damaged"], "model.safetensors is cut short, 10 bytes where 18"),
-    "resume with a strange configuration": (["--resume", "strange"], "unknown key 'sed', did you mean 'seed'?"),
+    "resume with a strange configuration": (["--resume", "strange"], "unknown key 'sed' in run, did you mean 'seed'?"),
+    "resume from before there were sections": (
+        ["--resume", "flat"],
+        "'seed' at its top, which belongs in the section run",
+    ),
     "resume with settings": (["--resume", "unfinished", "--seed", "3"], "--seed"),
     "resume of a finished run": (["--resume", "finished"], "finished"),
 }
 FILES = {
-    "no YAML": ("num_envs: [1", "line"),
+    "no YAML": ("environment: [1", "line"),
     "a list": ("- num_envs", "no mapping"),
-    "half a step": ("total_steps: 2.5", "is 2.5"),
-    "true for a number": ("num_envs: true", "is True"),
-    "a negative number": ("num_envs: -3", "is -3"),
-    "text for a number": ("num_envs: many", "is 'many'"),
+    "half a step": ("run: {total_steps: 2.5}", "is 2.5"),
+    "true for a number": ("environment: {num_envs: true}", "is True"),
+    "a negative number": ("environment: {num_envs: -3}", "is -3"),
+    "text for a number": ("environment: {num_envs: many}", "is 'many'"),
     "nothing": ("", "no mapping"),
-    "rate of infinity": ("learning_rate: .inf", "learning_rate in settings.yaml is inf: expected a number above 0"),
-    "a whole number with an exponent": ("total_steps: 1e5", "total_steps in settings.yaml is '1e5'"),
-    "unknown key": ("num_env: 4", "did you mean 'num_envs'"),
-    "a mapping for text": ("env: {a: 1}", "expected text"),
+    "rate of infinity": (
+        "ppo: {learning_rate: .inf}",
+        "learning_rate in settings.yaml is inf: expected a number above 0",
+    ),
+    "a whole number with an exponent": ("run: {total_steps: 1e5}", "total_steps in settings.yaml is '1e5'"),
+    "unknown key": ("environment: {num_env: 4}", "unknown key 'num_env' in environment, did you mean 'num_envs'"),
+    "a key of another section": ("run: {gamma: 0.5}", "unknown key 'gamma' in run: it belongs in the section ppo"),
+    "a key of the run": ("policy: {seed: 4}", "it belongs in the section run"),
+    "unknown section": ("enviroment: {num_envs: 4}", "unknown section 'enviroment', did you mean 'environment'?"),
+    "no section": ("ppo: 7", "The section ppo in settings.yaml is 7: expected settings"),
+    "a mapping for text": ("environment: {env: {a: 1}}", "expected text"),
+    "a choice": (
+        "ppo: {advantage: gea}",
+        "advantage in settings.yaml is 'gea': expected one of gae, grpo, rloo, gigpo",
+    ),
+    "from before there were sections": (
+        "num_envs: 4",
+        "settings.yaml has the setting 'num_envs' at its top, which belongs in the section environment: files and runs "
+        "without sections are no longer read.",
+    ),
+    "a policy from then": ("policy: tiny", "'policy' as a setting at its top, and not as a section"),
 }
 
 
@@ -157,9 +180,10 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("keep me")
     (tmp_path / "empty").mkdir()
-    for name in ("unfinished", "finished", "damaged", "strange"):
+    for name in ("unfinished", "finished", "damaged", "strange", "flat"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text("sed: 1\n" if name == "strange" else "seed: 1\n")
+        content = {"strange": "run: {sed: 1}\n", "flat": "seed: 1\n"}.get(name, "run: {seed: 1}\n")
+        (tmp_path / name / "config.yaml").write_text(content)
     (tmp_path / "finished" / "evaluation.json").write_text("{}")
     for iteration in (2, 4):
         folder = tmp_path / "damaged" / "checkpoints" / f"checkpoint-{iteration}"
@@ -273,6 +297,9 @@ def test_evaluate_refuses(place, monkeypatch, capfd):
     assert "not overwritten" in refusal(evaluate.main, words, monkeypatch, capfd)
     assert "config.json" in refusal(evaluate.main, ["--policy", "empty"], monkeypatch, capfd)
     assert "did you mean --episodes" in refusal(evaluate.main, ["--episode", "3"], monkeypatch, capfd)
+    (place / "flat" / "run.json").write_text("{}")
+    (place / "flat" / "final").mkdir()
+    assert "files and runs without sections" in refusal(evaluate.main, ["--policy", "flat"], monkeypatch, capfd)
     assert (place / "full" / "note.txt").read_text() == "keep me"
 
 

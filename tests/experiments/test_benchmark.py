@@ -13,39 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from manako.experiments.benchmarks.compare_sb3 import Curve, train_ours
-from manako.experiments.benchmarks.measuring import (
-    UPDATES,
-    Bench,
-    FlopCounter,
-    GeneratePerEnv,
-    Learner,
-    WholeBatch,
-    Workload,
-    breakdown,
-    count_flops,
-    gemms,
-    in_turns,
-    kind_of,
-    preprocessing,
-    rate,
-    ratio,
-    spread,
-    trainer_args,
-    trainer_overhead,
-    update_work,
-)
-from manako.experiments.benchmarks.speed import BenchmarkConfig, workload_values
-from manako.experiments.common.command_line import UsageError
+from manako.experiments.benchmarks.acting import Bench, GeneratePerEnv, WholeBatch, preprocessing
+from manako.experiments.benchmarks.flops import FlopCounter, breakdown, count_flops, gemms, kind_of
+from manako.experiments.benchmarks.settings import SpeedSettings
+from manako.experiments.benchmarks.steps_to_success import Curve, train_ours
+from manako.experiments.benchmarks.timing import in_turns, rate, ratio, spread
+from manako.experiments.benchmarks.updating import UPDATES, Learner, trainer_args, trainer_overhead, update_work
+from manako.experiments.benchmarks.workload import make_workload
+from manako.experiments.common.command_line import UsageError, parse
 from manako.experiments.common.environments import held_out_seeds
-from manako.experiments.common.settings import RunConfig
+from manako.experiments.common.settings import PPOCommand
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(Workload(**{**workload_values(BenchmarkConfig(quick=True)), "threads": 1}))
+    return Bench(make_workload(SpeedSettings(quick=True, threads=1)))
 
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -155,7 +139,7 @@ def test_ratios_are_taken_within_a_round():
 
 def test_a_short_first_run_is_a_warm_up(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("manako.experiments.measuring.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("manako.experiments.benchmarks.timing.time.perf_counter", lambda: now[0])
     durations = iter([5.0, 4.0, 4.0, 4.0])  # slow at first
 
     def work():
@@ -269,12 +253,12 @@ def test_a_breakdown_finds_the_products():
 
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match=r"num_envs is 3: expected one for which num_envs x 16 is a multiple of 128"):
-        workload_values(BenchmarkConfig(num_envs=3))
+        make_workload(SpeedSettings(num_envs=3))
 
 
-@pytest.mark.parametrize("script", ["benchmark", "compare_sb3"])
+@pytest.mark.parametrize("script", ["speed", "ray_workers", "compare_sb3"])
 def test_help_needs_no_torch(script):
-    code = f"import sys, experiments.{script}; print([m for m in ('torch', 'stable_baselines3') if m in sys.modules])"
+    code = f"import sys, manako.experiments.benchmarks.{script}; print([m for m in ('torch', 'stable_baselines3') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -310,12 +294,17 @@ def test_a_curve_notes_the_first_evaluation_that_is_enough():
     assert len(result["evaluations"]) == 3
 
 
+def small_run(total_steps: int) -> PPOCommand:
+    words = "--num_envs 4 --num_steps 4 --minibatch_size 16 --num_ppo_epochs 1 --eval_episodes 5"
+    return parse(PPOCommand, "", [*words.split(), "--total_steps", str(total_steps)])
+
+
 def test_evaluations_leave_our_training_as_it_is():
-    config = RunConfig(num_envs=4, num_steps=4, minibatch_size=16, num_ppo_epochs=1, total_steps=48, eval_episodes=5)
+    command = small_run(total_steps=48)
     often, once = Curve(target=2.0), Curve(target=2.0)
-    seeds = held_out_seeds(config.seed, 5)
-    watched = train_ours(config, seeds, 1, often)
-    unwatched = train_ours(config, seeds, 1000, once)
+    seeds = held_out_seeds(0, 5)
+    watched = train_ours(command, seeds, 1, often)
+    unwatched = train_ours(command, seeds, 1000, once)
     assert [row["steps"] for row in often.evaluations] == [16, 32, 48]
     assert [row["steps"] for row in once.evaluations] == [48]
     assert often.evaluations[-1]["success"] == once.evaluations[-1]["success"]
@@ -324,16 +313,16 @@ def test_evaluations_leave_our_training_as_it_is():
 
 
 def test_our_training_ends_when_it_is_enough():
-    config = RunConfig(num_envs=4, num_steps=4, minibatch_size=16, num_ppo_epochs=1, total_steps=480, eval_episodes=5)
+    command = small_run(total_steps=480)
     curve = Curve(target=0.0)
-    train_ours(config, held_out_seeds(config.seed, 5), 2, curve)
+    train_ours(command, held_out_seeds(0, 5), 2, curve)
     assert [row["steps"] for row in curve.evaluations] == [32]
 
 
 def test_a_missing_stable_baselines_is_one_sentence():
     code = (
         "import sys; sys.modules['stable_baselines3'] = None; sys.argv = ['compare_sb3.py']\n"
-        "from experiments.compare_sb3 import main, run_main; run_main(main)"
+        "from manako.experiments.benchmarks.compare_sb3 import main, run_main; run_main(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: The comparison needs stable-baselines3")

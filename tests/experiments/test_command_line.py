@@ -1,18 +1,44 @@
 """Settings: what goes before what, how text becomes a value, what holds between settings, and what start-up costs."""
 
+import dataclasses
+import os
 import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 
-from manako.experiments.common.building import check_bf16
-from manako.experiments.common.command_line import UsageError, parse, run_main
+from manako.agent.ppo_config import PPOConfig
+from manako.agent.ppo_settings import PPOSettings
+from manako.agent.workers.settings import WorkerSettings
+from manako.envs import EpisodeVectorEnv
+from manako.envs.settings import EnvSettings
+from manako.experiments import collect, evaluate, run_dpo, run_ppo, run_sft
+from manako.experiments.common.building import check_bf16, make_trainer_args
+from manako.experiments.common.command_line import (
+    UsageError,
+    as_sections,
+    flat,
+    known_settings,
+    parse,
+    read_command_line,
+    run_main,
+)
 from manako.experiments.common.progress import episodes_in_words, plain_console, print_table
-from manako.experiments.common.settings import RunConfig, check_together
+from manako.experiments.common.settings import (
+    CollectCommand,
+    DPOCommand,
+    EvaluateCommand,
+    PPOCommand,
+    SFTCommand,
+    check_together,
+    moved,
+)
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = [PPOCommand, CollectCommand, SFTCommand, DPOCommand, EvaluateCommand]
 
 
 @pytest.fixture
@@ -24,64 +50,194 @@ def yaml_file(tmp_path):
     return write
 
 
+def read(*words: str) -> PPOCommand:
+    return parse(PPOCommand, "", words)
+
+
+def refused(kind: type, *words: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse(kind, "", words)
+    return str(caught.value)
+
+
 def test_flags_go_before_the_file_and_the_file_before_the_defaults(yaml_file):
-    file = yaml_file("num_envs: 4\nseed: 5\nbf16: true\n")
+    file = yaml_file("environment: {num_envs: 4}\nrun: {seed: 5}\nppo: {bf16: true}\nworkers:\n")
     for words in (["--config", file, "--seed", "6"], ["--seed=6", f"--config={file}"]):
-        config = parse(RunConfig, words)
-        assert (config.num_envs, config.seed, config.bf16) == (4, 6, True)
-        assert config.num_steps == RunConfig().num_steps
-
-
-def test_a_flag_may_be_written_with_hyphens():
-    assert parse(RunConfig, ["--num-envs", "3"]).num_envs == 3
+        command = read(*words)
+        assert (command.environment.num_envs, command.run.seed, command.ppo.bf16) == (4, 6, True)
+        assert command.ppo.num_steps == PPOSettings().num_steps
+    line = read_command_line(PPOCommand, "", ["--config", file, "--gamma", "0.5"])
+    assert line.given == {"num_envs", "seed", "bf16", "gamma"} and line.file == file
 
 
 @pytest.mark.parametrize(("words", "value"), [(["--bf16"], True), (["--bf16", "False"], False), ([], False)])
 def test_switches(words, value):
-    assert parse(RunConfig, words).bf16 is value
+    assert read(*words).ppo.bf16 is value
 
 
 def test_numbers_of_a_file(yaml_file):
     """YAML 1.1 takes 1e-4 for text; text that looks like a number stays text where text is wanted."""
-    config = parse(
-        RunConfig, ["--config", yaml_file("learning_rate: 1e-4\ngamma: 1\ninstruction: '7'\nsystem: '1e3'\n")]
-    )
-    assert config.learning_rate == 1e-4 and config.gamma == 1
-    assert config.instruction == "7" and config.system == "1e3"
+    file = yaml_file("ppo: {learning_rate: 1e-4, gamma: 1}\nenvironment: {instruction: '7'}\npolicy: {system: '1e3'}\n")
+    command = read("--config", file)
+    assert command.ppo.learning_rate == 1e-4 and command.ppo.gamma == 1
+    assert command.environment.instruction == "7" and command.policy.system == "1e3"
+
+
+def test_names_and_arguments_of_an_environment_are_the_same_in_a_file_and_as_flags(yaml_file):
+    file = yaml_file("environment:\n  action_names: [go, stay]\n  env_kwargs: {size: 4}\n")
+    flags = ["--action_names", "go, stay", "--env_kwargs", '{"size": 4}']
+    assert read("--config", file) == read(*flags)
+    assert read(*flags).environment == EnvSettings(action_names=("go", "stay"), env_kwargs={"size": 4})
+    assert "expected a mapping" in refused(PPOCommand, "--config", yaml_file("environment: {env_kwargs: size}"))
 
 
 def test_none_leaves_a_number_out(yaml_file):
-    file = yaml_file("target_kl: 0.1\nsuccess_return: null\n")
-    assert parse(RunConfig, ["--config", file]).target_kl == 0.1
-    assert parse(RunConfig, ["--config", file, "--target_kl", "none"]).target_kl is None
-    assert parse(RunConfig, ["--instruction", "none"]).instruction == "none"
+    file = yaml_file("ppo: {target_kl: 0.1}\nenvironment: {success_return: null}\n")
+    assert read("--config", file).ppo.target_kl == 0.1
+    assert read("--config", file, "--target_kl", "none").ppo.target_kl is None
+    assert read("--instruction", "none").environment.instruction == "none"
 
 
-def test_every_default_is_within_its_limits():
-    assert parse(RunConfig, []) == RunConfig()
-    check_together(RunConfig())
+def test_a_file_may_be_given_as_text():
+    assert read("--config", '{"ppo": {"gamma": 0.5}}', "--seed", "3").ppo.gamma == 0.5
+
+
+# ---- one default, one spelling ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_python_and_the_command_line_have_the_same_defaults(kind):
+    assert parse(kind, "", []) == kind()
+
+
+def test_ppo_has_its_defaults_once(tmp_path):
+    """In the settings, in the trainer's arguments and in a run."""
+    settings, args = PPOSettings(), PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    made = make_trainer_args(PPOCommand(), tmp_path)
+    for field in dataclasses.fields(PPOSettings):
+        assert getattr(args, field.name) == getattr(settings, field.name) == getattr(made, field.name), field.name
+    assert settings.gamma == 0.99 and made.seed == 0 and made.num_iterations == -(-100_000 // (32 * 16))
+    changed = dataclasses.replace(settings, **{"gamma": 0.5, "clip_range_vf": 0.3, "adam_epsilon": 1e-7})
+    made = make_trainer_args(PPOCommand(ppo=changed), tmp_path)
+    assert (made.gamma, made.clip_range_vf, made.adam_epsilon) == (0.5, 0.3, 1e-7)
+
+
+def test_what_an_environment_is_given_is_what_its_settings_hold():
+    """No field is passed on by hand: the names are those of the constructor."""
+    options = EnvSettings(env_kwargs={"size": 4}, action_names=("n", "s", "w", "e"), instruction="go").options()
+    env = EpisodeVectorEnv("manako/GoTo-v0", 1, **options)
+    assert env.action_names == ("n", "s", "w", "e") and env.reset().instructions == ("go",)
+
+
+def test_a_run_folders_settings_are_a_config_file(yaml_file):
+    command = read("--action_names", "n,s", "--env_kwargs", '{"size": 4}', "--lora_rank", "4", "--seed", "9")
+    sections = as_sections(command)
+    assert list(sections) == ["environment", "policy", "ppo", "workers", "run"]
+    assert "seed" not in sections["policy"]  # the run's one seed
+    assert read("--config", yaml_file(yaml.safe_dump(sections))) == command
+
+
+def test_goto_is_what_is_trained_where_nothing_is_named(monkeypatch, yaml_file):
+    def line(*words: str):
+        monkeypatch.setattr(sys, "argv", ["run_ppo.py", *words])
+        return run_ppo.read_line()
+
+    bare = line("--seed", "1")
+    assert bare.file.endswith("experiments/configs/goto.yaml") and bare.given == {"seed"}
+    assert (bare.settings.ppo.gamma, bare.settings.environment.num_envs, bare.settings.run.seed) == (0.9, 64, 1)
+    assert line("--env", "manako/GoTo-v0").settings == PPOCommand()
+    assert line("--config", yaml_file("run: {seed: 1}")).settings.ppo == PPOSettings()
+    assert line("--resume", "runs/1").file is None
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def help_of(runner, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", ["runner.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        runner.main()
+    return capsys.readouterr().out
+
+
+def test_help_has_groups_choices_and_what_files_alone_have(monkeypatch, capsys):
+    text = help_of(run_ppo, monkeypatch, capsys)
+    titles = ["environment:", "policy:", "PPO:", "rollout workers:", "run:", "only in a --config file:"]
+    places = [text.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    assert "--advantage {gae,grpo,rloo,gigpo}" in text and "--dtype {float32,bfloat16}" in text
+    assert "(default: 0.99)" in text and "None" not in text and "experiments/configs/goto.yaml" in text
+    assert "--num-envs" not in text and text.count("--num_envs N") == 1
+    only_in_files = text[places[-1] :]
+    for name, setting in known_settings(PPOCommand).items():
+        assert (f"\n    {name}:" in only_in_files) == setting.only_in_file == (f"--{name} " not in text), name
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("runner", "foreign"),
+    [
+        (collect, "lora_rank trainable gamma async_rollouts output_dir eval_episodes"),
+        (evaluate, "lora_rank vision_encoder image_size gamma rollout_backend eval_episodes"),
+        (run_sft, "num_envs gamma rollout_backend beta rounds resume save_every"),
+        (run_dpo, "stage captions gamma rollout_backend warmup_steps resume"),
+        (run_ppo, "player stage beta epochs dataset"),
+    ],
+)
+def test_a_runner_has_no_flags_that_it_does_not_use(runner, foreign, monkeypatch, capsys):
+    text = help_of(runner, monkeypatch, capsys)
+    assert [name for name in foreign.split() if f"--{name} " in text] == []
+
+
+@pytest.mark.parametrize("name", ["lora_alpha", "adam_epsilon", "vf_coef", "keep_checkpoints"])
+def test_rarely_turned_settings_stand_in_files_alone(name, yaml_file):
+    setting = known_settings(PPOCommand)[name]
+    assert f"There is no flag --{name}: {name} stands in the section {setting.section}" in refused(
+        PPOCommand, f"--{name}", "1"
+    )
+    file = yaml_file(f"{setting.section}: {{{name}: 7}}")
+    assert flat(as_sections(read("--config", file)))[name] == 7
+
+
+# ---- what holds between settings -------------------------------------------------------------------------------------
+
+
+def test_every_default_is_within_its_limits():
+    assert read() == PPOCommand()
+    check_together(PPOCommand())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
     [
         (
-            {"num_envs": 8, "num_steps": 6, "minibatch_size": 32},
+            "--num_envs 8 --num_steps 6 --minibatch_size 32",
             "--minibatch_size is 32, but a rollout has --num_envs 8 x --num_steps 6 = 48 samples: expected a size that "
             "divides them, such as 24.",
         ),
-        ({"num_envs": 2, "num_steps": 2, "minibatch_size": 8}, "such as 4."),
+        ("--num_envs 2 --num_steps 2 --minibatch_size 8", "such as 4."),
         (
-            {"minibatch_size": 64, "gradient_accumulation_steps": 3},
+            "--minibatch_size 64 --gradient_accumulation_steps 3",
             "--gradient_accumulation_steps is 3: expected a number that divides --minibatch_size 64",
         ),
-        ({"kl_coef": 0.1, "trainable": "adapter"}, "--trainable adapter keeps no reference policy"),
+        ("--kl_coef 0.1 --trainable adapter", "--trainable adapter keeps no reference policy"),
+        ("--num_workers 2", "--num_workers is for rollout workers, and --rollout_backend is local"),
+        ("--async_rollouts", "expected ray-replica"),
+        ("--rollout_backend ray-env --num_workers 5", "cannot be divided among --num_workers 5"),
     ],
 )
-def test_settings_that_do_not_fit_together(settings, sentence):
+def test_settings_that_do_not_fit_together(words, sentence):
     with pytest.raises(UsageError) as caught:
-        check_together(RunConfig(**settings))
+        check_together(read(*words.split()))
     assert sentence in str(caught.value)
+
+
+def test_a_resumed_run_may_have_other_workers():
+    run = WorkerSettings(rollout_backend="ray-env", num_workers=4, worker_cpus=0.5, rollout_batch_size=2)
+    assert moved(run, frozenset({"worker_gpus"}), WorkerSettings(worker_gpus=1.0)).worker_gpus == 1.0
+    there = moved(run, frozenset({"rollout_backend"}), WorkerSettings(rollout_backend="ray-replica"))
+    assert there == dataclasses.replace(run, rollout_backend="ray-replica", num_workers=None) and there.workers == 2
+    assert moved(run, frozenset({"rollout_backend"}), WorkerSettings()).workers == 1
 
 
 def test_exit_codes():
@@ -99,9 +255,9 @@ def test_exit_codes():
         run_main(bug)
 
 
-@pytest.mark.parametrize("name", ["run_ppo", "evaluate"])
+@pytest.mark.parametrize("name", ["run_ppo", "evaluate", "collect", "run_sft", "run_dpo", "run_ladder"])
 def test_the_command_line_is_read_without_the_heavy_libraries(name):
-    heavy = ["torch", "transformers", "peft", "gymnasium", "ray"]
+    heavy = ["torch", "transformers", "trl", "peft", "datasets", "ray"]
     code = f"""
 import sys
 from manako.experiments import {name}
@@ -114,6 +270,26 @@ except UsageError:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("run_ppo", ["--output_dir", "runs/1"], "run          runs/1\nsettings     experiments/configs/goto.yaml"),
+        ("run_sft", ["--stage", "align", "--output_dir", "runs/1"], "run          runs/1"),
+        ("run_dpo", ["--output_dir", "runs/1"], "run          runs/1"),
+        ("evaluate", ["--policy", "tiny"], "evaluating   tiny on manako/GoTo-v0"),
+        ("collect", ["--output", "data/1"], "recording    expert on manako/GoTo-v0, to data/1"),
+    ],
+)
+def test_the_first_line_stands_before_torch_is_loaded(name, words, line, tmp_path):
+    """A torch that cannot be imported stands in for one that takes long."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7 and done.stdout == line + "\n", done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_results_print_as_they_are():
@@ -144,6 +320,6 @@ def test_bfloat16_in_software_is_pointed_out(native, monkeypatch, capsys):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-    check_bf16(RunConfig(bf16=True))
-    check_bf16(RunConfig(bf16=False))
+    check_bf16(True)
+    check_bf16(False)
     assert capsys.readouterr().out.count("no bfloat16 instructions") == (0 if native else 1)

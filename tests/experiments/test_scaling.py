@@ -1,6 +1,6 @@
 """The model of many workers against terms chosen so that its results can be told by hand."""
 
-from manako.experiments.benchmarks.ray_workers import Terms, table, throughput
+from manako.experiments.benchmarks.throughput import Terms, table, throughput
 
 TERMS = Terms(env_step=0.01, forward=0.02, update=0.03, call=0.001, sample_bytes=1e6, weight_bytes=2e9, bandwidth=1e9)
 

@@ -286,10 +286,11 @@ def test_what_does_not_play_again_is_not_written(write, monkeypatch, tmp_path):
 
 
 def test_odd_seeds_are_pointed_out(write, capsys):
-    from manako.experiments.collect import CollectConfig, _recordings
+    from manako.experiments.collect import read_again
+    from manako.experiments.common.settings import CollectCommand, CollectSettings
 
     path = write({"seed": 12, "actions": ["up"]}, {"seed": 13, "actions": ["up"]})
-    assert len(_recordings(CollectConfig(recording=path), NAMES)) == 2
+    assert len(read_again(CollectCommand(run=CollectSettings(recording=path)), NAMES)) == 2
     assert "1 of 2 recorded seeds are odd" in capsys.readouterr().err
 
 

@@ -28,9 +28,9 @@ from manako.agent.tuning.trainers import (
 )
 from manako.envs import EpisodeVectorEnv
 from manako.experiments import collect, run_dpo, run_ladder, run_sft
-from manako.experiments.common.building import play
+from manako.experiments.common.collecting import play_until
 from manako.experiments.common.command_line import UsageError, run_main
-from manako.experiments.run_ladder import compare, print_report
+from manako.experiments.common.ladder_report import compare, print_report
 from manako.policies import save_policy
 from tests.helpers.small_envs import tiny_policy
 from tests.helpers.small_runs import corridor_env, difference, goto_policy, weights
@@ -295,22 +295,21 @@ def run(name, folder, **given):
 @pytest.mark.slow
 def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     """All four runners, one after another, and the report that compares them."""
+    small = {"eval_episodes": SMALL["eval_episodes"], "gif_episodes": SMALL["gif_episodes"]}
+    assert set(SMALL) <= {*small, "torch_threads"}
     ladder = {
-        "common": {"env": GOTO, "policy": "tiny", "trainable": "full"},
+        "common": {
+            "environment": {"env": GOTO, "num_envs": 8},
+            "policy": {"policy": "tiny", "trainable": "full"},
+            "sft": {"batch_size": 16},
+            "run": SMALL,
+        },
         "steps": [
-            {"name": "demos", "runner": "collect", "episodes": 30, "error_rate": 0.3},
-            {"name": "sft", "runner": "sft", "dataset": "demos", "batch_size": 16, **SMALL},
-            {"name": "dpo", "runner": "dpo", "episodes": 20, "num_steps": 10, "batch_size": 16, "rounds": 2, **SMALL},
-            {"name": "kto", "runner": "dpo", "method": "kto", "pairs": "branch", "episodes": 20, **SMALL},
-            {
-                "name": "ppo",
-                "runner": "ppo",
-                "policy": "sft",
-                "total_steps": 64,
-                "num_envs": 8,
-                "minibatch_size": 128,
-                **SMALL,
-            },
+            {"name": "demos", "runner": "collect", "run": {"episodes": 30, "error_rate": 0.3}},
+            {"name": "sft", "runner": "sft", "sft": {"dataset": "demos"}},
+            {"name": "dpo", "runner": "dpo", "dpo": {"episodes": 20, "num_steps": 10, "batch_size": 16, "rounds": 2}},
+            {"name": "kto", "runner": "dpo", "dpo": {"method": "kto", "pairs": "branch", "episodes": 20}},
+            {"name": "ppo", "runner": "ppo", "policy": {"policy": "sft"}, "run": {"total_steps": 64}},
         ],
     }
     (tmp_path / "ladder.yaml").write_text(json.dumps(ladder))
@@ -402,11 +401,11 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(
 
 
 def test_environments_without_an_end_are_refused(monkeypatch):
-    monkeypatch.setattr("manako.experiments.common.building.PATIENCE", 7)
+    monkeypatch.setattr("manako.experiments.common.collecting.PATIENCE", 7)
     env = corridor_env(8, {"length": 200, "limit": 100})
     collector = RolloutCollector(env, tiny_policy(env), 1, 0, rounds=True)
     with pytest.raises(UsageError, match="No episode of Corridor ended in 8 steps of 8 environments"):
-        play(collector, 1, "Corridor")
+        play_until(collector, 1, "Corridor")
 
 
 def test_every_step_is_compared_with_all_before_it():
@@ -454,6 +453,13 @@ BAD = {
     "no expert": (collect, {"output": "a", "env": "CartPole-v1"}, "CartPole-v1 has no expert"),
     "group": (collect, {"output": "a", "group_size": 3}, "expected a divisor"),
     "no ladder": (run_ladder, {}, "--ladder and --output_dir are needed"),
+    "a flat ladder": (run_ladder, {"ladder": "flat.yaml", "output_dir": "a"}, "unknown section 'env'"),
+    "a ladder's step": (run_ladder, {"ladder": "step.yaml", "output_dir": "a"}, "has the unknown key 'gamma' in sft"),
+    "a ladder's key": (
+        run_ladder,
+        {"ladder": "key.yaml", "output_dir": "a"},
+        "unknown key 'gama' in ppo: no runner has",
+    ),
     "a strange ladder": (run_ladder, {"ladder": "strange.yaml", "output_dir": "a"}, "Step 1 of strange.yaml"),
 }
 
@@ -461,6 +467,9 @@ BAD = {
 @pytest.mark.parametrize(("runner", "given", "message"), BAD.values(), ids=BAD)
 def test_bad_input(runner, given, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "strange.yaml").write_text("steps: [{name: a, runner: fly}]")
+    (tmp_path / "flat.yaml").write_text("common: {env: Lake-v0}\nsteps: [{name: a, runner: sft, dataset: b}]")
+    (tmp_path / "step.yaml").write_text("steps: [{name: a, runner: sft, sft: {gamma: 1}}]")
+    (tmp_path / "key.yaml").write_text("common: {ppo: {gama: 1}}\nsteps: [{name: a, runner: sft}]")
     monkeypatch.chdir(tmp_path)
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", ["run", *words])

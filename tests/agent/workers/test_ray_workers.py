@@ -27,11 +27,12 @@ from manako.agent.workers.ray_backends import (
     cluster,
     segments_of,
 )
+from manako.agent.workers.settings import WorkerSettings
 from manako.agent.workers.worker import EnvWorker, ReplicaWorker, Segment, as_arrays, load_trainable, trainable_tensors
-from manako.experiments.common.building import make_policy as make_run_policy
-from manako.experiments.common.building import make_rollouts
+from manako.envs.settings import EnvSettings
+from manako.experiments.common.building import make_rollouts, policy_of_run
 from manako.experiments.common.environments import make_segment
-from manako.experiments.common.settings import RunConfig
+from manako.policies import PolicySource
 from tests.helpers import ray_segments
 from tests.helpers.ray_segments import (
     NUM_STEPS,
@@ -130,16 +131,15 @@ def test_without_a_common_batch_size_only_rounding_differs(backend, policy):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_records_the_same_trajectories(name):
     """Frames, the expert's word and all; the demonstrator is an expert that is wrong at times."""
-    config = RunConfig(num_envs=4, num_steps=12, rollout_backend=name, num_workers=2, worker_cpus=0.5)
-    config.rollout_batch_size, config.torch_threads = 2, 1
-    with contextlib.closing(make_segment(config, 1, 0, 1)) as env:
-        policy = make_run_policy(config, env.action_names, env.frame_shape)
+    environment, source = EnvSettings(num_envs=4), PolicySource()
+    policy, _ = policy_of_run(environment, source, seed=0, torch_threads=1)
     recorded = {"demonstrator": ScriptedDemonstrator(0.3), "record": True, "ask_expert": True}
     data = []
     for backend in (name, "local"):
-        config.rollout_backend = backend
-        with contextlib.closing(make_rollouts(config, policy, 10, recorded=recorded)) as rollouts:
-            data.append(to_dataset([rollouts.collect(0), rollouts.collect(1)], policy, config.env, "expert", {}))
+        workers = WorkerSettings(backend, num_workers=2, worker_cpus=0.5, rollout_batch_size=2)
+        given = {"num_steps": 12, "num_iterations": 10, "seed": 0, "torch_threads": 1, "recorded": recorded}
+        with contextlib.closing(make_rollouts(environment, source, workers, policy, **given)) as rollouts:
+            data.append(to_dataset([rollouts.collect(0), rollouts.collect(1)], policy, environment.env, "expert", {}))
     theirs, mine = data
     assert len(mine) > 60 and min(mine["expert_action"]) >= 0
     for column in mine.column_names:
@@ -205,7 +205,7 @@ def test_frozen_weights_that_differ_are_an_error():
 def test_workers_with_environments_only_have_no_torch(session):
     import ray
 
-    maker = functools.partial(make_segment, RunConfig(), 1)  # as in a run
+    maker = functools.partial(make_segment, EnvSettings(), 0, 1)  # as in a run
     worker = ray.remote(ray_segments.Curious).options(num_cpus=0.5).remote(maker)
     assert ray.get(worker.imported.remote("gymnasium")) and not ray.get(worker.imported.remote("torch"))
     ray.kill(worker)

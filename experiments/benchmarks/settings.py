@@ -1,0 +1,78 @@
+"""The settings of the benchmarks; light to import."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from manako.experiments.common.command_line import build, read_settings, section
+from manako.experiments.common.settings import GOTO, PPOCommand
+from manako.settings import setting
+
+RUN = build(PPOCommand, read_settings(PPOCommand, str(GOTO)))  # as run_ppo.py trains without flags
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What is measured, and how long."""
+
+    policy: Literal["tiny", "smollm2"] = setting("tiny", "preset")
+    env: str = setting("manako/GoTo-v0", "Gymnasium id with one-token action names")
+    num_envs: int = setting(32, "environments side by side", ge=1)
+    repeats: int | None = setting(None, "turns; by default 5 for tiny, 3 for smollm2", ge=1)
+    seconds: float = setting(1.0, "least duration of one measurement", gt=0)
+    threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
+    output: str | None = setting(None, "JSON file for the results, must not exist")
+    quick: bool = setting(False, "small sizes and one short turn, to see that everything runs")
+
+
+@dataclass(frozen=True)
+class SpeedCommand:
+    """Settings of speed.py."""
+
+    speed: SpeedSettings = section(SpeedSettings, "benchmark")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What is compared."""
+
+    env: str = setting("manako/GoTo-v0", "Gymnasium id of an environment whose instructions name a colour")
+    seeds: int = setting(3, "how many seeds, from 0 on", ge=1)
+    total_steps: int = setting(RUN.run.total_steps, "env steps of ours at most", ge=1)
+    total_steps_sb3: int = setting(600_000, "env steps of Stable-Baselines3 at most", ge=1)
+    success: float = setting(0.95, "share of held-out episodes to reach", gt=0, le=1)
+    episodes: int = setting(200, "held-out episodes of an evaluation", ge=1)
+    eval_every: int = setting(4, "updates between evaluations", ge=1)
+    torch_threads: int | None = setting(
+        None, "CPU threads of torch; by default 1 for ours, torch's own choice for the CNN", ge=1
+    )
+    output: str | None = setting(None, "JSON file for the results, must not exist")
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Settings of compare_sb3.py."""
+
+    comparison: CompareSettings = section(CompareSettings, "comparison")
+
+
+@dataclass(frozen=True)
+class RayBenchmarkSettings:
+    """What ray_workers.py measures."""
+
+    env: str = setting("manako/GoTo-v0", "Gymnasium id")
+    env_kwargs: dict[str, Any] | None = setting(None, "arguments of the env's constructor")
+    policy: str = setting("tiny", "preset or folder")
+    trainable: str = setting("full", "what learns")
+    num_envs: int = setting(64, "environments, an even number", ge=2)
+    num_steps: int = setting(16, "env steps of a rollout", ge=1)
+    core_price: float = setting(0.04, "price of a CPU core for an hour", ge=0)
+    learner_price: float = setting(0.08, "price of the learner's machine for an hour", ge=0)
+    repeats: int = setting(7, "turns", ge=2)
+    output: str | None = setting(None, "JSON file for the results, must not exist")
+
+
+@dataclass(frozen=True)
+class RayBenchmarkCommand:
+    """Settings of ray_workers.py."""
+
+    benchmark: RayBenchmarkSettings = section(RayBenchmarkSettings, "benchmark")

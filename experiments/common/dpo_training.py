@@ -1,0 +1,118 @@
+"""A run of run_dpo.py: in each round trajectories, pairs, training by TRL against the policy as it was, evaluation."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import DPOConfig, KTOConfig
+
+from manako.agent.data.trajectories import load_trajectories
+from manako.agent.tuning.forgetting import remember
+from manako.agent.tuning.preferences import (
+    Pair,
+    branch_pairs,
+    expert_pairs,
+    pair_dataset,
+    return_pairs,
+    state_pairs,
+    unpaired,
+)
+from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer
+from manako.envs import Observations
+from manako.experiments.common.building import make_tuning_args, policy_of_run
+from manako.experiments.common.collecting import own_trajectories
+from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.progress import plain_console, print_parts, print_table
+from manako.experiments.common.results import evaluate_run, write_final
+from manako.experiments.common.run_folder import write_description, write_text
+from manako.experiments.common.settings import DPOCommand
+from manako.policies import VLMPolicy
+from manako.policies.interface import Draws
+
+
+def train(command: DPOCommand, run_dir: Path, started: float) -> int:
+    """All rounds; nothing is written before the first one's pairs are made.
+
+    Args:
+        command: the settings.
+        run_dir: the run folder, which is made here.
+        started: `time.perf_counter()` at the program's start.
+
+    Returns:
+        The exit code.
+    """
+    environment, dpo, run = command.environment, command.dpo, command.run
+    policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    policy.value_head.requires_grad_(False)  # nothing here asks for values
+    console, before = plain_console(), remember(policy)
+    reports: list[dict[str, Any]] = []
+    for number in range(dpo.rounds):
+        if number == 0 and dpo.dataset is not None:
+            spec = policy.spec
+            trajectories, _ = load_trajectories(dpo.dataset, environment.env, spec.action_names, spec.frame_shape)
+        else:
+            trajectories = own_trajectories(command, policy, number)
+        pairs = pair_dataset(trajectories, make_pairs(command, policy, trajectories, number), policy)
+        console.print(f"round {number + 1}: {len(trajectories):,} steps, {len(pairs):,} pairs by {dpo.pairs}")
+        if number == 0:  # what can be refused has been
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_description(run_dir, command)
+            print_parts(console, policy)
+        start = time.perf_counter()
+        rows = _train_round(command, policy, pairs, run_dir)
+        seconds = time.perf_counter() - start
+        reports.append({"round": number + 1, "pairs": len(pairs), "seconds": seconds, "loss": rows[-1]["loss"]})
+        reports[-1]["evaluation"] = evaluate_run(command, policy, run_dir, environment.num_envs)
+        print_table(console, reports[-1]["evaluation"], f"{environment.env}, held-out seeds")
+    write_final(policy, run_dir)
+    write_text(run_dir / "evaluation.json", json.dumps(reports[-1]["evaluation"], indent=2))
+    after = remember(policy)
+    report = {
+        "stage": dpo.method,
+        "rounds": reports,
+        "seconds": sum(row["seconds"] for row in reports),
+        "trained_parameters": sum(p.numel() for p in policy.vlm.parameters() if p.requires_grad),
+        "memory": {"before": before.summary(), "after": after.summary()},
+    }
+    write_text(run_dir / "report.json", json.dumps(report, indent=2))
+    console.print(
+        f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
+        f"{after.probes:.0%}\n{time.perf_counter() - started:.0f} s in all; written to {run_dir}"
+    )
+    return 0
+
+
+def make_pairs(command: DPOCommand, policy: VLMPolicy, trajectories: Dataset, number: int) -> list[Pair]:
+    """Returns pairs by the way that the settings name."""
+    of_trajectories = {"expert": expert_pairs, "state": state_pairs, "return": return_pairs}
+    if command.dpo.pairs in of_trajectories:
+        return of_trajectories[command.dpo.pairs](trajectories)
+
+    def act(observations: Observations) -> np.ndarray:
+        with policy.frozen_weights():
+            inputs = policy.prepare(observations.images, observations.instructions)
+            return policy.act(inputs, Draws([]), greedy=True).to_env
+
+    seed, num_actions = command.run.seed, len(policy.spec.action_names)
+    with contextlib.closing(make_vector_env(command.environment, num_actions, seed)) as env:
+        return branch_pairs(trajectories, env, act, command.dpo.branch_steps, seed + number)
+
+
+def _train_round(command: DPOCommand, policy: VLMPolicy, pairs: Dataset, run_dir: Path) -> list[dict[str, Any]]:
+    """One round's training; its rows of metrics.jsonl."""
+    dpo, seed = command.dpo, command.run.seed
+    trainer: PolicyDPOTrainer | PolicyKTOTrainer
+    if dpo.method == "dpo":
+        args = make_tuning_args(DPOConfig, dpo, seed, run_dir, beta=dpo.beta)
+        trainer = PolicyDPOTrainer(policy, args, pairs, run_dir, adapter_learning_rate=dpo.adapter_learning_rate)
+    else:
+        args = make_tuning_args(KTOConfig, dpo, seed, run_dir, beta=dpo.beta)
+        trainer = PolicyKTOTrainer(
+            policy, args, unpaired(pairs), run_dir, adapter_learning_rate=dpo.adapter_learning_rate
+        )
+    trainer.train()
+    return trainer.rows

@@ -1,0 +1,51 @@
+"""What a run leaves behind at its end: the final policy, its evaluation beside its controls, episodes as a GIF."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from manako.agent.checkpoint import write_folder
+from manako.agent.report import evaluation, figures
+from manako.envs.settings import EnvSettings
+from manako.experiments.common.environments import held_out_seeds, make_vector_env
+from manako.experiments.common.run_folder import write_text
+from manako.experiments.common.settings import TrainCommand
+from manako.policies import VLMPolicy, save_policy
+
+
+def write_final(policy: VLMPolicy, run_dir: Path) -> None:
+    """final/, whole or not there; one that is there stays."""
+    if not (run_dir / "final").exists():
+        write_folder(run_dir / "final", lambda folder: save_policy(policy, folder))
+
+
+def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_envs: int) -> dict[str, Any]:
+    """The policy and its controls on held-out seeds; writes episodes.json and after.gif.
+
+    Args:
+        command: the run's settings.
+        policy: the policy.
+        run_dir: the run folder.
+        num_envs: episodes side by side, at most.
+
+    Returns:
+        The content of evaluation.json, which the caller writes last.
+    """
+    run, environment = command.run, command.environment
+    seeds = held_out_seeds(run.seed, max(run.eval_episodes, run.gif_episodes))
+    count = min(num_envs, run.eval_episodes)
+    with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
+        rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes])
+    success = {name: [episode.success for episode in result.episodes] for name, result in rows.items()}
+    write_text(run_dir / "episodes.json", json.dumps({"seeds": seeds[: run.eval_episodes], "success": success}))
+    write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
+    return {name: result.summary() for name, result in rows.items()}
+
+
+def write_gif(environment: EnvSettings, policy: VLMPolicy, seed: int, episodes: int, path: Path) -> None:
+    """The first held-out episodes, played greedily; no file for none."""
+    if episodes:
+        with contextlib.closing(make_vector_env(environment, episodes, seed, held_out=True)) as env:
+            played = evaluation.record_episodes(policy, env, held_out_seeds(seed, episodes))
+            figures.episode_gif(played, env.action_names, path)

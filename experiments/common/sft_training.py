@@ -1,0 +1,107 @@
+"""A run of run_sft.py: data, training by TRL, what was forgotten, evaluation."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import SFTConfig
+
+from manako.agent.data.trajectories import load_trajectories
+from manako.agent.tuning.forgetting import remember
+from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
+from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer
+from manako.experiments.common.building import make_tuning_args, policy_of_run
+from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.progress import plain_console, print_parts, print_table
+from manako.experiments.common.results import evaluate_run, write_final
+from manako.experiments.common.run_folder import write_description, write_text
+from manako.experiments.common.settings import SFTCommand
+from manako.policies import VLMPolicy
+
+FITTED_FRAMES = 256  # whose features an adapter with statistics is given
+SIDE_BY_SIDE = 32  # environments, for captions and in the evaluation
+
+
+def train(command: SFTCommand, run_dir: Path, started: float) -> int:
+    """One stage; nothing is written before the data are known to fit.
+
+    Args:
+        command: the settings.
+        run_dir: the run folder, which is made here.
+        started: `time.perf_counter()` at the program's start.
+
+    Returns:
+        The exit code.
+    """
+    environment, sft, run = command.environment, command.sft, command.run
+    policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    policy.value_head.requires_grad_(False)  # nothing here asks for values
+    data, frames = training_data(command, policy)
+    console = plain_console()
+    console.print(f"data         {len(data):,} examples, {sft.stage}")
+    if policy.fit_adapter(np.stack(frames[:FITTED_FRAMES])):
+        console.print(f"adapter      standardises features by {min(len(frames), FITTED_FRAMES)} frames")
+    print_parts(console, policy)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_description(run_dir, command)
+    before = remember(policy)
+    args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
+    kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
+    trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
+    trainer.train()
+    seconds = time.perf_counter() - started
+    write_final(policy, run_dir)
+    after = remember(policy)
+    report: dict[str, Any] = {
+        "stage": sft.stage,
+        "seconds": seconds,
+        "trained_parameters": sum(p.numel() for p in policy.vlm.parameters() if p.requires_grad),
+        "examples": len(data) * sft.epochs,
+        "loss": trainer.rows[-1]["loss"] if trainer.rows else None,
+        "memory": {"before": before.summary(), "after": after.summary()},
+    }
+    write_text(run_dir / "report.json", json.dumps(report, indent=2))
+    console.print(
+        f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
+        f"{after.probes:.0%}"
+    )
+    if run.eval_episodes and sft.stage == "instruct":
+        summary = evaluate_run(command, policy, run_dir, SIDE_BY_SIDE)
+        write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+        print_table(console, summary, f"{environment.env}, held-out seeds")
+    console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
+    return 0
+
+
+def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list[np.ndarray]]:
+    """Returns the examples, and frames (H, W, 3) of the environment for an adapter with statistics."""
+    sft = command.sft
+    if sft.stage == "align":
+        frames, texts = frames_and_captions(command)
+        return captions(frames, texts), frames
+    spec = policy.spec
+    trajectories, _ = load_trajectories(str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape)
+    frames = sample_frames(trajectories, FITTED_FRAMES)
+    if sft.loss == "actions":
+        return demonstrated_actions(trajectories, sft.only_success), frames
+    return demonstrations(trajectories, policy, sft.only_success), frames
+
+
+def frames_and_captions(command: SFTCommand) -> tuple[list[np.ndarray], list[str]]:
+    """Returns frames of random play on training seeds, and what the environment says is on them."""
+    count, seed = command.sft.captions, command.run.seed
+    frames: list[np.ndarray] = []
+    texts: list[str] = []
+    generator = np.random.default_rng(seed)
+    with contextlib.closing(make_vector_env(command.environment, min(SIDE_BY_SIDE, count), seed)) as env:
+        seen = env.reset()
+        while len(frames) < count:
+            frames += list(seen.images)
+            texts += list(env.captions())
+            result = env.step(generator.integers(len(env.action_names), size=env.num_envs))
+            seen = env.reset_done(result.terminated | result.truncated)
+    return frames[:count], texts[:count]
