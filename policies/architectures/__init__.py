@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
 
-ROWS = {"manako": "composed", "blip-2": "blip2"}  # a configuration's model_type -> module of this folder
+ROWS = {"manako": "composed.parts", "blip-2": "blip2"}  # a configuration's model_type -> module of this folder
 
 
 def name_parts(vlm: Any, processor: Any) -> "Model":

@@ -1,5 +1,9 @@
 """Which module is which part: rows say it, any_vlm guesses it; and that one file adds a part."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +108,19 @@ def test_most_adapters_take_no_statistics():
         adapter = kind(3, 8)
         wants = name == "mlp_zscore"
         assert adapter.is_fitted is not wants and adapter.fit(features) is wants and adapter.is_fitted
+
+
+def test_any_module_of_the_package_may_be_the_first_that_is_imported():
+    """Architectures name their reading, readings know the answers, answers ask the composed model's processor."""
+    root = Path(__file__).parents[2]
+    files = [path.relative_to(root).with_suffix("") for path in sorted((root / "policies").rglob("*.py"))]
+    names = ["manako." + ".".join(file.parts).removesuffix(".__init__") for file in files]
+    script = f"""
+import importlib, sys
+for name in {names}:
+    for known in [known for known in sys.modules if known.startswith("manako")]:
+        del sys.modules[known]
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

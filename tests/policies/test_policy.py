@@ -4,17 +4,21 @@ The short way (shared prefix, action rows) is compared with the whole forward in
 gradient of every parameter, for the models of this project and for foreign ones.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig
 
-from manako.policies import PolicyError, PolicyInputs, PolicySource, PolicySpec, VLMPolicy, load_policy
+from manako.policies import PolicyError, PolicySource, PolicySpec, VLMPolicy, load_policy
 from manako.policies.architectures import any_vlm, name_parts
 from manako.policies.architectures.composed import ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary, vlm_chat_template
-from manako.policies.vlm_policy import PROBES
+from manako.policies.interface import Rows
+from manako.policies.reading import SharedPrefix, WholePrompt
+from manako.policies.reading.shared_prefix import PROBES
 from tests.helpers.foreign_models import (
     FRAME,
     INSTRUCTIONS,
@@ -55,6 +59,17 @@ def loud(policy):
     return policy
 
 
+class Output(NamedTuple):
+    logprobs: torch.Tensor  # (B, A)
+    values: torch.Tensor  # (B,)
+
+
+def read(policy, inputs, whole=False):
+    """What the policy says of its inputs, by its own reading or by whole prompts."""
+    reading = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id) if whole else None
+    return Output(*policy.distribution(inputs, reading))
+
+
 def gradients(policy, output):
     """The gradient of a loss in which every output counts differently, by parameter."""
     policy.zero_grad()
@@ -66,13 +81,13 @@ def gradients(policy, output):
 @pytest.mark.parametrize("names", [NAMES, TURNS])
 def test_the_short_way_is_the_whole_way(source, names):
     policy = loud(load_policy(PolicySource(**{**vars(source), "action_format": "trie"}), names, FRAME))
-    assert policy.uses_prefix and len(policy.prefix_ids) > 5
+    assert isinstance(policy.reading, SharedPrefix) and len(policy.reading.prefix_ids) > 5
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    assert len(set(inputs.lengths.tolist())) == 3
-    short, whole = policy(inputs), policy.whole_forward(inputs)
+    assert len(set(inputs["lengths"].tolist())) == 3
+    short, whole = read(policy, inputs), read(policy, inputs, whole=True)
     assert torch.allclose(short.logprobs, whole.logprobs, atol=1e-5, rtol=1e-5)
     assert torch.allclose(short.values, whole.values, atol=1e-4, rtol=1e-5)
-    got, expected = gradients(policy, short), gradients(policy, policy.whole_forward(inputs))
+    got, expected = gradients(policy, short), gradients(policy, read(policy, inputs, whole=True))
     assert got.keys() == expected.keys() and len(got) > 20
     largest = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():
@@ -86,13 +101,13 @@ def test_the_short_way_is_the_whole_way(source, names):
 def test_other_samples_of_the_batch_do_not_matter(source):
     policy = loud(load_policy(source, NAMES, FRAME))
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    together = policy(inputs)
+    together = read(policy, inputs)
     for row in range(3):
-        alone = policy(policy.prepare(frames(3)[row : row + 1], INSTRUCTIONS[row : row + 1]))
+        alone = read(policy, policy.prepare(frames(3)[row : row + 1], INSTRUCTIONS[row : row + 1]))
         assert torch.allclose(alone.logprobs[0], together.logprobs[row], atol=1e-5)
         assert torch.allclose(alone.values[0], together.values[row], atol=1e-4)
     order = torch.tensor([2, 0, 1])
-    assert torch.allclose(policy(inputs.select(order)).logprobs, together.logprobs[order], atol=1e-5)
+    assert torch.allclose(read(policy, inputs.select(order)).logprobs, together.logprobs[order], atol=1e-5)
 
 
 @torch.no_grad()
@@ -100,14 +115,14 @@ def test_padding_does_not_matter(source):
     policy = loud(load_policy(source, TURNS, FRAME))
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
     word = policy.processor.tokenizer.encode("red", add_special_tokens=False)[0]
-    padded = torch.nn.functional.pad(inputs.input_ids, (0, 7), value=policy.pad_id)
-    beyond = torch.arange(padded.shape[1]) >= inputs.lengths[:, None]
-    wider = inputs._replace(input_ids=padded)
-    other = inputs._replace(input_ids=padded.masked_fill(beyond, word))
-    expected = policy(inputs)
-    for way in (policy, policy.whole_forward):
+    padded = torch.nn.functional.pad(inputs["input_ids"], (0, 7), value=policy.pad_id)
+    beyond = torch.arange(padded.shape[1]) >= inputs["lengths"][:, None]
+    wider = Rows({**inputs.columns, "input_ids": padded}, inputs.fillers)
+    other = Rows({**inputs.columns, "input_ids": padded.masked_fill(beyond, word)}, inputs.fillers)
+    expected = read(policy, inputs)
+    for whole in (False, True):
         for given in (wider, other):
-            output = way(given)
+            output = read(policy, given, whole)
             assert torch.allclose(output.logprobs, expected.logprobs, atol=1e-5)
             assert torch.allclose(output.values, expected.values, atol=1e-4)
 
@@ -115,7 +130,7 @@ def test_padding_does_not_matter(source):
 @torch.no_grad()
 def test_the_answer_depends_on_frame_and_instruction(source):
     policy = loud(load_policy(source, NAMES, FRAME))
-    output = policy(policy.prepare(frames(2)[[0, 1, 0]], ["go", "go", "turn left"]))
+    output = read(policy, policy.prepare(frames(2)[[0, 1, 0]], ["go", "go", "turn left"]))
     for other in (1, 2):
         assert (output.logprobs[0] - output.logprobs[other]).abs().max() > 1e-3
         assert (output.values[0] - output.values[other]).abs() > 1e-2
@@ -127,8 +142,8 @@ def test_every_instruction_follows_the_same_prefix(source):
     policy = load_policy(source, NAMES, FRAME)
     odd = [*PROBES, "...", "\n\n", "0", "?!", "  x", "Answer", "go", "é", "🙂", "'", "user", ":", "</s>"]
     inputs = policy.prepare(frames(len(odd)), odd)
-    assert (inputs.input_ids[:, : len(policy.prefix_ids)] == policy.prefix_ids).all()
-    assert torch.allclose(policy(inputs).logprobs, policy.whole_forward(inputs).logprobs, atol=1e-5)
+    assert (inputs["input_ids"][:, : len(policy.reading.prefix_ids)] == policy.reading.prefix_ids).all()
+    assert torch.allclose(read(policy, inputs).logprobs, read(policy, inputs, whole=True).logprobs, atol=1e-5)
 
 
 @torch.no_grad()
@@ -140,23 +155,24 @@ def test_a_prefix_ends_before_what_a_tokenizer_may_join():
     processor = ManakoProcessor(processor.image_processor, tokenizer, 16, vlm_chat_template(None))
     policy = VLMPolicy(name_parts(model, processor), PolicySpec(NAMES, FRAME))
     inputs = policy.prepare(frames(3), ["go", "red", ""])
-    joined = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
+    joined = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     assert any(token.endswith("go") and len(token) > 2 for token in joined)  # the line's end and the instruction
-    assert policy.uses_prefix
-    assert torch.allclose(policy(inputs).logprobs, policy.whole_forward(inputs).logprobs, atol=1e-5)
+    assert isinstance(policy.reading, SharedPrefix)
+    assert torch.allclose(read(policy, inputs).logprobs, read(policy, inputs, whole=True).logprobs, atol=1e-5)
 
 
 def test_what_is_stored_is_what_the_policy_sees(source):
     policy = load_policy(source, NAMES, FRAME)
     images = frames(2)
     inputs = policy.prepare(images, ["go to the red ball", "go"])
-    assert isinstance(inputs, PolicyInputs)
-    assert inputs.input_ids.dtype == inputs.lengths.dtype == torch.int64 and inputs.frames.dtype == torch.uint8
-    text = policy.processor.tokenizer.decode(inputs.input_ids[0])
+    assert isinstance(inputs, Rows)
+    assert inputs["input_ids"].dtype == inputs["lengths"].dtype == torch.int64 and inputs["frames"].dtype == torch.uint8
+    text = policy.processor.tokenizer.decode(inputs["input_ids"][0])
     assert policy.codec.legend in text and text.count("go to the red ball") == 1
     rows = inputs.select(torch.tensor([1]))
-    assert rows.lengths.tolist() == [inputs.lengths[1]] and torch.equal(rows.frames[0], inputs.frames[1])
-    assert all(torch.equal(one, other) for one, other in zip(inputs.to(torch.device("cpu")), inputs, strict=True))
+    assert rows["lengths"].tolist() == [inputs["lengths"][1]] and torch.equal(rows["frames"][0], inputs["frames"][1])
+    moved = inputs.to(torch.device("cpu"))
+    assert all(torch.equal(moved[name], column) for name, column in inputs.columns.items())
 
 
 # ---- the value head ----------------------------------------------------------------------------------------------
@@ -164,7 +180,7 @@ def test_what_is_stored_is_what_the_policy_sees(source):
 
 def test_values_start_at_zero(source):
     policy = load_policy(source, NAMES, FRAME)
-    output = policy(policy.prepare(frames(3), INSTRUCTIONS))
+    output = read(policy, policy.prepare(frames(3), INSTRUCTIONS))
     assert torch.equal(output.values, torch.zeros(3)) and output.values.dtype == torch.float32
     (output.values - 1).square().sum().backward()
     assert policy.value_head.out.weight.grad.norm() > 0
@@ -176,7 +192,7 @@ def test_values_start_at_zero(source):
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["keys", "values"])
 def test_a_wrong_short_way_is_not_used(part, monkeypatch):
-    right = VLMPolicy._run_prefix
+    right = SharedPrefix._run_prefix
 
     def wrong(self):
         cache = right(self)
@@ -185,13 +201,13 @@ def test_a_wrong_short_way_is_not_used(part, monkeypatch):
         return cache
 
     expected = load_policy(PolicySource(), NAMES, FRAME)
-    monkeypatch.setattr(VLMPolicy, "_run_prefix", wrong)
+    monkeypatch.setattr(SharedPrefix, "_run_prefix", wrong)
     policy = load_policy(PolicySource(), NAMES, FRAME)
-    assert not policy.uses_prefix
+    assert isinstance(policy.reading, WholePrompt)
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    assert torch.allclose(policy(inputs).logprobs, expected.whole_forward(inputs).logprobs, atol=1e-6)
+    assert torch.allclose(read(policy, inputs).logprobs, read(expected, inputs, whole=True).logprobs, atol=1e-6)
     with policy.frozen_weights():
-        assert torch.allclose(policy(inputs).logprobs, expected.whole_forward(inputs).logprobs, atol=1e-6)
+        assert torch.allclose(read(policy, inputs).logprobs, read(expected, inputs, whole=True).logprobs, atol=1e-6)
 
 
 @torch.no_grad()
@@ -199,8 +215,8 @@ def test_a_model_without_the_expected_parts_takes_the_whole_way(monkeypatch):
     def missing(self):
         raise AttributeError("no attribute 'model'")
 
-    monkeypatch.setattr(VLMPolicy, "_run_prefix", missing)
-    assert not load_policy(PolicySource(), NAMES, FRAME).uses_prefix
+    monkeypatch.setattr(SharedPrefix, "_run_prefix", missing)
+    assert isinstance(load_policy(PolicySource(), NAMES, FRAME).reading, WholePrompt)
 
 
 @torch.no_grad()
@@ -209,11 +225,12 @@ def test_a_sliding_window_takes_the_whole_way(window, tmp_path):
     """Its cache keeps other layers than the short way fills; the answers stay the model's own."""
     source = PolicySource(policy=str(llava_folder(tmp_path, MistralConfig, sliding_window=window)))
     policy = load_policy(source, TURNS, FRAME)
-    assert not policy.uses_prefix
+    assert isinstance(policy.reading, WholePrompt)
     inputs = policy.prepare(frames(1), ["go"])
-    pixels = policy.pipeline.pixels(inputs.frames)
-    logits = policy.vlm(input_ids=inputs.input_ids, **pixels).logits[0, -1, policy.action_rows]
-    assert torch.allclose(policy(inputs).logprobs[0], logits.log_softmax(-1), atol=1e-5)
+    pixels = policy.pipeline.pixels(inputs["frames"])
+    (branch,) = policy.codec.branches
+    logits = policy.vlm(input_ids=inputs["input_ids"], **pixels).logits[0, -1, list(branch.children)]
+    assert torch.allclose(read(policy, inputs).logprobs[0], logits.log_softmax(-1), atol=1e-5)
 
 
 # ---- dropout, frozen weights, precision --------------------------------------------------------------------------
@@ -224,47 +241,47 @@ def test_dropout_is_off_when_acting_and_when_learning(trainable, tmp_path):
     folder = text_folder(tmp_path, "llama", attention_dropout=0.5)
     policy = load_policy(PolicySource(language_model=str(folder), trainable=trainable), NAMES, FRAME)
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    acting = policy(inputs)
+    acting = read(policy, inputs)
     assert policy.train() is policy and policy.training
     assert not any(module.training for module in policy.vlm.modules())
-    learning, again = policy(inputs), policy(inputs)
+    learning, again = read(policy, inputs), read(policy, inputs)
     assert torch.equal(learning.logprobs, acting.logprobs) and torch.equal(again.logprobs, acting.logprobs)
     policy.vlm.train()  # the dropout is real
-    assert not torch.allclose(policy(inputs).logprobs, acting.logprobs, atol=1e-3)
+    assert not torch.allclose(read(policy, inputs).logprobs, acting.logprobs, atol=1e-3)
 
 
 def test_frozen_weights_keep_the_prefix_until_weights_change(monkeypatch):
     policy = load_policy(PolicySource(), NAMES, FRAME)
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    before = policy(inputs).logprobs
+    before = read(policy, inputs).logprobs
     calls = []
-    run = VLMPolicy._run_prefix
-    monkeypatch.setattr(VLMPolicy, "_run_prefix", lambda self: calls.append(1) or run(self))
+    run = SharedPrefix._run_prefix
+    monkeypatch.setattr(SharedPrefix, "_run_prefix", lambda self: calls.append(1) or run(self))
     with policy.frozen_weights():
         for _ in range(3):
-            output = policy(inputs)
+            output = read(policy, inputs)
         assert len(calls) == 1
         assert not output.logprobs.requires_grad
         assert torch.equal(output.logprobs, before)
     with torch.no_grad():
         for parameter in policy.vlm.model.language_model.layers[0].parameters():
             parameter.mul_(1.5)
-    after = policy(inputs)
+    after = read(policy, inputs)
     assert len(calls) == 2 and after.logprobs.requires_grad
     assert not torch.allclose(after.logprobs, before, atol=1e-4)
-    assert torch.allclose(after.logprobs, policy.whole_forward(inputs).logprobs, atol=1e-5)
+    assert torch.allclose(after.logprobs, read(policy, inputs, whole=True).logprobs, atol=1e-5)
     with pytest.raises(KeyError), policy.frozen_weights():
         raise KeyError
-    assert policy(inputs).logprobs.requires_grad
+    assert read(policy, inputs).logprobs.requires_grad
 
 
 @torch.no_grad()
 def test_half_precision():
     policy = load_policy(PolicySource(dtype="bfloat16"), NAMES, FRAME)
     single = load_policy(PolicySource(), NAMES, FRAME)
-    assert policy.vlm.dtype == torch.bfloat16 and policy.uses_prefix
+    assert policy.vlm.dtype == torch.bfloat16 and isinstance(policy.reading, SharedPrefix)
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    output, expected = policy(inputs), single(inputs)
+    output, expected = read(policy, inputs), read(single, inputs)
     assert output.logprobs.dtype == output.values.dtype == torch.float32
     assert torch.allclose(output.logprobs.exp().sum(-1), torch.ones(3), atol=1e-5)
     assert torch.allclose(output.logprobs, expected.logprobs, atol=0.25)
@@ -281,11 +298,11 @@ def test_frames_of_another_shape():
 
 def test_an_instruction_longer_than_the_model_reads(sources):
     policy = load_policy(sources["gpt2"], NAMES, FRAME)
-    policy(policy.prepare(frames(1), ["go " * 40]))
+    read(policy, policy.prepare(frames(1), ["go " * 40]))
     with pytest.raises(PolicyError, match="tokens, but the model reads at most 299: shorten the instruction"):
         policy.prepare(frames(1), ["xyz " * 300])
     tiny = load_policy(sources["tiny"], NAMES, FRAME)
-    assert tiny.prepare(frames(1), ["目" * 3000]).lengths > 6000  # 2000 characters of three bytes
+    assert tiny.prepare(frames(1), ["目" * 3000])["lengths"] > 6000  # 2000 characters of three bytes
 
 
 def test_a_tokenizer_that_joins_the_prefix_with_an_instruction(monkeypatch):
@@ -313,8 +330,8 @@ def test_a_policy_without_lora_is_no_reference():
 def test_no_special_token_can_be_chosen(source, action_format):
     source = PolicySource(**{**vars(source), "action_format": action_format})
     policy = load_policy(source, ("go", "up"), FRAME)
-    special = set(special_vocabulary(policy.processor.tokenizer).values()) | {policy.image_token_id}
-    assert not special.intersection(policy.action_rows.tolist())
+    special = set(special_vocabulary(policy.processor.tokenizer).values()) | {policy.parts.placeholder_id}
+    assert not special.intersection(child for branch in policy.codec.branches for child in branch.children)
 
 
 def test_a_tokenizer_without_padding(tmp_path):
@@ -324,4 +341,4 @@ def test_a_tokenizer_without_padding(tmp_path):
     tokenizer.save_pretrained(folder)
     policy = load_policy(PolicySource(policy=str(folder)), NAMES, FRAME)
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
-    assert torch.allclose(policy(inputs).logprobs, policy.whole_forward(inputs).logprobs, atol=1e-5)
+    assert torch.allclose(read(policy, inputs).logprobs, read(policy, inputs, whole=True).logprobs, atol=1e-5)
