@@ -258,7 +258,8 @@ def test_sizes_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("script", ["speed", "ray_workers", "compare_sb3"])
 def test_help_needs_no_torch(script):
-    code = f"import sys, manako.experiments.benchmarks.{script}; print([m for m in ('torch', 'stable_baselines3') if m in sys.modules])"
+    heavy = ("torch", "stable_baselines3")
+    code = f"import sys, manako.experiments.benchmarks.{script}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -81,7 +81,7 @@ def test_a_run_in_workers_from_a_users_folder_leaves_nothing_behind(folder):
     """Plugin, three kinds of files, and the processes."""
     before = ray_processes()
     run = [sys.executable, RUNNER, "--env", "lamp_plugin:Lamp-v0", *SMALL]
-    done = command(*run, "--output_dir", "b", "--rollout_backend", "ray-replica", "--num-workers", "2", folder=folder)
+    done = command(*run, "--output_dir", "b", "--rollout_backend", "ray-replica", "--num_workers", "2", folder=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "b/final/model.safetensors").is_file() and (folder / "b/evaluation.json").is_file()
     rows = [json.loads(line) for line in (folder / "b/metrics.jsonl").read_text().splitlines()]
