@@ -18,6 +18,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from manako.errors import first_line
 from manako.policies.adapters import ZScoreMLPAdapter
 from manako.policies.architectures.composed.presets import (
     LANGUAGE_MODELS,
@@ -26,7 +27,6 @@ from manako.policies.architectures.composed.presets import (
     VISION_ENCODERS,
     build_vlm,
     check_complete,
-    first_line,
     quietly,
 )
 from manako.policies.errors import PolicyError

@@ -19,10 +19,12 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from trl import TrlParser
 
+from manako.errors import ManakoError, text_of
+
 Settings = TypeVar("Settings")
 
 
-class UsageError(ValueError):
+class UsageError(ManakoError):
     """The command line or a configuration file cannot be used; the message says what came and what was expected."""
 
 
@@ -141,11 +143,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         code = main()
-    except ValueError as error:
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if not kinds & {"UsageError", "EnvError", "PolicyError", "TrainingError"}:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except ManakoError as error:
+        print(f"error: {text_of(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

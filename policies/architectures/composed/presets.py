@@ -44,6 +44,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from manako.errors import first_line
 from manako.policies.architectures.composed.configuration import ManakoConfig
 from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration
 from manako.policies.architectures.composed.processing import (
@@ -343,11 +344,6 @@ def _language_model(name: str) -> tuple[Any, Any, str]:
         ) from error
     check_complete(name, loading)
     return model, tokenizer, vlm_chat_template(tokenizer.chat_template)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:160]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
