@@ -68,9 +68,9 @@ def main() -> int:
         raise UsageError(f"--group_size is {given.group_size}, and --num_envs {given.num_envs}: expected a divisor.")
     if given.rollout_backend == "local":
         return _collect(given)
-    from manako.agent.workers.ray_backends import cluster
+    from manako.agent.workers.cluster import cluster
 
-    with cluster(given.ray_address, paths=[os.getcwd(), str(ROOT)]):
+    with cluster(given.ray_address, paths=[os.getcwd()]):
         return _collect(given)
 
 

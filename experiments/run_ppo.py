@@ -64,9 +64,9 @@ def main() -> int:
     check_together(config)
     if config.rollout_backend == "local":
         return _run(config, run_dir, checkpoint, started)
-    from manako.agent.workers.ray_backends import cluster
+    from manako.agent.workers.cluster import cluster
 
-    with cluster(config.ray_address, paths=[os.getcwd(), str(ROOT)]):
+    with cluster(config.ray_address, paths=[os.getcwd()]):
         return _run(config, run_dir, checkpoint, started)
 
 

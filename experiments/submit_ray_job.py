@@ -74,7 +74,7 @@ def main() -> int:
         for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
     ]
     module = plugin_file(run.env)
-    from manako.agent.workers.ray_backends import job_client
+    from manako.agent.workers.cluster import job_client
 
     client = job_client(given.job_address)
     environment: dict[str, Any] = {"working_dir": str(ROOT), "excludes": LEFT_AT_HOME}

@@ -123,7 +123,8 @@ def main() -> int:
     import torch
 
     from manako.agent.rollout import with_advantages
-    from manako.agent.workers.ray_backends import call_seconds, cluster
+    from manako.agent.workers.cluster import cluster
+    from manako.agent.workers.ray_env import call_seconds
     from manako.experiments.benchmarks.measuring import BareLoop
     from manako.experiments.common.building import make_policy, make_rollouts, make_trainer_args, quiet_libraries
     from manako.experiments.common.environments import make_env
@@ -144,7 +145,7 @@ def main() -> int:
     args = make_trainer_args(config, Path("unused"))
     samples = config.num_envs * config.num_steps
     load = os.getloadavg()
-    with cluster(paths=[str(ROOT), os.getcwd()]):
+    with cluster(paths=[os.getcwd()]):
         kinds = {
             "local": ("local", None),
             "ray-env, 1 worker": ("ray-env", 1),

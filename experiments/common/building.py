@@ -20,7 +20,7 @@ from manako.policies import PolicySource, VLMPolicy, load_policy
 from manako.policies.source import SYSTEM
 
 if TYPE_CHECKING:
-    from manako.agent.workers.ray_backends import WorkerOptions
+    from manako.agent.workers.options import WorkerOptions
 
 PATIENCE = 100_000  # steps to wait for the first episode's end
 # settings of a run that are PPOConfig's by the same name
@@ -198,29 +198,23 @@ def make_rollouts(
     group_size = config.group_size if rounds else 1
     segment = functools.partial(make_segment, config, group_size)
     if config.rollout_backend == "ray-replica":
-        from manako.agent.workers.ray_backends import ReplicaRollouts
+        from manako.agent.workers.ray_replica import ReplicaRollouts
+        from manako.agent.workers.replica_worker import ReplicaSettings
 
-        spec = policy.spec
-        of_workers = {
-            "make_env": segment,
-            "make_policy": functools.partial(make_policy, config, spec.action_names, spec.frame_shape),
-            "num_steps": config.num_steps,
-            "seed": config.seed,
-            "reference": reference,
-            "batch_size": config.rollout_batch_size,
-            "bf16": config.bf16,
-            "rounds": rounds,
-            "recorded": recorded,
-        }
-        return ReplicaRollouts(
-            of_workers,
-            policy,
-            config.num_envs,
-            config.num_steps,
-            num_iterations,
-            worker_options(config),
-            asynchronous,
+        spec, options = policy.spec, worker_options(config)
+        settings = ReplicaSettings(
+            make_env=segment,
+            make_policy=functools.partial(make_policy, config, spec.action_names, spec.frame_shape),
+            num_steps=config.num_steps,
+            seed=config.seed,
+            reference=reference,
+            batch_size=config.rollout_batch_size,
+            bf16=config.bf16,
+            rounds=rounds,
+            recorded=recorded or {},
+            threads=options.threads,
         )
+        return ReplicaRollouts(settings, policy, config.num_envs, num_iterations, options, asynchronous)
     arguments = {
         "reference": policy if reference else None,
         "batch_size": config.rollout_batch_size,
@@ -228,7 +222,7 @@ def make_rollouts(
         **(recorded or {}),
     }
     if config.rollout_backend == "ray-env":
-        from manako.agent.workers.ray_backends import CentralRollouts, RayVectorEnv
+        from manako.agent.workers.ray_env import CentralRollouts, RayVectorEnv
 
         central = RayVectorEnv(segment, config.num_envs, policy.spec.action_names, worker_options(config))
         return CentralRollouts(central, policy, config.num_steps, config.seed, **arguments)
@@ -257,7 +251,7 @@ def play(source: Rollouts, episodes: int, env: str, first: int = 0) -> list[Roll
 
 def worker_options(config: RolloutConfig) -> "WorkerOptions":
     """What the settings give to rollout workers."""
-    from manako.agent.workers.ray_backends import WorkerOptions
+    from manako.agent.workers.options import WorkerOptions
 
     return WorkerOptions(
         num_workers=config.num_workers or 1,
