@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from manako.envs.errors import EnvError, in_one_line
+from manako.envs.errors import EnvError
 from manako.envs.making import find_spec, make_env, make_raw_env
 from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
@@ -29,6 +29,7 @@ from manako.envs.observation import (
     resolve_image,
     resolve_instruction,
 )
+from manako.errors import in_one_line
 
 WARNING = "warning: "
 

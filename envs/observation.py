@@ -29,9 +29,10 @@ import gymnasium as gym
 import numpy as np
 
 from manako.envs.captions import caption_of
-from manako.envs.errors import EnvError, in_one_line
+from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
 from manako.envs.tasks import TASKS, success_rule
+from manako.errors import in_one_line
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")

@@ -86,7 +86,7 @@ def main() -> int:
     words = job_words(line, folder)
     module = plugin_file(given.environment.env)
     show("run", folder)
-    from manako.agent.workers.ray_backends import job_client  # ray
+    from manako.agent.workers.cluster import job_client  # ray
 
     client = job_client(given.job.job_address)
     environment: dict[str, Any] = {"working_dir": str(ROOT), "excludes": LEFT_AT_HOME}

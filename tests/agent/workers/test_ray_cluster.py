@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.ray_segments import NUM_STEPS, local, make_policy, replica_arguments, same_bits
+from tests.helpers.ray_segments import local, make_policy, replica_settings, same_bits
 
 ROOT = Path(__file__).parents[3]
 RUNNER, SUBMIT = ROOT / "experiments/run_ppo.py", ROOT / "experiments/submit_ray_job.py"
@@ -158,7 +158,8 @@ def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
     import ray
     from ray.cluster_utils import Cluster
 
-    from manako.agent.workers.ray_backends import ReplicaRollouts, WorkerOptions
+    from manako.agent.workers.options import WorkerOptions
+    from manako.agent.workers.ray_replica import ReplicaRollouts
 
     policy = make_policy()
     plain = local(4, policy, batch_size=2)
@@ -168,9 +169,7 @@ def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
         second = nodes.add_node(num_cpus=1)
         ray.init(address=nodes.address, log_to_driver=False)
         options = WorkerOptions(num_workers=2, cpus=1.0, placement_timeout=20.0, timeout=30.0)
-        with contextlib.closing(
-            ReplicaRollouts(replica_arguments(batch_size=2), policy, 4, NUM_STEPS, 100, options)
-        ) as rollouts:
+        with contextlib.closing(ReplicaRollouts(replica_settings(batch_size=2), policy, 4, 100, options)) as rollouts:
             same_bits(rollouts.collect(0), plain.collect(0))
             assert len({node["NodeID"] for node in ray.nodes() if node["Alive"]}) == 2
             threading.Timer(0.02, nodes.remove_node, [second], {"allow_graceful": False}).start()
@@ -182,10 +181,10 @@ def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
             nodes.add_node(num_cpus=1)
             until = time.monotonic() + 30
             iteration = 4
-            while len(set(rollouts.supervisor._owner)) < 2 and time.monotonic() < until:
+            while len(set(rollouts.supervisor.owners())) < 2 and time.monotonic() < until:
                 same_bits(rollouts.collect(iteration), plain.collect(iteration))
                 iteration += 1
-            assert len(set(rollouts.supervisor._owner)) == 2  # the new node's worker has its segment
+            assert len(set(rollouts.supervisor.owners())) == 2  # the new node's worker has its segment
     finally:
         ray.shutdown()
         nodes.shutdown()
