@@ -76,7 +76,7 @@ class RayVectorEnv:
 
         return np.concatenate(self.supervisor.run(submit))
 
-    def step(self, actions: np.ndarray) -> Played:
+    def step(self, actions: np.ndarray) -> "_Whole":
         """One action (N,) in every slot."""
         parts = [actions[first : first + size] for first, size in self.segments]
         snapshot = [len(history.actions) + 1 >= SNAPSHOT_EVERY for history in self._histories]
