@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 
 from manako.envs.errors import EnvError
-from manako.envs.making import find_spec, make_env, make_raw_env
+from manako.envs.making import find_spec, make_vlm_env, make_raw_env
 from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
     ImageSource,
@@ -47,7 +47,7 @@ def check_vlm_env(
     """List the faults of an environment.
 
     Args:
-        env_id: See ``make_env``, as for the arguments up to ``success_return``.
+        env_id: See ``make_vlm_env``, as for the arguments up to ``success_return``.
         instruction: Replaces the environment's own.
         action_names: Replace the environment's own.
         env_kwargs: For the environment's constructor.
@@ -77,7 +77,7 @@ def check_vlm_env(
     if all(fault.startswith(WARNING) for fault in faults.sentences):
         # Last, the real thing, so that this file cannot be more lenient than the wrapper.
         try:
-            made = make_env(
+            made = make_vlm_env(
                 env_id,
                 instruction=instruction,
                 action_names=action_names,

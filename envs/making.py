@@ -28,7 +28,7 @@ _BUNDLED = {
 }
 
 
-def make_env(
+def make_vlm_env(
     env_id: str,
     *,
     instruction: str | None = None,

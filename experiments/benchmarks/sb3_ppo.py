@@ -20,7 +20,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from manako.envs import TRAINING, episode_seed, make_env
+from manako.envs import TRAINING, episode_seed, make_vlm_env
 from manako.envs.tiles import COLORS
 from manako.experiments.benchmarks.settings import RUN, CompareSettings
 from manako.experiments.benchmarks.steps_to_success import Curve, Judge, print_table, train_ours
@@ -42,7 +42,7 @@ class NamedColor(gym.Wrapper):
     """
 
     def __init__(self, env_id: str, seed: int, slot: int) -> None:
-        env = make_env(env_id)
+        env = make_vlm_env(env_id)
         super().__init__(env)
         self.observation_space = gym.spaces.Dict(
             image=env.observation_space["image"],  # type: ignore[index]
