@@ -26,6 +26,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.agent.checkpoint import latest_checkpoint  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     UsageError,
@@ -72,8 +73,6 @@ def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path]:
     Raises:
         UsageError: no run there, a finished one, no whole checkpoint, or other flags beside --resume.
     """
-    from manako.agent.checkpoint import latest_checkpoint
-
     run_dir = Path(str(line.settings.run.resume))
     check_job_folder(str(run_dir), "--resume")
     if not (run_dir / "config.yaml").is_file():
