@@ -51,7 +51,8 @@ def main() -> int:
     check_together(command)
     show("run", f"{run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
     if line.file is not None:
-        show("settings", str(GOTO.relative_to(ROOT)) if line.file == str(GOTO) else line.file)
+        names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
+        show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
     from manako.experiments.common.ppo_training import train  # torch and all
 
     return train(command, run_dir, checkpoint, started)
