@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from manako.agent.errors import TrainingError
-from manako.agent.report.figures import Episode as RecordedEpisode
+from manako.agent.report.figures import RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rollout import Episode, VectorEnv, choose, stream
 from manako.policies import VLMPolicy
