@@ -23,11 +23,11 @@ from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
     ImageSource,
     as_frame,
-    clean_text,
     read_picture,
     resolve_actions,
     resolve_image,
     resolve_instruction,
+    without_control_characters,
 )
 from manako.errors import in_one_line
 
@@ -260,7 +260,7 @@ class _Player:
                 "instruction length",
                 f"gives an instruction of {len(text)} characters, expected at most {MAX_INSTRUCTION_LENGTH}",
             )
-        elif clean_text(text) != text:
+        elif without_control_characters(text) != text:
             self._faults.add(
                 "instruction characters", f"gives an instruction with control characters, {text!r}: they are dropped"
             )

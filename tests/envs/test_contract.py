@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from manako import envs
-from manako.envs.observation import InstructionText, VLMObservation, as_frame, clean_text, is_picture
+from manako.envs.observation import InstructionText, VLMObservation, as_frame, is_picture, without_control_characters
 from manako.envs.tasks import success_rule
 
 ROOT = Path(__file__).parents[2]
@@ -316,10 +316,10 @@ def test_an_instruction_attribute_is_read_again_at_every_step():
 
 def test_instructions_lose_control_characters_and_nothing_else():
     text = "red\x00 \x1b[31mball\x7f\ud800\r\n\tärger 眼 🟥"
-    assert clean_text(text) == "red [31mball\n\tärger 眼 🟥"
+    assert without_control_characters(text) == "red [31mball\n\tärger 眼 🟥"
     env = VLMObservation(Screen(instruction=text))
     observation, _ = env.reset()
-    assert observation["instruction"] == clean_text(text)
+    assert observation["instruction"] == without_control_characters(text)
     assert env.observation_space.contains(observation)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.helpers import users_folder
 from tests.helpers.ray_segments import local, make_policy, replica_settings, same_bits
 
 ROOT = Path(__file__).parents[3]
@@ -234,6 +235,17 @@ def test_a_submitted_job_trains_with_a_plugin_and_writes_its_run(head, folder):
     assert "iteration    3/3" in done.stdout and "succeeded" in done.stdout  # the log was followed
     assert set(json.loads((folder / "run/evaluation.json").read_text())["policy"]) >= {"success", "episodes"}
     assert "ray-env" in (folder / "run/config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ray-env", "ray-replica"])
+def test_a_submitted_job_finds_the_users_own_envs(head, backend, tmp_path):
+    folder = users_folder.fill(tmp_path)
+    words = ["--job_address", head.address, "--env", "envs.mine:Corridor-v0", *SMALL, "--output_dir", "run"]
+    words += ["--rollout_backend", backend, "--num_workers", "2", "--worker_cpus", "0.5"]
+    done = command(sys.executable, SUBMIT, *words, folder=folder, **head.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "run/evaluation.json").is_file()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from manako.agent.errors import TrainingError, WorkersError
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback
 from manako.agent.workers.cluster import check_address, cluster
-from manako.agent.workers.env_worker import EnvWorker
+from manako.agent.workers.env_worker import EnvWorker, SegmentNotHere
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.ray_env import CentralRollouts, RayVectorEnv
 from manako.agent.workers.ray_replica import ReplicaRollouts
@@ -326,9 +326,14 @@ def test_our_own_cluster_has_no_dashboard_and_sends_no_statistics(session):
     assert not get_dashboard_url() and not usage_stats_enabled()
 
 
+def test_workers_import_the_users_modules_before_ours(session):
+    path = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert path[-3:] == [str(ROOT), str(ROOT / "tests"), str(ROOT)]  # what was given, then where `manako` lies
+
+
 def test_a_worker_without_the_segment_says_so():
     worker = EnvWorker(env_maker())
-    with pytest.raises(LookupError):
+    with pytest.raises(SegmentNotHere):
         worker.step(Segment(0, 2), 3, [0, 0], None, False)
 
 
