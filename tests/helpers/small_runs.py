@@ -10,8 +10,9 @@ import torch
 
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_trainer import PPOTrainer
+from manako.agent.rollout import Rollout
 from manako.envs import EpisodeVectorEnv
-from manako.policies import PolicySource, VLMPolicy, load_policy
+from manako.policies import Policy, PolicySource, VLMPolicy, load_policy
 from tests.helpers.small_envs import tiny_policy
 
 
@@ -41,7 +42,12 @@ def make_trainer(folder: Path, env: EpisodeVectorEnv | None = None, **settings: 
     return PPOTrainer(tiny_policy(env), ppo_config(folder, **settings), env)
 
 
-def weights(policy: VLMPolicy) -> dict[str, torch.Tensor]:
+def indices(rollout: Rollout) -> torch.Tensor:
+    """The actions (T, N) of a closed set."""
+    return rollout.actions["index"].view(rollout.rewards.shape)
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
     """Copies of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
 
