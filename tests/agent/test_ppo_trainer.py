@@ -9,15 +9,18 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError
-from manako.agent.losses import entropy, policy_loss, value_loss
+from manako.agent.losses import policy_loss, value_loss
 from manako.agent.ppo_config import PPOConfig
-from manako.agent.ppo_trainer import PPOTrainer, _RolloutDataset
+from manako.agent.ppo_trainer import PPOTrainer
+from manako.agent.random_streams import SHUFFLES, make_rng
 from manako.agent.report.callbacks import MetricsCallback, read_metrics
 from manako.agent.report.evaluation import evaluate
-from manako.agent.rollout import SHUFFLES, RolloutCollector, stream, with_advantages
+from manako.agent.samples import with_advantages
 from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
-from manako.policies import PolicyInputs, PolicySource, load_policy
+from manako.policies import PolicySource, load_policy
+from manako.policies.interface import entropy
 from tests.helpers.small_runs import (
     color_env,
     corridor_env,
@@ -63,13 +66,14 @@ def test_an_iteration_equals_a_bare_pytorch_loop(tmp_path, clip_range_vf):
     )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-5, weight_decay=0.0)
     for update, (epoch, part) in enumerate(itertools.product(range(3), range(2))):
-        rows = torch.from_numpy(stream(3, SHUFFLES, 0, epoch).permutation(32))[16 * part : 16 * part + 16]
+        rows = torch.from_numpy(make_rng(3, SHUFFLES, 0, epoch).permutation(32))[16 * part : 16 * part + 16]
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - update / 12)  # linear over both iterations
-        output = policy(PolicyInputs(*(field[rows] for field in samples.inputs)))
-        logprobs = output.logprobs[torch.arange(16), samples.actions[rows]]
-        loss = policy_loss(logprobs, samples.logprobs[rows], samples.advantages[rows], 0.2)[0]
-        loss = loss + 0.5 * value_loss(output.values, samples.values[rows], samples.returns[rows], clip_range_vf)
-        loss = loss - 0.05 * entropy(output.logprobs).mean()
+        distribution, values = policy.distribution(samples.inputs.select(rows))
+        logprobs = distribution[torch.arange(16), samples.actions["index"][rows]][:, None]
+        drawn = torch.ones(16, 1, dtype=torch.bool)
+        loss = policy_loss(logprobs, samples.logprobs[rows], drawn, samples.advantages[rows], 0.2)[0]
+        loss = loss + 0.5 * value_loss(values, samples.values[rows], samples.returns[rows], clip_range_vf)
+        loss = loss - 0.05 * entropy(distribution).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
@@ -104,7 +108,7 @@ def test_every_sample_is_in_every_ppo_epoch_once_and_the_order_changes(tmp_path)
         numbers = torch.cat([batch["values"] for batch in batches]).view(3, 32)
         assert all(len(set(epoch.tolist())) == 32 for epoch in numbers)
         assert torch.equal(numbers.sort().values, numbers[:1].sort().values.expand(3, -1))
-        orders.extend(stream(0, SHUFFLES, iteration, epoch).permutation(32).tolist() for epoch in range(3))
+        orders.extend(make_rng(0, SHUFFLES, iteration, epoch).permutation(32).tolist() for epoch in range(3))
         assert not torch.equal(numbers[0], numbers[1]) and not torch.equal(numbers[1], numbers[2])
     assert len({tuple(order) for order in orders}) == 6
 
@@ -113,10 +117,10 @@ def test_the_fields_of_a_batch_belong_together(tmp_path):
     trainer = make_trainer(tmp_path, env=corridor_env(8), minibatch_size=8)
     for batch in trainer.iterate():
         with torch.no_grad():
-            output = trainer.policy(PolicyInputs(batch["input_ids"], batch["lengths"], batch["frames"]))
-        logprobs = output.logprobs.gather(1, batch["actions"][:, None])[:, 0]
+            distribution, values = trainer.policy.distribution(batch["inputs"])
+        logprobs = distribution.gather(1, batch["actions"]["index"][:, None])
         assert torch.allclose(logprobs, batch["logprobs"], atol=1e-5)
-        assert torch.allclose(output.values, batch["values"], atol=1e-5)
+        assert torch.allclose(values, batch["values"], atol=1e-5)
 
 
 # Stops
@@ -308,9 +312,9 @@ def test_kl_coef_holds_a_lora_policy_at_its_start(tmp_path):
         trainer.train()
         inputs = policy.prepare(*color_env(16, seed=9).reset())
         with torch.no_grad():
-            learned = policy(inputs).logprobs
+            learned, _ = policy.distribution(inputs)
         with policy.as_reference():
-            start = policy(inputs).logprobs
+            start, _ = policy.distribution(inputs)
         kl.append(float((learned.exp() * (learned - start)).sum(-1).mean()))
         assert ("reference_kl" in rows_of(trainer)[0]) == (kl_coef > 0)
     assert kl[1] < 0.3 * kl[0]
@@ -343,7 +347,7 @@ def test_sizes_that_do_not_divide_are_errors(tmp_path):
 
 def test_an_iteration_is_as_long_as_it_says(tmp_path):
     trainer = make_trainer(tmp_path, minibatch_size=16, gradient_accumulation_steps=2, num_ppo_epochs=3)
-    assert len(_RolloutDataset(trainer)) == len(list(trainer.iterate())) == 12
+    assert len(trainer.get_train_dataloader()) == len(list(trainer.iterate())) == 12
 
 
 def test_nothing_is_sent(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Rollouts: how an action is drawn, and that what is stored is what the policy saw, chose and was paid."""
+"""Rollouts: that what is stored is what the policy saw, chose and was paid, and that any split plays the same."""
 
 import math
 
@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import (
-    ACTIONS,
-    RolloutCollector,
-    choose,
-    merge,
-    refreshed,
-    stack_inputs,
-    stream,
-    with_advantages,
-)
-from manako.policies import PolicyInputs
-from tests.helpers.ray_segments import same_bits
-from tests.helpers.small_runs import color_env, corridor_env, tiny_policy
+from manako.agent.random_streams import ACTIONS, action_draws, make_rng
+from manako.agent.rollout import merge
+from manako.agent.samples import recompute_logprobs, with_advantages
+from manako.policies.interface import sample_categorical
+from manako.policies.reading import WholePrompt
+from tests.helpers.rollout_equality import close_enough, same_bits, same_rows
+from tests.helpers.small_runs import color_env, corridor_env, indices, tiny_policy
 
 CORRIDOR = {"length": 7, "limit": 3}
 
@@ -57,44 +52,24 @@ def corridor():
     """Twelve steps of four corridors, with everything that the environments showed."""
     env = Tape(corridor_env(4, CORRIDOR, seed=3))
     policy = tiny_policy(env.env)
-    rollout = RolloutCollector(env, policy, num_steps=12, seed=3).collect(0)
+    rollout = RolloutCollector(env, policy, num_steps=12, seed=3, record=True).collect(0)
     return env, policy, rollout
 
 
-# How an action is drawn
-
-
-@pytest.mark.parametrize(
-    ("uniform", "action"),
-    [(0.0, 0), (0.2499, 0), (0.2501, 1), (0.7499, 1), (0.7501, 2), (1 - 2**-53, 2)],
-)
-def test_choose_inverts_the_distribution_function(uniform, action):
-    logprobs = torch.tensor([[0.25, 0.5, 0.25]]).log()
-    assert choose(logprobs, np.array([uniform])).tolist() == [action]
-
-
-def test_choose_never_takes_an_impossible_action():
-    logprobs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log().expand(3, -1)
-    assert choose(logprobs, np.array([0.0, 0.5, 1 - 2**-53])).tolist() == [1, 3, 3]
-
-
-def test_choose_rows_are_independent():
-    logprobs = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
-    assert choose(logprobs, np.array([0.5, 0.5])).tolist() == [0, 1]
-
-
-def test_choose_frequencies():
-    probabilities = torch.tensor([0.1, 0.6, 0.05, 0.25])
-    drawn = choose(probabilities.log().expand(40_000, -1), stream(0, 1).random(40_000))
-    shares = torch.bincount(drawn, minlength=4) / 40_000
-    # four standard deviations of a share are at most 4 sqrt(0.25 / 40000) = 0.01
-    assert torch.allclose(shares, probabilities, atol=0.01)
+# Random numbers
 
 
 def test_streams_are_repeatable_and_differ():
-    assert stream(5, ACTIONS, 2, 7).random() == stream(5, ACTIONS, 2, 7).random()
+    assert make_rng(5, ACTIONS, 2, 7).random() == make_rng(5, ACTIONS, 2, 7).random()
     keys = [(5, ACTIONS, 2, 7), (6, ACTIONS, 2, 7), (5, ACTIONS, 3, 7), (5, ACTIONS, 2, 8)]
-    assert len({stream(seed, *key).random() for seed, *key in keys}) == 4
+    assert len({make_rng(seed, *key).random() for seed, *key in keys}) == 4
+
+
+def test_a_slot_s_draws_are_those_of_seed_slot_and_iteration():
+    together, alone = action_draws(5, range(4), 7), action_draws(5, [2], 7)
+    for _ in range(3):
+        assert together.next()[2] == alone.next()[0]
+    assert action_draws(5, [2], 7).next()[0] == make_rng(5, ACTIONS, 2, 7).random()
 
 
 # What is stored
@@ -103,23 +78,27 @@ def test_streams_are_repeatable_and_differ():
 def test_the_frames_are_those_that_the_environments_showed(corridor):
     env, policy, rollout = corridor
     shown = np.concatenate([observations.images for observations in env.shown[:-1]])
-    assert torch.equal(rollout.inputs.frames, policy.pipeline.geometry(shown))
+    assert torch.equal(rollout.inputs["frames"], policy.pipeline.resize(shown))
+    assert np.array_equal(rollout.record.images, shown)
     assert len(np.unique(shown.reshape(48, -1), axis=0)) > 20  # else any order would do
 
 
 def test_the_prompts_are_those_of_the_instructions(corridor):
     env, policy, rollout = corridor
     texts = [text for observations in env.shown[:-1] for text in observations.instructions]
-    assert len(set(rollout.inputs.lengths.tolist())) > 1  # the instruction grows shorter from step to step
+    ids, lengths = rollout.inputs["input_ids"], rollout.inputs["lengths"]
+    assert rollout.record.instructions == texts
+    assert len(set(lengths.tolist())) > 1  # the instruction grows shorter from step to step
     for row, text in enumerate(texts):
         expected = policy.prompts.encode(text)
-        assert tuple(rollout.inputs.input_ids[row, : rollout.inputs.lengths[row]].tolist()) == expected
-        assert (rollout.inputs.input_ids[row, len(expected) :] == policy.pad_id).all()
+        assert tuple(ids[row, : lengths[row]].tolist()) == expected
+        assert (ids[row, len(expected) :] == policy.pad_id).all()
 
 
 def test_actions_rewards_and_flags_are_those_of_the_environments(corridor):
     env, _, rollout = corridor
-    assert torch.equal(rollout.actions, torch.from_numpy(np.stack(env.actions)))
+    assert np.array_equal(rollout.record.to_env, np.stack(env.actions))
+    assert torch.equal(indices(rollout), torch.from_numpy(np.stack(env.actions)))
     rewards = np.stack([result.rewards for result in env.results])
     assert torch.equal(rollout.rewards, torch.from_numpy(rewards).float())
     assert torch.equal(rollout.terminated, torch.from_numpy(np.stack([result.terminated for result in env.results])))
@@ -130,20 +109,22 @@ def test_actions_rewards_and_flags_are_those_of_the_environments(corridor):
 def test_the_stored_logprob_is_the_policy_s_for_the_stored_action(corridor):
     _, policy, rollout = corridor
     with torch.no_grad():
-        output = policy.whole_forward(rollout.inputs)
-    own = output.logprobs.gather(1, rollout.actions.flatten()[:, None])[:, 0]
+        whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+        logprobs, values = policy.distribution(rollout.inputs, whole)
+    own = logprobs.gather(1, indices(rollout).flatten()[:, None])[:, 0]
+    assert rollout.logprobs.shape == rollout.mask.shape == (12, 4, 1) and rollout.mask.all()
     assert torch.allclose(rollout.logprobs.flatten(), own, atol=1e-5)
-    assert torch.allclose(rollout.values.flatten(), output.values, atol=1e-5)
+    assert torch.allclose(rollout.values.flatten(), values, atol=1e-5)
     assert rollout.values.std() > 0.01 and rollout.logprobs.std() > 0.01
 
 
 def test_the_actions_are_drawn_from_each_slot_s_stream(corridor):
     _, policy, rollout = corridor
     with torch.no_grad():
-        logprobs = policy(rollout.inputs).logprobs.view(12, 4, 2)
+        logprobs = policy.distribution(rollout.inputs)[0].view(12, 4, 2)
     for slot in range(4):
-        uniforms = stream(3, ACTIONS, slot, 0).random(12)
-        assert torch.equal(rollout.actions[:, slot], choose(logprobs[:, slot], uniforms))
+        uniforms = make_rng(3, ACTIONS, slot, 0).random(12)
+        assert torch.equal(indices(rollout)[:, slot], sample_categorical(logprobs[:, slot], uniforms))
 
 
 def test_next_values_are_those_of_the_observation_that_the_step_returned(corridor):
@@ -153,7 +134,7 @@ def test_next_values_are_those_of_the_observation_that_the_step_returned(corrido
     for t, result in enumerate(env.results):
         inputs = policy.prepare(result.observations.images, result.observations.instructions)
         with torch.no_grad():
-            own = policy(inputs).values  # of the last frame where an episode ended
+            own = policy.distribution(inputs)[1]  # of the last frame where an episode ended
         for slot in range(4):
             if not rollout.terminated[t, slot]:  # nothing follows those
                 assert rollout.next_values[t, slot].item() == pytest.approx(own[slot].item(), abs=1e-5)
@@ -191,7 +172,7 @@ def test_a_rollout_goes_on_where_the_last_one_stopped():
     policy = tiny_policy(env.env)
     collector = RolloutCollector(env, policy, num_steps=5, seed=0)
     first, second = collector.collect(0), collector.collect(1)
-    assert not torch.equal(first.actions, second.actions) or not torch.equal(first.rewards, second.rewards)
+    assert not torch.equal(indices(first), indices(second)) or not torch.equal(first.rewards, second.rewards)
     whole_env.reset()
     for actions in env.actions:  # the same actions in one sweep: no step was lost or played twice in between
         result = whole_env.step(actions)
@@ -202,7 +183,7 @@ def test_a_rollout_goes_on_where_the_last_one_stopped():
         np.stack([result.rewards for result in env.results]), np.stack([r.rewards for r in whole_env.results])
     )
     assert torch.equal(
-        policy.pipeline.geometry(np.concatenate([o.images for o in whole_env.shown[5:10]])), second.inputs.frames
+        policy.pipeline.resize(np.concatenate([o.images for o in whole_env.shown[5:10]])), second.inputs["frames"]
     )
     # the value beyond the first rollout is the value of the second one's first observation, where the episode went on
     going_on = ~(first.terminated[-1] | first.truncated[-1])
@@ -218,27 +199,23 @@ def test_the_same_seed_gives_the_same_rollout():
         env = corridor_env(3, CORRIDOR, seed=seed)
         rollouts.append(RolloutCollector(env, tiny_policy(env), num_steps=6, seed=seed).collect(0))
     one, same, other = rollouts
-    for name in ("actions", "logprobs", "values", "next_values", "rewards", "terminated", "truncated"):
-        assert torch.equal(getattr(one, name), getattr(same, name)), name
-    assert all(torch.equal(a, b) for a, b in zip(one.inputs, same.inputs, strict=True))
-    assert not torch.equal(one.actions, other.actions)
+    same_bits(one, same)
+    assert not torch.equal(indices(one), indices(other))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_with_one_batch_size_any_split_merges_to_the_same_bits(batch_size):
     whole_env = corridor_env(4, CORRIDOR, seed=2)
     policy = tiny_policy(whole_env)
-    whole = RolloutCollector(whole_env, policy, num_steps=6, seed=2, batch_size=batch_size)
+    how = {"num_steps": 6, "seed": 2, "batch_size": batch_size, "record": True}
+    whole = RolloutCollector(whole_env, policy, **how)
     parts = [
-        RolloutCollector(
-            corridor_env(2, CORRIDOR, seed=2, first_slot=first), policy, num_steps=6, seed=2, batch_size=batch_size
-        )
-        for first in (0, 2)
+        RolloutCollector(corridor_env(2, CORRIDOR, seed=2, first_slot=first), policy, **how) for first in (0, 2)
     ]
     for iteration in range(2):
         one = whole.collect(iteration)
-        same_bits(one, merge([part.collect(iteration) for part in parts], policy.pad_id))
-        assert len(one.bootstrap.lengths) == 4 + len(one.bootstrap_at) > 4
+        same_bits(one, merge([part.collect(iteration) for part in parts]))
+        assert len(one.bootstrap) == 4 + len(one.bootstrap_at) > 4
         assert {(e.step, e.slot) for e in one.episodes} == {
             (t, n) for t, n in (one.terminated | one.truncated).nonzero().tolist()
         }
@@ -246,19 +223,19 @@ def test_with_one_batch_size_any_split_merges_to_the_same_bits(batch_size):
         RolloutCollector(corridor_env(4, CORRIDOR), policy, num_steps=6, seed=2, batch_size=3)
 
 
-def test_a_refreshed_rollout_of_the_same_weights_is_the_same_and_of_others_is_corrected():
+def test_a_recomputed_rollout_of_the_same_weights_is_the_same_and_of_others_is_corrected():
     env = corridor_env(4, CORRIDOR, seed=3)
     policy, newer = tiny_policy(env), tiny_policy(env)
     rollout = RolloutCollector(env, policy, num_steps=7, seed=3).collect(0)
-    again, importance = refreshed(rollout, policy, max_batch=5)
+    again, importance = recompute_logprobs(rollout, policy, max_batch=5)
     for name in ("logprobs", "values", "next_values"):
         assert torch.allclose(getattr(again, name), getattr(rollout, name), atol=1e-5), name
     assert torch.allclose(importance, torch.ones(7, 4), atol=1e-5)
     with torch.no_grad():
         for parameter in newer.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    moved, importance = refreshed(rollout, newer)
-    expected = torch.minimum((moved.logprobs - rollout.logprobs).exp(), torch.ones(7, 4))
+    moved, importance = recompute_logprobs(rollout, newer)
+    expected = torch.minimum((moved.logprobs - rollout.logprobs)[..., 0].exp(), torch.ones(7, 4))
     assert torch.equal(importance, expected) and 0 < importance.min() < 0.99
     assert not torch.allclose(moved.next_values, rollout.next_values, atol=1e-3)
     for t, slot in rollout.bootstrap_at.tolist():  # a truncated episode's own last frame, not the next one's first
@@ -276,13 +253,15 @@ def test_any_split_of_the_slots_plays_the_same():
     for iteration in range(2):
         (one,) = (collector.collect(iteration) for collector in whole)
         two = [collector.collect(iteration) for collector in parts]
-        for name in ("actions", "rewards", "terminated", "truncated"):
+        for name in ("rewards", "terminated", "truncated", "mask"):
             assert torch.equal(getattr(one, name), torch.cat([getattr(part, name) for part in two], dim=1)), name
+        assert torch.equal(indices(one), torch.cat([indices(part) for part in two], dim=1))
         for name in ("logprobs", "values", "next_values"):
             joined = torch.cat([getattr(part, name) for part in two], dim=1)
             assert torch.allclose(getattr(one, name), joined, atol=1e-5), name
-        frames = [part.inputs.frames.view(6, 2, *part.inputs.frames.shape[1:]) for part in two]
-        assert torch.equal(one.inputs.frames, torch.cat(frames, dim=1).flatten(0, 1))
+        frames = [part.inputs["frames"].view(6, 2, *part.inputs["frames"].shape[1:]) for part in two]
+        assert torch.equal(one.inputs["frames"], torch.cat(frames, dim=1).flatten(0, 1))
+        close_enough(one, merge(two))
 
 
 def test_a_collector_is_brought_back_to_where_it_was():
@@ -294,10 +273,7 @@ def test_a_collector_is_brought_back_to_where_it_was():
     expected = collector.collect(1)
     again = RolloutCollector(corridor_env(3, CORRIDOR), policy, num_steps=5, seed=0)
     again.load_state_dict(state)
-    rollout = again.collect(1)
-    for name in ("actions", "logprobs", "values", "next_values", "rewards", "terminated", "truncated", "episodes"):
-        one, other = getattr(expected, name), getattr(rollout, name)
-        assert one == other if name == "episodes" else torch.equal(one, other), name
+    same_bits(expected, again.collect(1))
 
 
 # The reference, and what goes wrong
@@ -307,7 +283,7 @@ def test_reference_logprobs_are_those_of_the_policy_with_its_lora_off():
     env = color_env(4)
     policy = tiny_policy(env, trainable="lora", lora_rank=4)
     with torch.no_grad():
-        start = policy(policy.prepare(*env.reset())).logprobs
+        start = policy.distribution(policy.prepare(*env.reset()))[0]
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad and "value_head" not in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -316,7 +292,7 @@ def test_reference_logprobs_are_those_of_the_policy_with_its_lora_off():
     assert rollout.reference.shape == (12, 4)
     assert torch.allclose(rollout.reference[:4], start, atol=1e-5)
     with torch.no_grad():
-        assert (policy(rollout.inputs).logprobs[:4] - start).abs().max() > 0.01  # LoRA is on again
+        assert (policy.distribution(rollout.inputs)[0][:4] - start).abs().max() > 0.01  # LoRA is on again
 
 
 def test_another_policy_can_be_the_reference():
@@ -324,8 +300,8 @@ def test_another_policy_can_be_the_reference():
     policy, reference = tiny_policy(env), tiny_policy(env, seed=1)
     rollout = RolloutCollector(env, policy, num_steps=2, seed=0, reference=reference).collect(0)
     with torch.no_grad():
-        assert torch.allclose(rollout.reference, reference(rollout.inputs).logprobs, atol=1e-5)
-        assert not torch.allclose(rollout.reference, policy(rollout.inputs).logprobs, atol=1e-2)
+        assert torch.allclose(rollout.reference, reference.distribution(rollout.inputs)[0], atol=1e-5)
+        assert not torch.allclose(rollout.reference, policy.distribution(rollout.inputs)[0], atol=1e-2)
 
 
 def test_no_reference_is_none(corridor):
@@ -341,20 +317,13 @@ def test_probabilities_that_are_not_finite_stop_the_rollout():
         RolloutCollector(env, policy, num_steps=2, seed=0).collect(3)
 
 
-def test_prompts_of_unequal_length_are_stacked():
-    def inputs(*lengths):
-        ids = torch.arange(1, max(lengths) + 1).expand(len(lengths), -1)
-        return PolicyInputs(ids, torch.tensor(lengths), torch.zeros(len(lengths), 2, 2, 3, dtype=torch.uint8))
-
-    stacked = stack_inputs([inputs(2), inputs(4, 3)], pad_id=9)
-    assert stacked.input_ids.tolist() == [[1, 2, 9, 9], [1, 2, 3, 4], [1, 2, 3, 4]]
-    assert stacked.lengths.tolist() == [2, 4, 3]
-
-
 def test_samples_are_the_rollout_laid_flat(corridor):
     _, _, rollout = corridor
     samples = with_advantages(rollout, gamma=0.9, gae_lambda=0.8)
-    assert torch.equal(samples.actions.view(12, 4), rollout.actions)
+    same_rows(samples.actions, rollout.actions)
+    same_rows(samples.inputs, rollout.inputs)
+    assert torch.equal(samples.logprobs.view(12, 4, 1), rollout.logprobs) and samples.mask.shape == (48, 1)
+    assert torch.equal(samples.values.view(12, 4), rollout.values)
     assert samples.advantages.mean().abs() < 1e-5
     assert samples.advantages.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
     # the last step has no successor inside the rollout: its return is r + gamma V(s') where the episode went on

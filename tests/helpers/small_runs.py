@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
+from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import ScriptedPlayer
+from manako.agent.data.trajectories import to_dataset
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_trainer import PPOTrainer
+from manako.agent.rollout import Rollout
 from manako.envs import EpisodeVectorEnv
-from manako.policies import PolicySource, VLMPolicy, load_policy
+from manako.policies import Policy, PolicySource, VLMPolicy, load_policy
 from tests.helpers.small_envs import tiny_policy
+
+GOTO = "manako/GoTo-v0"
 
 
 def color_env(num_envs: int = 8, **options: Any) -> EpisodeVectorEnv:
@@ -25,7 +32,7 @@ def corridor_env(num_envs: int = 4, env_kwargs: dict | None = None, **options: A
 
 def goto_policy(**source: Any) -> VLMPolicy:
     """The preset `tiny` for GoTo, or what the arguments of `PolicySource` make of it."""
-    env = EpisodeVectorEnv("manako/GoTo-v0", 1)
+    env = EpisodeVectorEnv(GOTO, 1)
     return load_policy(PolicySource(**source), env.action_names, env.frame_shape)
 
 
@@ -41,7 +48,12 @@ def make_trainer(folder: Path, env: EpisodeVectorEnv | None = None, **settings: 
     return PPOTrainer(tiny_policy(env), ppo_config(folder, **settings), env)
 
 
-def weights(policy: VLMPolicy) -> dict[str, torch.Tensor]:
+def indices(rollout: Rollout) -> torch.Tensor:
+    """The actions (T, N) of a closed set."""
+    return rollout.actions["index"].view(rollout.rewards.shape)
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
     """Copies of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
 
@@ -50,3 +62,11 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     """The largest absolute difference."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def expert_trajectories(num_envs: int, num_steps: int, error_rate: float, player: str) -> Dataset:
+    """What GoTo's scripted expert plays in one rollout."""
+    policy, env = goto_policy(), EpisodeVectorEnv(GOTO, num_envs)
+    expert = ScriptedPlayer(policy.spec, error_rate)
+    collector = RolloutCollector(env, expert, num_steps, seed=0, record=True, ask_expert=True)
+    return to_dataset([collector.collect(0)], policy, GOTO, player, {})

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from manako.agent.checkpoint import verify_folder
+from manako.agent.collector import RolloutCollector
 from manako.agent.data import lerobot_format
+from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
 from manako.agent.data.lerobot_format import export_lerobot, pixel_statistics
-from manako.agent.data.trajectories import RandomPlayer, ScriptedDemonstrator, save_trajectories, to_dataset
+from manako.agent.data.trajectories import save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import RolloutCollector
 from manako.envs import EpisodeVectorEnv
 from manako.experiments import export_lerobot as runner
 from manako.experiments.common.command_line import run_main
@@ -29,9 +30,10 @@ QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 OWN = ["timestamp", "frame_index", "episode_index", "index", "task_index"]  # what every LeRobot dataset has
 
 
-def play(env, env_id, demonstrator):
+def play(env, env_id, player, **settings):
+    """Three rollouts of a player, as a dataset of the tiny policy's prompts."""
     policy = tiny_policy(env)
-    collector = RolloutCollector(env, policy, 10, seed=5, record=True, demonstrator=demonstrator)
+    collector = RolloutCollector(env, player(policy.spec, **settings), 10, seed=5, record=True)
     dataset = to_dataset([collector.collect(i) for i in range(3)], policy, env_id, "a player", {"env_kwargs": None})
     return dataset, json.loads(dataset.info.description)
 
@@ -39,7 +41,7 @@ def play(env, env_id, demonstrator):
 @pytest.fixture(scope="module")
 def goto():
     """Episodes that succeed, fail and are truncated."""
-    dataset, about = play(EpisodeVectorEnv(GOTO, 4, seed=5), GOTO, ScriptedDemonstrator(0.6))
+    dataset, about = play(EpisodeVectorEnv(GOTO, 4, seed=5), GOTO, ScriptedPlayer, error_rate=0.6)
     assert any(dataset["truncated"]) and any(dataset["success"]) and not all(dataset["success"])
     return dataset, about
 
@@ -47,7 +49,7 @@ def goto():
 @pytest.fixture(scope="module")
 def corridor():
     """Episodes whose instruction changes at every step, in an environment without a frame rate."""
-    return play(corridor_env(4), CORRIDOR, RandomPlayer())
+    return play(corridor_env(4), CORRIDOR, RandomPlayer)
 
 
 @pytest.fixture(scope="module", params=["goto", "corridor"])

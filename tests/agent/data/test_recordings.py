@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import RecordedPlayer, ScriptedPlayer
 from manako.agent.data.recordings import Recording, append_recording, in_slots, read_recordings
-from manako.agent.data.trajectories import RecordedDemonstrator, ScriptedDemonstrator, save_trajectories, to_dataset
+from manako.agent.data.trajectories import save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import RolloutCollector
 from manako.envs import EnvError, EpisodeVectorEnv
 from manako.experiments import play
 from manako.experiments.common.command_line import UsageError
-from tests.helpers.small_runs import corridor_env, goto_policy, tiny_policy
+from tests.helpers.small_runs import goto_policy
 
 ROOT, GOTO = Path(__file__).parents[3], "manako/GoTo-v0"
 NAMES = ("up", "down", "left", "right")
@@ -31,15 +32,8 @@ def policy():
 @pytest.fixture(scope="module")
 def trajectories(policy):
     """Episodes of an expert that errs, two of each seed."""
-    collector = RolloutCollector(
-        EpisodeVectorEnv(GOTO, 4, group_size=2),
-        policy,
-        12,
-        seed=3,
-        record=True,
-        ask_expert=True,
-        demonstrator=ScriptedDemonstrator(0.4),
-    )
+    env, player = EpisodeVectorEnv(GOTO, 4, group_size=2), ScriptedPlayer(policy.spec, 0.4)
+    collector = RolloutCollector(env, player, 12, seed=3, record=True, ask_expert=True)
     return to_dataset([collector.collect(0)], policy, GOTO, "expert", {"env_kwargs": None})
 
 
@@ -63,10 +57,9 @@ def write(tmp_path):
 
 
 def replay(recordings, policy, num_envs=3, num_steps=5, make_env=lambda n, seeds: EpisodeVectorEnv(GOTO, n, **seeds)):
-    player = RecordedDemonstrator(in_slots(recordings, num_envs))
+    player = RecordedPlayer(policy.spec, in_slots(recordings, num_envs))
     env = make_env(len(player.queues), {"seed_lists": player.seed_lists})
-    collector = RolloutCollector(env, policy, num_steps, 0, demonstrator=player, record=True)
-    collector.ask_expert = env.env_id == GOTO
+    collector = RolloutCollector(env, player, num_steps, 0, record=True, ask_expert=env.env_id == GOTO)
     rollouts = [collector.collect(number) for number in range(-(-player.num_steps // num_steps))]
     return to_dataset(rollouts, policy, env.env_id, "recorded", {}, player.quota)
 
@@ -108,38 +101,6 @@ def test_recordings_share_slots_in_their_order():
     assert [[r.seed for r in queue] for queue in in_slots(some, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [[r.seed for r in queue] for queue in in_slots(some, 5)] == [[0, 1], [2, 3], [4, 5], [6]]
     assert len(in_slots(some, 64)) == 7
-
-
-@pytest.fixture(scope="module")
-def corridor_policy():
-    return tiny_policy(corridor(1, {}))
-
-
-def corridor(count, seeds):
-    """Every episode is cut after 4 steps."""
-    return corridor_env(count, {"length": 30, "limit": 4}, **seeds)
-
-
-@pytest.mark.parametrize("num_steps", [1, 5])
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_an_episode_of_another_length_is_refused(at, num_steps, corridor_policy):
-    """The wrong one comes first, in the middle or last, in one slot with the others or beside them."""
-    good = [Recording(2 * number, (1, 0, 1, 1), f"line {number}") for number in range(3)]
-    assert len(replay(good, corridor_policy, 1, num_steps, corridor)) == 12
-    for actions, message in (
-        ((1, 0, 1), rf"in line {at} \(seed {2 * at}\) ends before step 3, and the episode goes on"),
-        ((1, 0, 1, 1, 0), rf"in line {at} \(seed {2 * at}\) goes on for 5 actions, and .* ended with step 3"),
-    ):
-        wrong = [*good[:at], Recording(2 * at, actions, f"line {at}"), *good[at + 1 :]]
-        for num_envs in (1, 2):
-            with pytest.raises(TrainingError, match=message):
-                replay(wrong, corridor_policy, num_envs, num_steps, corridor)
-
-
-def test_the_demonstrator_wants_its_own_seeds(policy):
-    player = RecordedDemonstrator([[Recording(12, (0, 1), "line 1")]])
-    with pytest.raises(TrainingError, match="line 1 is of 12: expected an environment that was given"):
-        RolloutCollector(EpisodeVectorEnv(GOTO, 1), policy, 2, 0, demonstrator=player).collect(0)
 
 
 def test_slots_walk_through_their_lists_of_seeds():

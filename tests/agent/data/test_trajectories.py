@@ -7,27 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset, load_from_disk
 
-from manako.agent.data.trajectories import (
-    FEATURES,
-    RandomPlayer,
-    ScriptedDemonstrator,
-    load_trajectories,
-    save_trajectories,
-    to_dataset,
-)
+from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
+from manako.agent.data.trajectories import FEATURES, load_trajectories, save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import RolloutCollector
 from manako.envs import EpisodeVectorEnv
+from tests.helpers.rollout_equality import same_bits
 from tests.helpers.small_runs import corridor_env, goto_policy, tiny_policy
 
 GOTO, ROOT = "manako/GoTo-v0", Path(__file__).parents[3]
 
 
-def record(env, policy, iterations=3, num_steps=7, **how):
-    collector = RolloutCollector(env, policy, num_steps, seed=5, record=True, **how)
+def record(env, player, iterations=3, num_steps=7, **how):
+    collector = RolloutCollector(env, player, num_steps, seed=5, record=True, **how)
     return [collector.collect(iteration) for iteration in range(iterations)]
 
 
@@ -38,7 +32,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def rollouts(policy):
-    return record(EpisodeVectorEnv(GOTO, 4, seed=5), policy, demonstrator=ScriptedDemonstrator(0.3), ask_expert=True)
+    return record(EpisodeVectorEnv(GOTO, 4, seed=5), ScriptedPlayer(policy.spec, 0.3), ask_expert=True)
 
 
 @pytest.fixture(scope="module")
@@ -72,39 +66,40 @@ def test_an_episode_replays_from_its_seed_to_the_same_frames(dataset):
 
 def test_rows_hold_what_the_policy_saw_and_said(dataset, policy):
     for row in dataset.select(range(20)):
-        assert row["prompt"] == policy.prompts.render(row["instruction"])
+        assert row["prompt"] == policy.prompts.render(row["instruction"]) == policy.prompt(row["instruction"])
         assert row["action_name"] == policy.spec.action_names[row["action"]]
         assert tuple(row["action_tokens"]) == policy.codec.token_ids[row["action"]]
         right = row["action"] == row["expert_action"]
         assert abs(row["logprob"] - np.log(0.7 if right else 0.1)) < 1e-5
 
 
-def test_the_demonstrator_is_wrong_as_often_as_asked(dataset):
-    actions, experts = np.array(dataset["action"]), np.array(dataset["expert_action"])
-    assert 0.15 < (actions != experts).mean() < 0.45
-    with pytest.raises(TrainingError, match="error_rate is 1.5"):
-        ScriptedDemonstrator(1.5)
-
-
-def test_episodes_go_on_over_rollouts_and_are_left_out_where_they_began_before(policy):
+def test_episodes_go_on_over_rollouts_and_are_left_out_where_they_began_before():
     env = corridor_env(2, {"length": 30, "limit": 5})
-    rollouts = record(env, tiny_policy(env), iterations=4, num_steps=4, demonstrator=RandomPlayer())
-    rows = to_dataset(rollouts, tiny_policy(env), "tests/Corridor-v0", "random", {})
+    policy = tiny_policy(env)
+    rollouts = record(env, RandomPlayer(policy.spec), iterations=4, num_steps=4)
+    rows = to_dataset(rollouts, policy, "tests/Corridor-v0", "random", {})
     assert set(rows["expert_action"]) == {-1}
-    for kept, data in ((rollouts, rows), (rollouts[1:], to_dataset(rollouts[1:], tiny_policy(env), "c", "random", {}))):
+    for kept, data in ((rollouts, rows), (rollouts[1:], to_dataset(rollouts[1:], policy, "c", "random", {}))):
         expected = []
         for slot in range(2):
-            steps = [int(rollout.steps[t, slot]) for rollout in kept for t in range(4)]
+            steps = [int(rollout.record.steps[t, slot]) for rollout in kept for t in range(4)]
             ended = [bool((r.terminated | r.truncated)[t, slot]) for r in kept for t in range(4)]
             first = steps.index(0)  # what was under way before is left out, and so is what goes on after
             last = len(ended) - ended[::-1].index(True)
             expected += steps[first:last]
         assert list(data["step"]) == expected and len(expected) > 8
-    assert any(rollouts[1].steps[0] > 0)
+    assert any(rollouts[1].record.steps[0] > 0)
     long = corridor_env(2, {"length": 200, "limit": 100})
-    short = record(long, tiny_policy(long), iterations=1, num_steps=2, demonstrator=RandomPlayer())
+    policy = tiny_policy(long)
+    short = record(long, RandomPlayer(policy.spec), iterations=1, num_steps=2)
     with pytest.raises(TrainingError, match="No episode ended"):
-        to_dataset(short, tiny_policy(long), "tests/Corridor-v0", "random", {})
+        to_dataset(short, policy, "tests/Corridor-v0", "random", {})
+
+
+def test_rollouts_without_a_record_are_refused(policy):
+    plain = RolloutCollector(EpisodeVectorEnv(GOTO, 2), RandomPlayer(policy.spec), 2, seed=0).collect(0)
+    with pytest.raises(TrainingError, match="keep no record: expected a collector made with record=True"):
+        to_dataset([plain], policy, GOTO, "random", {})
 
 
 def test_the_folder_opens_without_us(dataset, tmp_path):
@@ -181,9 +176,8 @@ def test_datasets_of_something_else(dataset, tmp_path):
 def test_recording_changes_no_rollout(policy):
     plain = RolloutCollector(EpisodeVectorEnv(GOTO, 4, seed=5), policy, 6, seed=5).collect(0)
     (kept,) = record(EpisodeVectorEnv(GOTO, 4, seed=5), policy, iterations=1, num_steps=6, ask_expert=True)
-    for name in ("actions", "logprobs", "values", "next_values", "seeds", "steps"):
-        assert torch.equal(getattr(plain, name), getattr(kept, name)), name
-    assert plain.images is None and kept.images.shape == (24, 24, 24, 3) and kept.expert_actions.shape == (6, 4)
+    same_bits(plain, kept._replace(record=None))
+    assert kept.record.images.shape == (24, 24, 24, 3) and kept.record.expert_actions.shape == (6, 4)
 
 
 def test_load_from_disk_gives_one_dataset(dataset, tmp_path):

@@ -23,6 +23,15 @@ def policy():
     return tiny_policy(go_to(1))
 
 
+def says(policy, monkeypatch, probabilities):
+    """Lets the policy give these probabilities whatever it sees."""
+    fixed = torch.log(torch.tensor(probabilities))
+    read = policy.distribution
+    monkeypatch.setattr(
+        policy, "distribution", lambda inputs: (fixed.expand(len(inputs), len(fixed)), read(inputs)[1])
+    )
+
+
 @pytest.mark.parametrize("num_envs", [1, 4, 11, 16])
 def test_each_seed_is_played_once_and_in_order(policy, num_envs):
     alone = [evaluate(policy, go_to(1), [seed]).episodes[0] for seed in SEEDS]
@@ -39,13 +48,7 @@ def test_starts_that_differ_are_counted_by_sight(policy):
 
 def test_a_policy_that_always_says_the_same(policy, monkeypatch):
     """With the answer fixed, no condition but `random` differs, and the return is that of the scripted moves."""
-    fixed = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    original = type(policy).forward
-    monkeypatch.setattr(
-        type(policy),
-        "forward",
-        lambda self, inputs: original(self, inputs)._replace(logprobs=fixed.expand(len(inputs.lengths), 4)),
-    )
+    says(policy, monkeypatch, [0.1, 0.2, 0.3, 0.4])
     rows = evaluate_all(policy, go_to(4), SEEDS)
     assert rows["policy"] == rows["blank_image"] == rows["replaced_instruction"] != rows["random"]
     env = go_to(1)
@@ -64,7 +67,9 @@ def test_controls_change_what_the_policy_sees(policy, monkeypatch):
         monkeypatch.setattr(
             type(policy),
             "prepare",
-            lambda self, images, texts, name=name: seen[name].append((images, texts)) or prepare(self, images, texts),
+            lambda self, images, texts, told=None, name=name: (
+                seen[name].append((images, texts)) or prepare(self, images, texts, told)
+            ),
         )
         evaluate(policy, go_to(4), SEEDS[:4], name)
     env = go_to(4)
@@ -112,13 +117,7 @@ def test_recorded_episodes_are_the_evaluated_ones(policy):
 
 def test_an_episode_that_does_not_end_is_an_error(policy, monkeypatch):
     monkeypatch.setattr("manako.agent.report.evaluation.MAX_EPISODE_STEPS", 5)
-    fixed = torch.log(torch.tensor([0.97, 0.01, 0.01, 0.01]))  # up, and against the border for ever
-    original = type(policy).forward
-    monkeypatch.setattr(
-        type(policy),
-        "forward",
-        lambda self, inputs: original(self, inputs)._replace(logprobs=fixed.expand(len(inputs.lengths), 4)),
-    )
+    says(policy, monkeypatch, [0.97, 0.01, 0.01, 0.01])  # up, and against the border for ever
     with pytest.raises(TrainingError, match=r"has not ended in 5 steps: expected .*max_episode_steps"):
         evaluate(policy, go_to(4), SEEDS)
 

@@ -7,9 +7,10 @@ import pytest
 from datasets import Dataset, Image
 from PIL import Image as Picture
 
-from manako.agent.data.trajectories import RandomPlayer, to_dataset
+from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import RandomPlayer
+from manako.agent.data.trajectories import to_dataset
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import RolloutCollector
 from manako.agent.tuning.preferences import (
     branch_pairs,
     expert_pairs,
@@ -88,7 +89,7 @@ def policy():
 @pytest.fixture(scope="module")
 def trajectories(policy):
     env = EpisodeVectorEnv(GOTO, 4)
-    collector = RolloutCollector(env, policy, 30, seed=0, record=True, ask_expert=True, demonstrator=RandomPlayer())
+    collector = RolloutCollector(env, RandomPlayer(policy.spec), 30, seed=0, record=True, ask_expert=True)
     return to_dataset([collector.collect(0)], policy, GOTO, "random", {})
 
 

@@ -13,9 +13,10 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
-from manako.agent.data.trajectories import ScriptedDemonstrator, save_trajectories, to_dataset
+from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import ScriptedPlayer
+from manako.agent.data.trajectories import save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import RolloutCollector
 from manako.agent.tuning.forgetting import PROBES, remember
 from manako.agent.tuning.preferences import expert_pairs, pair_dataset, unpaired
 from manako.agent.tuning.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrated_actions, demonstrations
@@ -50,18 +51,17 @@ def settings(folder, kind=SFTConfig, **given):
     return kind(output_dir=str(folder / ".staging"), **{**defaults, **given})
 
 
+def played(num_envs, num_steps, error_rate, player):
+    """What the scripted expert plays, as a dataset."""
+    policy, env = make_policy(), EpisodeVectorEnv(GOTO, num_envs)
+    expert = ScriptedPlayer(policy.spec, error_rate)
+    collector = RolloutCollector(env, expert, num_steps, seed=0, record=True, ask_expert=True)
+    return to_dataset([collector.collect(0)], policy, GOTO, player, {})
+
+
 @pytest.fixture(scope="module")
 def trajectories():
-    collector = RolloutCollector(
-        EpisodeVectorEnv(GOTO, 8),
-        make_policy(),
-        8,
-        seed=0,
-        record=True,
-        ask_expert=True,
-        demonstrator=ScriptedDemonstrator(0.5),
-    )
-    return to_dataset([collector.collect(0)], make_policy(), GOTO, "expert, wrong 50%", {})
+    return played(8, 8, 0.5, "expert, wrong 50%")
 
 
 def parts(policy):
@@ -171,12 +171,12 @@ def test_cloning_is_the_policys_own_probability_and_like_rows_are_computed_once(
     rows = [data[number] for number in range(8)]
     batch = trainer.collate(rows * 3)
     sights = {(row["image"]["bytes"], row["instruction"]) for row in rows}
-    assert len(batch["frames"]) == len(sights) and len(batch["action"]) == len(batch["sight"]) == 24
+    assert len(batch["inputs"]) == len(sights) and len(batch["action"]) == len(batch["observation"]) == 24
     trainer.compute_loss(policy.vlm, batch).backward()
     mine = {name: parameter.grad.clone() for name, parameter in policy.named_parameters() if parameter.grad is not None}
     policy.zero_grad()
     frames = np.stack([np.asarray(frame) for frame in trajectories[:8]["image"]])
-    logprobs = policy(policy.prepare(frames, trajectories[:8]["instruction"])).logprobs
+    logprobs, _ = policy.distribution(policy.prepare(frames, trajectories[:8]["instruction"]))
     actions = torch.tensor(trajectories[:8]["action"])
     loss = -logprobs[torch.arange(8), actions].mean()
     loss.backward()
@@ -260,10 +260,11 @@ def test_lora_off_is_the_base_and_plain_peft_loads_the_folder(trajectories, tmp_
     seen = env.reset()
     inputs = policy.prepare(seen.images, seen.instructions)
     with torch.no_grad():
-        tuned, merged = policy(inputs).logprobs, frozen_copy(policy)
+        tuned, merged = policy.distribution(inputs)[0], frozen_copy(policy)
+        start, _ = base.distribution(inputs)
         with policy.as_reference():
-            assert torch.equal(policy(inputs).logprobs, base(inputs).logprobs)
-    assert not torch.equal(tuned, base(inputs).logprobs)
+            assert torch.equal(policy.distribution(inputs)[0], start)
+    assert not torch.equal(tuned, start)
     assert not any(parameter.requires_grad for parameter in merged.parameters())
     (tmp_path / "lora").mkdir()
     save_policy(policy, tmp_path / "lora")
@@ -355,23 +356,7 @@ def test_align_and_instruct_as_programs(recorded, tmp_path):
 def recorded(trajectories, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
     save_trajectories(trajectories, folder / "wrong")
-    right = to_dataset(
-        [
-            RolloutCollector(
-                EpisodeVectorEnv(GOTO, 4),
-                make_policy(),
-                9,
-                0,
-                record=True,
-                ask_expert=True,
-                demonstrator=ScriptedDemonstrator(),
-            ).collect(0)
-        ],
-        make_policy(),
-        GOTO,
-        "expert",
-        {},
-    )
+    right = played(4, 9, 0.0, "expert")
     save_trajectories(right, folder / "right")
     return folder
 
