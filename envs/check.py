@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 
 from manako.envs.errors import EnvError
-from manako.envs.making import find_spec, make_vlm_env, make_raw_env
+from manako.envs.making import find_spec, make_raw_env, make_vlm_env
 from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
     ImageSource,

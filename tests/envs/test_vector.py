@@ -131,7 +131,9 @@ def test_each_slot_walks_through_its_own_seeds():
     vector.reset()
     for episode in range(5):
         assert vector.episode_seeds == [episode_seed(9, HELD_OUT, 4 + slot, episode) for slot in range(3)]
-        alone = [envs.make_vlm_env("manako/ColorMatch-v0").reset(seed=seed)[0]["image"] for seed in vector.episode_seeds]
+        alone = [
+            envs.make_vlm_env("manako/ColorMatch-v0").reset(seed=seed)[0]["image"] for seed in vector.episode_seeds
+        ]
         result = vector.step(np.zeros(3, np.int64))
         assert np.array_equal(result.observations.images, np.stack(alone))
         vector.reset_done(result.terminated)
