@@ -77,6 +77,7 @@ class EpisodeVectorEnv:
         episode_returns: (N,) float64, the current episodes' rewards so far.
         episode_lengths: (N,) int64, their steps so far. Both may be read between ``step`` and ``reset_done``.
         episode_seeds: The seeds of the current episodes, N.
+        observations: What every slot shows now; None before the first reset.
     """
 
     def __init__(

@@ -317,7 +317,7 @@ def _picture(
 
 
 def shown_actions(probabilities: np.ndarray, chosen: int) -> list[int]:
-    """Returns all actions in their order, or the twelve most probable ones, `chosen` among them, the likeliest first."""
+    """Returns all actions in their order, or the twelve most probable, `chosen` among them, the likeliest first."""
     actions = list(range(len(probabilities)))
     if len(actions) <= _MOST_BARS:
         return actions
