@@ -178,7 +178,7 @@ def two_tokens(**others) -> tuple[Evaluated, Samples]:
 
 
 def test_two_tokens_by_hand():
-    """Each token has its ratio and its clip at 0.2, a step the mean of its drawn tokens, the batch the mean of its steps.
+    """Each token has its ratio and its clip at 0.2, a step the mean of its drawn tokens, the batch that of its steps.
 
     surrogate   0: min(1.5·2, 1.2·2) = 2.4, min(0.9·2, 0.9·2) = 1.8, mean 2.1      1: min(-0.5, -0.8) = -0.8
     policy loss -(2.1 - 0.8) / 2 = -0.65
@@ -213,7 +213,7 @@ def test_two_tokens_are_weighed_by_the_importance_of_their_step():
 
 
 def test_nothing_is_learned_from_tokens_that_were_not_drawn():
-    """d loss / d logprob = -ratio·A / tokens of the answer / B: 0 (clipped), -0.9·2/2/2, 0 (clipped), none."""
+    """A log-probability's gradient is -ratio·A / drawn tokens / B: 0 (clipped), -0.9·2/2/2, 0 (clipped), none."""
     logprobs = (OLD + RATIO.log()).requires_grad_()
     policy_loss(logprobs, OLD, DRAWN, ADVANTAGES, clip_range=0.2)[0].backward()
     close(logprobs.grad, [[0.0, -0.45], [0.0, 0.0]])
@@ -225,7 +225,7 @@ def test_an_answer_of_which_nothing_was_drawn_is_no_nan():
 
 
 def test_the_reference_s_kl_over_tokens_is_k3_of_the_drawn_ones():
-    """reference / policy is 2, 0.5 and 0.25: k3 1 - log 2, -0.5 - log 0.5, -0.75 - log 0.25, by answer summed.
+    """Reference over policy is 2, 0.5, 0.25: k3 1 - log 2, -0.5 - log 0.5, -0.75 - log 0.25, by answer summed.
 
     (0.5 + (-0.75 + log 4)) / 2 = 0.5681472
     """

@@ -209,9 +209,7 @@ def test_with_one_batch_size_any_split_merges_to_the_same_bits(batch_size):
     policy = tiny_policy(whole_env)
     how = {"num_steps": 6, "seed": 2, "batch_size": batch_size, "record": True}
     whole = RolloutCollector(whole_env, policy, **how)
-    parts = [
-        RolloutCollector(corridor_env(2, CORRIDOR, seed=2, first_slot=first), policy, **how) for first in (0, 2)
-    ]
+    parts = [RolloutCollector(corridor_env(2, CORRIDOR, seed=2, first_slot=first), policy, **how) for first in (0, 2)]
     for iteration in range(2):
         one = whole.collect(iteration)
         same_bits(one, merge([part.collect(iteration) for part in parts]))

@@ -1,4 +1,4 @@
-"""Players that cannot learn: how often an expert errs, that chance is uniform, that recordings are played to the letter."""
+"""Players that cannot learn: how often an expert errs, that chance is uniform, that recordings are kept to."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,8 @@ def test_a_random_player_draws_with_the_run_s_numbers():
 
 def test_players_are_evaluated():
     seeds = list(range(1, 21, 2))
-    expert, chance = (evaluate(player, EpisodeVectorEnv(GOTO, 4), seeds) for player in (ScriptedPlayer(SPEC), RandomPlayer(SPEC)))
+    players = ScriptedPlayer(SPEC), RandomPlayer(SPEC)
+    expert, chance = (evaluate(player, EpisodeVectorEnv(GOTO, 4), seeds) for player in players)
     assert expert.summary()["success"] == 1 > chance.summary()["success"]
 
 
@@ -116,7 +117,11 @@ def replay(recordings, num_envs, num_steps):
     return [collector.collect(number) for number in range(-(-player.num_steps // num_steps))]
 
 
-GOOD = [Recording(2 * number, actions, f"line {number}") for number, actions in enumerate(((1, 0, 1, 1), (0, 0, 1, 0), (1, 1, 1, 1)))]
+GOOD = [
+    Recording(0, (1, 0, 1, 1), "line 0"),
+    Recording(2, (0, 0, 1, 0), "line 1"),
+    Recording(4, (1, 1, 1, 1), "line 2"),
+]
 
 
 @pytest.mark.parametrize("num_steps", [1, 5])

@@ -27,9 +27,7 @@ def says(policy, monkeypatch, probabilities):
     """Lets the policy give these probabilities whatever it sees."""
     fixed = torch.log(torch.tensor(probabilities))
     read = policy.distribution
-    monkeypatch.setattr(
-        policy, "distribution", lambda inputs: (fixed.expand(len(inputs), len(fixed)), read(inputs)[1])
-    )
+    monkeypatch.setattr(policy, "distribution", lambda inputs: (fixed.expand(len(inputs), len(fixed)), read(inputs)[1]))
 
 
 @pytest.mark.parametrize("num_envs", [1, 4, 11, 16])
