@@ -1,7 +1,9 @@
 """What goes wrong in training, in one sentence: what came, what was expected, what to do."""
 
+from manako.errors import ManakoError
 
-class TrainingError(ValueError):
+
+class TrainingError(ManakoError):
     """A fault of a run that its owner can repair: bad settings, a damaged checkpoint, numbers that are not finite."""
 
 

@@ -16,7 +16,7 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.
 
 from manako.envs.check import check_vlm_env  # SDL reads the variables when it is loaded
 from manako.envs.errors import EnvError
-from manako.envs.making import make_env
+from manako.envs.making import make_vlm_env
 from manako.envs.observation import VLMObservation
 from manako.envs.tasks import TASKS, Task
 from manako.envs.vector import (
@@ -26,6 +26,8 @@ from manako.envs.vector import (
     Observations,
     StepResult,
     episode_seed,
+    held_out_seeds,
+    make_env,
 )
 
 for _id, _entry_point in (
@@ -47,5 +49,7 @@ __all__ = [
     "VLMObservation",
     "check_vlm_env",
     "episode_seed",
+    "held_out_seeds",
     "make_env",
+    "make_vlm_env",
 ]

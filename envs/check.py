@@ -17,18 +17,19 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from manako.envs.errors import EnvError, in_one_line
-from manako.envs.making import find_spec, make_env, make_raw_env
+from manako.envs.errors import EnvError
+from manako.envs.making import find_spec, make_raw_env, make_vlm_env
 from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
     ImageSource,
     as_frame,
-    clean_text,
     read_picture,
     resolve_actions,
     resolve_image,
     resolve_instruction,
+    without_control_characters,
 )
+from manako.errors import in_one_line
 
 WARNING = "warning: "
 
@@ -46,7 +47,7 @@ def check_vlm_env(
     """List the faults of an environment.
 
     Args:
-        env_id: See ``make_env``, as for the arguments up to ``success_return``.
+        env_id: See ``make_vlm_env``, as for the arguments up to ``success_return``.
         instruction: Replaces the environment's own.
         action_names: Replace the environment's own.
         env_kwargs: For the environment's constructor.
@@ -76,7 +77,7 @@ def check_vlm_env(
     if all(fault.startswith(WARNING) for fault in faults.sentences):
         # Last, the real thing, so that this file cannot be more lenient than the wrapper.
         try:
-            made = make_env(
+            made = make_vlm_env(
                 env_id,
                 instruction=instruction,
                 action_names=action_names,
@@ -259,7 +260,7 @@ class _Player:
                 "instruction length",
                 f"gives an instruction of {len(text)} characters, expected at most {MAX_INSTRUCTION_LENGTH}",
             )
-        elif clean_text(text) != text:
+        elif without_control_characters(text) != text:
             self._faults.add(
                 "instruction characters", f"gives an instruction with control characters, {text!r}: they are dropped"
             )

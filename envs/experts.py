@@ -12,7 +12,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from manako.envs.errors import EnvError, in_one_line
+from manako.envs.errors import EnvError
+from manako.errors import in_one_line
 
 Expert = Callable[[int | None], int]  # the action before, in the env's own numbering, None at the start -> the next
 GAMMA, TOLERANCE = 0.99, 1e-9

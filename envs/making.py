@@ -16,8 +16,9 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 
-from manako.envs.errors import EnvError, in_one_line
+from manako.envs.errors import EnvError
 from manako.envs.observation import ImageSource, VLMObservation, missing_package
+from manako.errors import in_one_line
 
 # id prefix -> (module that registers such ids, extra that installs it)
 _BUNDLED = {
@@ -27,7 +28,7 @@ _BUNDLED = {
 }
 
 
-def make_env(
+def make_vlm_env(
     env_id: str,
     *,
     instruction: str | None = None,

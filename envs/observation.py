@@ -29,9 +29,10 @@ import gymnasium as gym
 import numpy as np
 
 from manako.envs.captions import caption_of
-from manako.envs.errors import EnvError, in_one_line
+from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
 from manako.envs.tasks import TASKS, success_rule
+from manako.errors import in_one_line
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
@@ -54,7 +55,7 @@ class InstructionText(gym.spaces.Text):
 
     def contains(self, x: Any) -> bool:
         """Whether ``x`` is a clean text of an allowed length."""
-        return isinstance(x, str) and len(x) <= self.max_length and clean_text(x) == x
+        return isinstance(x, str) and len(x) <= self.max_length and without_control_characters(x) == x
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
         """Draw up to 64 characters of printable ASCII."""
@@ -73,7 +74,7 @@ class InstructionText(gym.spaces.Text):
         return f"InstructionText({self.max_length})"
 
 
-def clean_text(text: str) -> str:
+def without_control_characters(text: str) -> str:
     r"""Drop control characters and lone surrogates, which no tokenizer should meet; ``\n`` and ``\t`` stay."""
     if text.isprintable():
         return text
@@ -139,7 +140,7 @@ def resolve_actions(
     names = names if isinstance(names, str) else tuple(names)
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise EnvError(f"{env_id}: {source} is {names!r}, expected a sequence of {n} strings")
-    names = tuple(clean_text(name).strip() for name in names)
+    names = tuple(without_control_characters(name).strip() for name in names)
     if len(names) != n:
         raise EnvError(f"{env_id} has {n} actions, and {source} gives {len(names)} names {names}: give one an action")
     if len(set(names)) != n or "" in names:
@@ -364,7 +365,7 @@ class VLMObservation(gym.Wrapper):
         Raises:
             EnvError: The environment does not say.
         """
-        return clean_text(caption_of(self.env, self.env_id))
+        return without_control_characters(caption_of(self.env, self.env_id))
 
     def alternative_instruction(self) -> str | None:
         """Another instruction that would be valid now, from the environment's method of this name; None without one."""
@@ -375,7 +376,7 @@ class VLMObservation(gym.Wrapper):
             text = method()
         except Exception as error:
             self._broke("alternative_instruction()", error)
-        return None if text is None else clean_text(str(text))
+        return None if text is None else without_control_characters(str(text))
 
     def close(self) -> None:
         """Close the environment."""
@@ -415,7 +416,7 @@ class VLMObservation(gym.Wrapper):
                 self._fail(f"gave {text!r} as the instruction from {self.instruction_from}, expected a string")
             if len(text) > MAX_INSTRUCTION_LENGTH:
                 self._fail(f"gave an instruction of {len(text)} characters, expected at most {MAX_INSTRUCTION_LENGTH}")
-            self._raw_text, self._clean_text = text, clean_text(str(text))
+            self._raw_text, self._clean_text = text, without_control_characters(str(text))
         return self._clean_text
 
     def _broke(self, where: str, error: Exception) -> NoReturn:

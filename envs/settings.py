@@ -1,4 +1,4 @@
-"""Which environment is played and how it is shown: the settings of `make_env` and of `EpisodeVectorEnv`."""
+"""Which environment is played and how it is shown: the settings of `make_vlm_env` and of `EpisodeVectorEnv`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from manako.settings import setting
 
 @dataclass(frozen=True)
 class EnvSettings:
-    """What is played; `make_env` says more about each."""
+    """What is played; `make_vlm_env` says more about each."""
 
     env: str = setting("manako/GoTo-v0", "Gymnasium id, or module:EnvId-v0 for your own")
     num_envs: int = setting(32, "environments side by side", ge=1)
@@ -21,6 +21,6 @@ class EnvSettings:
     success_return: float | None = setting(None, "lowest return of a successful episode")
 
     def options(self) -> dict[str, Any]:
-        """Returns the keyword arguments of `make_env`, `check_vlm_env` and `EpisodeVectorEnv`, by their names."""
+        """Returns the keyword arguments of `make_vlm_env`, `check_vlm_env` and `EpisodeVectorEnv`, by their names."""
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name not in ("env", "num_envs")}

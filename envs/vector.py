@@ -8,10 +8,9 @@ it again and load the last ``state_dict``.
 Left out: ``AsyncVectorEnv``. In Gymnasium 1.4.0 it returns blank ``Text`` with shared memory, and a killed worker
 leaves it stuck.
 
-Seeds: slot k of a run's stream s plays episode e with ``episode_seed(seed, s, k // group_size, e)``, and k counts over
-all workers.
-So any split over workers plays the same episodes, and no training episode has a held-out seed. Where recorded play is
-played again, ``seed_lists`` names each slot's seeds instead.
+Seeds: slot k of a run's split s plays episode e with ``episode_seed(seed, s, k // group_size, e)``, and k counts over
+all workers. So workers in any number play the same episodes, and no training episode has a held-out seed. Where
+recorded play is played again, ``seed_lists`` names each slot's seeds instead.
 """
 
 import functools
@@ -25,10 +24,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from manako.envs.errors import EnvError
-from manako.envs.making import make_env
+from manako.envs.making import make_vlm_env
 from manako.envs.observation import ImageSource, VLMObservation
 
-TRAINING, HELD_OUT = 0, 1  # streams
+TRAINING, HELD_OUT = 0, 1  # splits
 
 STATE_FORMAT = 1
 EPISODES_A_ROUND = 100_000  # more than one slot plays in a round
@@ -52,19 +51,19 @@ class StepResult(NamedTuple):
     success: np.ndarray  # (N,) bool, False where no episode ended
 
 
-def episode_seed(seed: int, stream: int, slot: int, episode: int) -> int:
+def episode_seed(seed: int, split: int, slot: int, episode: int) -> int:
     """The seed of one episode, below 2^31 (some environments take no larger one).
 
-    The lowest bit is 1 for the held-out stream and 0 for any other, so the two never meet.
+    The lowest bit is 1 for the held-out split and 0 for any other, so the two never meet.
 
     Args:
         seed: The run's seed.
-        stream: ``TRAINING``, ``HELD_OUT`` or a further number.
+        split: ``TRAINING``, ``HELD_OUT`` or a further number.
         slot: The slot, counted over all workers.
         episode: How many episodes the slot has started before.
     """
-    sequence = np.random.SeedSequence(entropy=seed, spawn_key=(stream, slot, episode))
-    return (int(sequence.generate_state(1)[0]) >> 2 << 1) | (stream == HELD_OUT)
+    sequence = np.random.SeedSequence(entropy=seed, spawn_key=(split, slot, episode))
+    return (int(sequence.generate_state(1)[0]) >> 2 << 1) | (split == HELD_OUT)
 
 
 class EpisodeVectorEnv:
@@ -86,7 +85,7 @@ class EpisodeVectorEnv:
         num_envs: int,
         *,
         seed: int = 0,
-        stream: int = TRAINING,
+        split: int = TRAINING,
         first_slot: int = 0,
         group_size: int = 1,
         seed_lists: Sequence[Sequence[int]] | None = None,
@@ -99,10 +98,10 @@ class EpisodeVectorEnv:
         """Make the environments; nothing is started before ``reset``.
 
         Args:
-            env_id: See ``make_env``, as for the last five arguments.
+            env_id: See ``make_vlm_env``, as for the last five arguments.
             num_envs: N.
             seed: The run's seed, from 0 on.
-            stream: ``TRAINING`` or ``HELD_OUT``.
+            split: ``TRAINING`` or ``HELD_OUT``.
             first_slot: The number of the first slot among those of all workers.
             group_size: How many neighbouring slots play episodes of the same seeds.
             seed_lists: The seeds of each slot's episodes, N lists, in place of drawn ones; after its last a slot begins
@@ -119,7 +118,7 @@ class EpisodeVectorEnv:
         for name, value, least in (
             ("num_envs", num_envs, 1),
             ("seed", seed, 0),
-            ("stream", stream, 0),
+            ("split", split, 0),
             ("first_slot", first_slot, 0),
             ("group_size", group_size, 1),
         ):
@@ -129,11 +128,11 @@ class EpisodeVectorEnv:
             sizes = [len(seeds) for seeds in seed_lists]
             raise EnvError(f"seed_lists has the lengths {sizes}, expected {num_envs} lists of one seed or more")
         self.env_id, self.num_envs = env_id, num_envs
-        self.seed, self.stream, self.first_slot, self.group_size = seed, stream, first_slot, group_size
+        self.seed, self.split, self.first_slot, self.group_size = seed, split, first_slot, group_size
         self._envs: list[VLMObservation] = []
 
         def make(index: int) -> gym.Env:
-            env = make_env(
+            env = make_vlm_env(
                 env_id,
                 instruction=instruction,
                 action_names=action_names,
@@ -341,7 +340,7 @@ class EpisodeVectorEnv:
             "format": STATE_FORMAT,
             "env_id": self.env_id,
             "seed": self.seed,
-            "stream": self.stream,
+            "split": self.split,
             "first_slot": self.first_slot,
         }
 
@@ -383,7 +382,7 @@ class EpisodeVectorEnv:
         if self._seed_lists is not None:
             return int(self._seed_lists[slot][self._episodes[slot] % len(self._seed_lists[slot])])
         group = (self.first_slot + slot) // self.group_size
-        return episode_seed(self.seed, self.stream, group, self._episodes[slot])
+        return episode_seed(self.seed, self.split, group, self._episodes[slot])
 
     def _replacement(self, slot: int) -> str:
         assert self._observations is not None
@@ -438,3 +437,54 @@ class _SuccessInInfo(gym.Wrapper):
             return observation, float(reward), terminated, truncated, {}
         success = self._success(self._return, terminated, info)
         return observation, float(reward), terminated, truncated, {"success": success}
+
+
+def held_out_seeds(count: int, seed: int = 0) -> list[int]:
+    """Returns the episode seeds of an evaluation, none of which a training episode has.
+
+    Args:
+        count: How many.
+        seed: The run's.
+    """
+    return [episode_seed(seed, HELD_OUT, 0, episode) for episode in range(count)]
+
+
+def make_env(
+    env_id: str,
+    num_envs: int = 1,
+    *,
+    seed: int = 0,
+    held_out: bool = False,
+    instruction: str | None = None,
+    action_names: Sequence[str] | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    image_source: ImageSource = "auto",
+    success_return: float | None = None,
+) -> EpisodeVectorEnv:
+    """Makes environments to train on, or to evaluate on.
+
+    Args:
+        env_id: A registered id, or ``module:EnvId-v0`` to import the plugin that registers it.
+        num_envs: How many are played side by side.
+        seed: The run's seed, from which each episode's follows.
+        held_out: Whether the episodes are those that training never plays.
+        instruction: See ``make_vlm_env``, as for the others.
+        action_names: See there.
+        env_kwargs: See there.
+        image_source: See there.
+        success_return: See there.
+
+    Raises:
+        EnvError: It cannot be made, or breaks the contract of ``VLMObservation``.
+    """
+    return EpisodeVectorEnv(
+        env_id,
+        num_envs,
+        seed=seed,
+        split=HELD_OUT if held_out else TRAINING,
+        instruction=instruction,
+        action_names=action_names,
+        env_kwargs=env_kwargs,
+        image_source=image_source,
+        success_return=success_return,
+    )

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
 from manako.envs.check import WARNING, check_vlm_env  # noqa: E402
 from manako.envs.errors import EnvError  # noqa: E402
-from manako.envs.making import make_env  # noqa: E402
+from manako.envs.making import make_vlm_env  # noqa: E402
 from manako.envs.settings import EnvSettings  # noqa: E402
 from manako.experiments.common.command_line import parse, run_main, section  # noqa: E402
 
@@ -52,7 +52,7 @@ def main() -> int:
 def describe(settings: EnvSettings) -> None:
     """Prints what the environment shows and offers."""
     try:
-        env = make_env(settings.env, **settings.options())
+        env = make_vlm_env(settings.env, **settings.options())
     except EnvError as error:
         print(f"cannot be described: {error}")
         return

@@ -26,6 +26,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.agent.checkpoint import latest_checkpoint  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     UsageError,
@@ -50,7 +51,8 @@ def main() -> int:
     check_together(command)
     show("run", f"{run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
     if line.file is not None:
-        show("settings", str(GOTO.relative_to(ROOT)) if line.file == str(GOTO) else line.file)
+        names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
+        show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
     from manako.experiments.common.ppo_training import train  # torch and all
 
     return train(command, run_dir, checkpoint, started)
@@ -72,8 +74,6 @@ def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path]:
     Raises:
         UsageError: no run there, a finished one, no whole checkpoint, or other flags beside --resume.
     """
-    from manako.agent.checkpoint import latest_checkpoint
-
     run_dir = Path(str(line.settings.run.resume))
     check_job_folder(str(run_dir), "--resume")
     if not (run_dir / "config.yaml").is_file():

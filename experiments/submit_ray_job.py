@@ -25,10 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file: `manako` is this checkout, and `import` finds the user's modules, not ours
     sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent)]
-    import manako  # noqa: F401
+    import manako
 
     del sys.path[0]
 
+import manako  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     UsageError,
@@ -42,6 +43,12 @@ from manako.experiments.common.run_folder import default_run_dir  # noqa: E402
 from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together  # noqa: E402
 from manako.settings import setting  # noqa: E402
 
+PACKAGES = ("agent", "envs", "policies", "experiments")
+RUNNER = """from manako.experiments.common.command_line import run_main
+from manako.experiments.run_ppo import main
+
+run_main(main)
+"""
 LEFT_AT_HOME = [
     ".git",
     ".venv",
@@ -86,16 +93,14 @@ def main() -> int:
     words = job_words(line, folder)
     module = plugin_file(given.environment.env)
     show("run", folder)
-    from manako.agent.workers.ray_backends import job_client  # ray
+    from manako.agent.workers.cluster import job_client  # ray
 
     client = job_client(given.job.job_address)
-    environment: dict[str, Any] = {"working_dir": str(ROOT), "excludes": LEFT_AT_HOME}
     entrypoint = shlex.join(["python", "experiments/run_ppo.py", *words])
     logging.getLogger("ray").setLevel(logging.ERROR)  # a line for each file that stays here
-    with tempfile.TemporaryDirectory() as package:
-        if module is not None:
-            environment["py_modules"] = [str(as_package(module, Path(package)))]
-        job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+    with tempfile.TemporaryDirectory() as staging:
+        stage(Path(staging), module)
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": staging})
     show("job", job)
     show("command", entrypoint)
     if not given.job.follow:
@@ -133,7 +138,7 @@ def job_words(line: CommandLine[JobCommand], folder: str) -> list[str]:
 
 
 def plugin_file(env: str) -> Path | None:
-    """Returns the file or folder of `module:EnvId-v0`'s module where it lies in the current folder, not in the project.
+    """Returns the file or folder of `module:EnvId-v0`'s module where it lies in the current folder.
 
     Raises:
         UsageError: there is no such module.
@@ -142,22 +147,36 @@ def plugin_file(env: str) -> Path | None:
     if not colon:
         return None
     top = name.split(".")[0]
+    if top == "manako":
+        return None
     for place in (Path.cwd() / top, Path.cwd() / f"{top}.py"):
         if place.exists():
-            return None if place.is_relative_to(ROOT) else place
+            return place
     if importlib.util.find_spec(top) is None:
         raise UsageError(f"The module {top!r} of --env {env!r} is not here: expected {top}.py in the current folder.")
     return None  # installed: expected on the cluster too
 
 
-def as_package(module: Path, folder: Path) -> Path:
-    """Returns the module as a folder, which is all that a job can be sent: a single file becomes the package's own."""
-    if module.is_dir():
-        return module
-    package = folder / module.stem
-    package.mkdir()
-    shutil.copy(module, package / "__init__.py")
-    return package
+def stage(folder: Path, module: Path | None) -> None:
+    """Fills the job's working folder with `manako`, the environment's module, and the runner as a file.
+
+    `manako` is laid out as in an installed wheel: no `envs` or `agent` of ours stands where a user has one.
+
+    Args:
+        folder: an empty one.
+        module: what `plugin_file` found.
+    """
+    ignore = shutil.ignore_patterns(*LEFT_AT_HOME)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / "manako" / package, ignore=ignore)
+    for file in Path(manako.__file__).parent.glob("*.py"):
+        shutil.copy(file, folder / "manako")
+    if module is not None and module.is_dir():
+        shutil.copytree(module, folder / module.name, ignore=ignore)
+    elif module is not None:
+        shutil.copy(module, folder)
+    (folder / "experiments").mkdir(exist_ok=True)  # a user's own may be there
+    (folder / "experiments/run_ppo.py").write_text(RUNNER)
 
 
 async def _print_log(client: Any, job: str) -> None:

@@ -13,7 +13,10 @@ if (Path(__file__).parents[1] / "pyproject.toml").is_file():
 
 _FRONT = {
     "make_env": "manako.envs",
+    "held_out_seeds": "manako.envs",
+    "PolicySource": "manako.policies",
     "load_policy": "manako.policies",
+    "PPOConfig": "manako.agent.ppo_config",
     "PPOTrainer": "manako.agent.ppo_trainer",
     "evaluate": "manako.agent.report.evaluation",
 }

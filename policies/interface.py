@@ -280,8 +280,8 @@ class Policy(nn.Module, ABC):
         """Returns the token ids of the whole prompt, image placeholders among them."""
         raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
 
-    def save(self, folder: Path) -> None:
-        """Writes all that makes this policy into a folder that exists."""
+    def save(self, folder: Path | str) -> None:
+        """Writes all that makes this policy into a folder, which is made where it is missing."""
         raise PolicyError(f"{type(self).__name__} has nothing to save: expected a policy that can learn.")
 
     def load_weights(self, folder: Path) -> None:

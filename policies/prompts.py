@@ -18,7 +18,7 @@ from manako.policies.errors import PolicyError
 MAX_INSTRUCTION_CHARS = 2000
 
 
-def clean_text(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
+def as_plain_line(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
     """Text of an env as plain data: one line, no special tokens or control characters, at most `max_chars` characters.
 
     Removal is repeated until nothing changes, since removing one token, or a second space, can join the halves of
@@ -70,7 +70,7 @@ class PromptBuilder:
 
     def clean(self, instruction: str) -> str:
         """The instruction as plain data."""
-        return clean_text(instruction, self.special_tokens)
+        return as_plain_line(instruction, self.special_tokens)
 
     def render(self, instruction: str) -> str:
         """The whole prompt as text, one image placeholder in it unless the processor writes it."""

@@ -258,8 +258,10 @@ class VLMPolicy(Policy):
 
     # ---- on disk -------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Writes a model folder, see `manako.policies.saving`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         save_policy(self, folder)
 
     def load_weights(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ from datasets import Dataset, Features, Image, List, Value, load_from_disk
 
 from manako.agent.errors import TrainingError
 from manako.agent.rollout import Record, Rollout
+from manako.errors import text_of
 from manako.policies.interface import Policy
 
 FORMAT = 1
@@ -192,7 +193,7 @@ def load_trajectories(
         dataset = load_from_disk(folder)
         about = json.loads(dataset.info.description) if isinstance(dataset, Dataset) else None
     except Exception as error:  # whatever pyarrow and datasets raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = text_of(error)[:200]
         raise TrainingError(
             f"{folder!r} holds no trajectories ({reason}): expected a dataset of experiments/collect.py."
         ) from error

@@ -15,7 +15,7 @@ import numpy as np
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import EvaluationEnv, Shown, ask
 from manako.agent.random_streams import RANDOM_ACTIONS, make_rng
-from manako.agent.report.figures import Episode as RecordedEpisode
+from manako.agent.report.figures import RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rollout import Episode
 from manako.policies.interface import Draws, Policy

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]  # a row of metrics.jsonl
 
 
-class Episode(NamedTuple):
+class RecordedEpisode(NamedTuple):
     """One episode as it was played."""
 
     frames: np.ndarray | Sequence[np.ndarray]  # (T + 1, H, W, 3) uint8, the last one is what the last step returned
@@ -195,7 +195,9 @@ _BAR_COLOR, _CHOSEN_COLOR = "#9db4cc", "#e07a1f"
 _SUCCESS_COLOR, _FAILURE_COLOR = "#1f7a4d", "#b3362b"
 
 
-def episode_gif(episodes: Sequence[Episode], action_names: Sequence[str], path: Path | str, fps: float = 2) -> None:
+def episode_gif(
+    episodes: Sequence[RecordedEpisode], action_names: Sequence[str], path: Path | str, fps: float = 2
+) -> None:
     """Draw whole episodes: the frame, the instruction, the action probabilities, the choice and what it paid.
 
     One picture a step, with the frame that the action was chosen on and the reward that followed; then the episode's
@@ -239,7 +241,7 @@ def episode_gif(episodes: Sequence[Episode], action_names: Sequence[str], path: 
     _replace(path, stored.getvalue())
 
 
-def _check(index: int, episode: Episode, num_actions: int) -> None:
+def _check(index: int, episode: RecordedEpisode, num_actions: int) -> None:
     steps, frames, texts, rewards = map(len, (episode.actions, episode.frames, episode.instructions, episode.rewards))
     if steps == 0 or frames != steps + 1 or texts not in (steps, steps + 1) or rewards != steps:
         raise TrainingError(
@@ -267,7 +269,7 @@ def _scaled_size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _picture(
-    episode: Episode,
+    episode: RecordedEpisode,
     t: int,
     head: str,
     instruction: Sequence[str],

@@ -185,7 +185,7 @@ def preprocessing(bench: Bench) -> tuple[dict[str, Work], bool]:
         ]
 
     def ours() -> torch.Tensor:
-        return pipeline.pixels(pipeline.geometry(frames))["pixel_values"]
+        return pipeline.pixels(pipeline.resize(frames))["pixel_values"]
 
     works: dict[str, Work] = {
         "library": lambda: len(library()),

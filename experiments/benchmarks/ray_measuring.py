@@ -11,7 +11,8 @@ import torch
 from manako.agent.backends import make_rollouts
 from manako.agent.interfaces import Rollouts
 from manako.agent.ppo_settings import PPOSettings
-from manako.agent.workers.cluster import call_seconds, cluster
+from manako.agent.workers.cluster import cluster
+from manako.agent.workers.ray_env import call_seconds
 from manako.agent.workers.settings import Backend, WorkerSettings
 from manako.envs.settings import EnvSettings
 from manako.experiments.benchmarks.settings import RayBenchmarkSettings

@@ -20,11 +20,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from manako.envs import TRAINING, episode_seed, make_env
+from manako.envs import TRAINING, episode_seed, held_out_seeds, make_vlm_env
 from manako.envs.tiles import COLORS
 from manako.experiments.benchmarks.settings import RUN, CompareSettings
 from manako.experiments.benchmarks.steps_to_success import Curve, Judge, print_table, train_ours
-from manako.experiments.common.environments import held_out_seeds
 from manako.experiments.common.settings import PPOCommand
 
 Seen = dict[str, np.ndarray]  # {"image": (H, W, 3) uint8, "color": (colours,) float32}, or a batch of them
@@ -42,7 +41,7 @@ class NamedColor(gym.Wrapper):
     """
 
     def __init__(self, env_id: str, seed: int, slot: int) -> None:
-        env = make_env(env_id)
+        env = make_vlm_env(env_id)
         super().__init__(env)
         self.observation_space = gym.spaces.Dict(
             image=env.observation_space["image"],  # type: ignore[index]
@@ -189,7 +188,7 @@ def compare(given: CompareSettings) -> dict[str, list[dict[str, Any]]]:
         run = dataclasses.replace(RUN.run, seed=seed, total_steps=given.total_steps, torch_threads=given.torch_threads)
         command = dataclasses.replace(RUN, environment=environment, run=run)
         longer = dataclasses.replace(command, run=dataclasses.replace(run, total_steps=given.total_steps_sb3))
-        episodes = held_out_seeds(seed, given.episodes)
+        episodes = held_out_seeds(given.episodes, seed)
         ours, theirs = Curve(given.success), Curve(given.success)
         train_ours(command, episodes, given.eval_every, ours)
         print(f"{OURS}, seed {seed}: {ours}", flush=True)

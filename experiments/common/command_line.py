@@ -24,12 +24,14 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
 
+from manako.errors import ManakoError, text_of
+
 Command = TypeVar("Command")
 Section = TypeVar("Section")
 EXAMPLE = "expected sections with settings, such as 'environment:' and below it '  num_envs: 64'"
 
 
-class UsageError(ValueError):
+class UsageError(ManakoError):
     """The command line or a configuration file cannot be used; the message says what came and what was expected."""
 
 
@@ -326,11 +328,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         code = main()
-    except ValueError as error:
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if not kinds & {"UsageError", "ManakoError", "EnvError", "PolicyError", "TrainingError"}:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except ManakoError as error:
+        print(f"error: {text_of(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from manako.envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv, episode_seed
+from manako.envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv
 from manako.envs.settings import EnvSettings
 
 
@@ -20,7 +20,7 @@ def make_vector_env(
         settings.env,
         num_envs,
         seed=seed,
-        stream=HELD_OUT if held_out else TRAINING,
+        split=HELD_OUT if held_out else TRAINING,
         first_slot=first_slot,
         group_size=group_size,
         seed_lists=seed_lists,
@@ -49,8 +49,3 @@ def knows_expert(env: EpisodeVectorEnv, needed: bool = False) -> bool:
             raise
         return False
     return True
-
-
-def held_out_seeds(seed: int, count: int) -> list[int]:
-    """Returns the evaluation's episode seeds, none of which a training episode has."""
-    return [episode_seed(seed, HELD_OUT, 0, episode) for episode in range(count)]

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 from manako.agent.report.evaluation import evaluate_all
+from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
-from manako.experiments.common.environments import held_out_seeds, make_vector_env
+from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.progress import plain_console, print_table
 from manako.experiments.common.results import write_gif
 from manako.experiments.common.settings import EvaluateCommand
@@ -29,7 +30,7 @@ def evaluate(command: EvaluateCommand, name: str) -> int:
         evaluations = evaluate_all(
             policy,
             env,
-            held_out_seeds(run.seed, run.episodes),
+            held_out_seeds(run.episodes, run.seed),
             run.sample,
             done=lambda row, result: console.print(f"{row.replace('_', ' ')}: {result.summary()['success']:.1%}"),
         )

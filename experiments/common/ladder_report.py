@@ -13,9 +13,10 @@ from manako.agent.data.trajectories import episode_success, load_trajectories
 from manako.agent.report.evaluation import evaluate
 from manako.agent.report.statistics import mcnemar
 from manako.agent.tuning.forgetting import remember
+from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.command_line import build, checked_sections
-from manako.experiments.common.environments import held_out_seeds, make_vector_env
+from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.progress import episodes_in_words, plain_console
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import OF_PRESETS, PPOCommand
@@ -37,7 +38,7 @@ def report(
     """
     start = build(PPOCommand, checked_sections(PPOCommand, common, "common"))
     environment, source, seed = start.environment, start.policy, start.run.seed
-    seeds = held_out_seeds(seed, episodes)
+    seeds = held_out_seeds(episodes, seed)
     trained = {name: step for name, step in done.items() if step["runner"] != "collect"}
     rows: list[dict[str, Any]] = []
     success: dict[str, list[bool]] = {}

@@ -7,8 +7,9 @@ from typing import Any
 
 from manako.agent.checkpoint import write_folder
 from manako.agent.report import evaluation, figures
+from manako.envs import held_out_seeds
 from manako.envs.settings import EnvSettings
-from manako.experiments.common.environments import held_out_seeds, make_vector_env
+from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import TrainCommand
 from manako.policies import VLMPolicy, save_policy
@@ -33,7 +34,7 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
         The content of evaluation.json, which the caller writes last.
     """
     run, environment = command.run, command.environment
-    seeds = held_out_seeds(run.seed, max(run.eval_episodes, run.gif_episodes))
+    seeds = held_out_seeds(max(run.eval_episodes, run.gif_episodes), run.seed)
     count = min(num_envs, run.eval_episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
         rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes])
@@ -47,5 +48,5 @@ def write_gif(environment: EnvSettings, policy: VLMPolicy, seed: int, episodes: 
     """The first held-out episodes, played greedily; no file for none."""
     if episodes:
         with contextlib.closing(make_vector_env(environment, episodes, seed, held_out=True)) as env:
-            played = evaluation.record_episodes(policy, env, held_out_seeds(seed, episodes))
+            played = evaluation.record_episodes(policy, env, held_out_seeds(episodes, seed))
             figures.episode_gif(played, env.action_names, path)

@@ -380,7 +380,7 @@ def test_it_learns_to_name_colors_from_pixels(tmp_path):
         gamma=0.0,
     )
     seeds = [episode_seed(0, HELD_OUT, 0, episode) for episode in range(200)]
-    held_out = color_env(32, stream=HELD_OUT)
+    held_out = color_env(32, split=HELD_OUT)
     before = evaluate(policy, held_out, seeds).summary()["success"]
     trainer = PPOTrainer(policy, args, env)
     trainer.train()

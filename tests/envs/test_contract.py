@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from manako import envs
-from manako.envs.observation import InstructionText, VLMObservation, as_frame, clean_text, is_picture
+from manako.envs.observation import InstructionText, VLMObservation, as_frame, is_picture, without_control_characters
 from manako.envs.tasks import success_rule
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def test_own_ids_are_registered_once_and_again():
 def test_sigterm_still_ends_a_process_that_has_drawn(env_id):
     pytest.importorskip("pygame")
     code = (
-        f"import time; from manako import envs; env = envs.make_env({env_id!r}); env.reset(seed=0); env.step(0); "
+        f"import time; from manako import envs; env = envs.make_vlm_env({env_id!r}); env.reset(seed=0); env.step(0); "
         "print('drawn', flush=True); time.sleep(30)"
     )
     process = subprocess.Popen(
@@ -130,7 +130,7 @@ def test_sigterm_still_ends_a_process_that_has_drawn(env_id):
 )
 def test_gymnasium_classics(env_id):
     pytest.importorskip("pygame")
-    env = envs.make_env(env_id)
+    env = envs.make_vlm_env(env_id)
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
     assert observation["image"].shape == env.frame_shape and observation["image"].std() > 0
@@ -150,7 +150,7 @@ def test_gymnasium_classics(env_id):
 )
 def test_minigrid_shows_pixels_and_not_object_codes(env_id, mission):
     pytest.importorskip("minigrid")
-    env = envs.make_env(env_id, env_kwargs={"tile_size": 8})
+    env = envs.make_vlm_env(env_id, env_kwargs={"tile_size": 8})
     observation, _ = env.reset(seed=1)
     assert env.unwrapped.observation_space["image"].shape == (7, 7, 3)  # the codes
     assert env.image_from == "render()"
@@ -164,20 +164,20 @@ def test_minigrid_shows_pixels_and_not_object_codes(env_id, mission):
 
 def test_minigrid_mission_follows_the_episode():
     pytest.importorskip("minigrid")
-    env = envs.make_env("MiniGrid-GoToDoor-5x5-v0", env_kwargs={"tile_size": 8})
+    env = envs.make_vlm_env("MiniGrid-GoToDoor-5x5-v0", env_kwargs={"tile_size": 8})
     assert len({env.reset(seed=seed)[0]["instruction"] for seed in range(12)}) > 1
 
 
 def test_atari_shows_its_own_observation():
     pytest.importorskip("ale_py")
-    env = envs.make_env("ALE/Pong-v5")
+    env = envs.make_vlm_env("ALE/Pong-v5")
     observation, _ = env.reset(seed=2**31 - 1)
     assert env.image_from == "observation"
     assert env.observation_space.contains(observation)
     assert np.array_equal(observation["image"], env.unwrapped.ale.getScreenRGB())
     assert env.action_names == ("NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE")
     assert env.action_names_from == "get_action_meanings()"
-    grey = envs.make_env("ALE/Pong-v5", env_kwargs={"obs_type": "grayscale"})
+    grey = envs.make_vlm_env("ALE/Pong-v5", env_kwargs={"obs_type": "grayscale"})
     image = grey.reset(seed=0)[0]["image"]
     assert image.shape == (210, 160, 3)
     assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
@@ -316,10 +316,10 @@ def test_an_instruction_attribute_is_read_again_at_every_step():
 
 def test_instructions_lose_control_characters_and_nothing_else():
     text = "red\x00 \x1b[31mball\x7f\ud800\r\n\tärger 眼 🟥"
-    assert clean_text(text) == "red [31mball\n\tärger 眼 🟥"
+    assert without_control_characters(text) == "red [31mball\n\tärger 眼 🟥"
     env = VLMObservation(Screen(instruction=text))
     observation, _ = env.reset()
-    assert observation["instruction"] == clean_text(text)
+    assert observation["instruction"] == without_control_characters(text)
     assert env.observation_space.contains(observation)
 
 
@@ -476,11 +476,11 @@ def test_success(task, threshold, argument, episode, expected):
 def test_success_is_said_in_words():
     assert success_rule(None, None, None).sentence.endswith("else the episode's return is above 0")
     assert success_rule(None, None, 2).sentence == "the episode's return is at least 2"
-    env = envs.make_env("manako/GoTo-v0", success_return=1.5)
+    env = envs.make_vlm_env("manako/GoTo-v0", success_return=1.5)
     assert env.success_return == 1.5
     pytest.importorskip("pygame")
-    assert envs.make_env("CartPole-v1").success_return == 475
-    assert "terminates by itself with a return of at least -99" in envs.make_env("CliffWalking-v1").success.sentence
+    assert envs.make_vlm_env("CartPole-v1").success_return == 475
+    assert "terminates by itself with a return of at least -99" in envs.make_vlm_env("CliffWalking-v1").success.sentence
 
 
 # From an id to an environment
@@ -533,7 +533,7 @@ def plugin_folder(tmp_path, monkeypatch):
 
 
 def test_a_plugin_from_the_current_folder(plugin_folder):
-    env = envs.make_env("lamp_plugin:Lamp-v0", env_kwargs={"bright": 200, "max_episode_steps": 2})
+    env = envs.make_vlm_env("lamp_plugin:Lamp-v0", env_kwargs={"bright": 200, "max_episode_steps": 2})
     dark = env.reset(seed=0)[0]
     assert dark["instruction"] == "switch the lamp on" and env.action_names == ("leave", "switch")
     assert env.step(0)[3] is False and env.step(0)[3] is True  # truncated
@@ -546,7 +546,7 @@ def test_a_plugin_in_a_process_that_starts_in_its_folder(tmp_path):
     (tmp_path / "lamp_plugin.py").write_text(PLUGIN)
     code = (
         f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]; "
-        "from manako import envs; print(envs.make_env('lamp_plugin:Lamp-v0').action_names)"
+        "from manako import envs; print(envs.make_vlm_env('lamp_plugin:Lamp-v0').action_names)"
     )
     assert run_python(code, cwd=tmp_path) == "('leave', 'switch')\n"
 
@@ -575,7 +575,7 @@ def test_a_plugin_in_a_process_that_starts_in_its_folder(tmp_path):
 )
 def test_what_cannot_be_made(plugin_folder, env_id, env_kwargs, says):
     with pytest.raises(envs.EnvError, match=says) as caught:
-        envs.make_env(env_id, env_kwargs=env_kwargs)
+        envs.make_vlm_env(env_id, env_kwargs=env_kwargs)
     assert "\n" not in str(caught.value)
 
 
@@ -595,7 +595,7 @@ def test_a_missing_extra_is_named(monkeypatch, env_id, package, extra):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails, as if it were not installed
     with pytest.raises(envs.EnvError, match=rf'pip install "manako\[{extra}\]"'):
-        envs.make_env(env_id)
+        envs.make_vlm_env(env_id)
 
 
 def test_render_mode_goes_only_to_those_who_take_it(plugin_folder):
@@ -628,12 +628,12 @@ def test_render_mode_goes_only_to_those_who_take_it(plugin_folder):
     gym.register("Blind-v0", Blind)
     gym.register("Deaf-v0", Deaf)
     gym.register("Function-v0", lambda render_mode: Screen(render_mode=render_mode))
-    assert envs.make_env("Mute-v0").image_from == "observation"
-    assert envs.make_env("MuteFunction-v0").image_from == "observation"
-    assert envs.make_env("Function-v0").image_from == "render()"
+    assert envs.make_vlm_env("Mute-v0").image_from == "observation"
+    assert envs.make_vlm_env("MuteFunction-v0").image_from == "observation"
+    assert envs.make_vlm_env("Function-v0").image_from == "render()"
     with pytest.raises(envs.EnvError, match="Moody-v0 broke while .*: LookupError: not today"):
-        envs.make_env("Moody-v0")
+        envs.make_vlm_env("Moody-v0")
     with pytest.raises(envs.EnvError, match="Blind-v0 has no picture to show"):
-        envs.make_env("Blind-v0")
+        envs.make_vlm_env("Blind-v0")
     with pytest.raises(envs.EnvError, match="Deaf-v0 declares the render mode 'rgb_array', .* takes no render_mode"):
-        envs.make_env("Deaf-v0")
+        envs.make_vlm_env("Deaf-v0")

@@ -116,7 +116,7 @@ def test_captions_say_what_is_there():
     kind = goto.instruction.removeprefix("go to the ")
     assert f"{kind} at {place_name(*goto._target, 3, 3)}" in goto.caption()
     assert goto.caption().startswith(f"cross at {place_name(*goto._agent, 3, 3)}, ")
-    lake = envs.make_env("FrozenLake-v1", env_kwargs={"is_slippery": False})
+    lake = envs.make_vlm_env("FrozenLake-v1", env_kwargs={"is_slippery": False})
     lake.reset(seed=0)
     lake.step(1)
     around = "edge left, ice below, hole right, ice above"

@@ -225,13 +225,13 @@ def test_goto_without_a_second_object_has_no_alternative():
 )
 def test_goto_refuses_what_cannot_be_drawn(kwargs, says):
     with pytest.raises(envs.EnvError, match=says):
-        envs.make_env("manako/GoTo-v0", env_kwargs=kwargs)
+        envs.make_vlm_env("manako/GoTo-v0", env_kwargs=kwargs)
 
 
 @pytest.mark.parametrize(("kwargs", "says"), [({"size": 1}, "size is 1"), ({"colors": ["mauve", "red"]}, "mauve")])
 def test_color_match_refuses_what_cannot_be_drawn(kwargs, says):
     with pytest.raises(envs.EnvError, match=says):
-        envs.make_env("manako/ColorMatch-v0", env_kwargs=kwargs)
+        envs.make_vlm_env("manako/ColorMatch-v0", env_kwargs=kwargs)
 
 
 def test_color_match_is_solved_by_looking_only():
@@ -256,7 +256,7 @@ def test_color_match_is_solved_by_looking_only():
 
 
 def test_colors_by_name_set_the_actions():
-    env = envs.make_env("manako/ColorMatch-v0", env_kwargs={"colors": ["pink", "cyan", "red"]})
+    env = envs.make_vlm_env("manako/ColorMatch-v0", env_kwargs={"colors": ["pink", "cyan", "red"]})
     assert env.action_names == ("pink", "cyan", "red")
 
 

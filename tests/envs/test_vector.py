@@ -127,11 +127,13 @@ def test_slots_play_the_same_episodes_under_any_split():
 
 
 def test_each_slot_walks_through_its_own_seeds():
-    vector = EpisodeVectorEnv("manako/ColorMatch-v0", 3, seed=9, stream=HELD_OUT, first_slot=4)
+    vector = EpisodeVectorEnv("manako/ColorMatch-v0", 3, seed=9, split=HELD_OUT, first_slot=4)
     vector.reset()
     for episode in range(5):
         assert vector.episode_seeds == [episode_seed(9, HELD_OUT, 4 + slot, episode) for slot in range(3)]
-        alone = [envs.make_env("manako/ColorMatch-v0").reset(seed=seed)[0]["image"] for seed in vector.episode_seeds]
+        alone = [
+            envs.make_vlm_env("manako/ColorMatch-v0").reset(seed=seed)[0]["image"] for seed in vector.episode_seeds
+        ]
         result = vector.step(np.zeros(3, np.int64))
         assert np.array_equal(result.observations.images, np.stack(alone))
         vector.reset_done(result.terminated)
@@ -141,7 +143,7 @@ def test_explicit_seeds_for_evaluation():
     vector = EpisodeVectorEnv(GOTO, 3)
     seen = vector.reset(seeds=[10, 11, 12])
     for slot, seed in enumerate((10, 11, 12)):
-        assert np.array_equal(seen.images[slot], envs.make_env(GOTO).reset(seed=seed)[0]["image"])
+        assert np.array_equal(seen.images[slot], envs.make_vlm_env(GOTO).reset(seed=seed)[0]["image"])
     again = vector.reset_done(np.array([False, True, True]), seeds=[10, 13])
     assert vector.episode_seeds == [10, 10, 13]
     assert np.array_equal(again.images[1], seen.images[0])
@@ -207,7 +209,7 @@ def test_returned_arrays_are_never_written_again():
 def test_success_is_judged_where_an_episode_ends():
     vector = EpisodeVectorEnv("manako/ColorMatch-v0", 8)
     vector.reset()
-    assert vector.success_rule == envs.make_env("manako/ColorMatch-v0").success.sentence
+    assert vector.success_rule == envs.make_vlm_env("manako/ColorMatch-v0").success.sentence
     wins = 0
     for _ in range(10):
         result = vector.step(np.zeros(8, np.int64))
@@ -350,7 +352,7 @@ def test_a_state_between_an_end_and_the_restart():
 
 def test_success_survives_a_resume():
     """The return that decides it began before the save."""
-    steps = int(envs.make_env("Walk-v0").reset(seed=4)[0]["instruction"].split()[1])
+    steps = int(envs.make_vlm_env("Walk-v0").reset(seed=4)[0]["instruction"].split()[1])
     original = EpisodeVectorEnv("Walk-v0", 1, success_return=0.5 * steps)
     original.reset(seeds=[4])
     original.step(np.zeros(1, np.int64))
@@ -424,7 +426,7 @@ def test_goto_names_another_object_on_the_board():
     seen = vector.reset()
     replaced = vector.replaced_instructions()
     for slot in range(6):
-        env = envs.make_env(GOTO)
+        env = envs.make_vlm_env(GOTO)
         env.reset(seed=vector.episode_seeds[slot])
         assert replaced[slot] == env.unwrapped.alternative_instruction() != seen.instructions[slot]
 

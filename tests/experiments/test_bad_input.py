@@ -88,7 +88,7 @@ FLAGS = {
     "no episodes": (["--eval_episodes", "0"], "eval_episodes is 0"),
     "dtype": (["--dtype", "float64"], "one of float32, bfloat16"),
     "trainable": (["--trainable", "head"], "one of full, adapter, lora"),
-    "config without a file": (["--config"], "--config FILE"),
+    "config without a file": (["--config"], "--config: expected one argument"),
     "config missing": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "env misspelt": (["--env", "FrozenLak-v1"], "FrozenLake"),
     "env module missing": (["--env", "no_such_module:Mine-v0"], "no_such_module"),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from manako.envs import held_out_seeds
 from manako.experiments.benchmarks.acting import Bench, GeneratePerEnv, WholeBatch, preprocessing
 from manako.experiments.benchmarks.flops import FlopCounter, breakdown, count_flops, gemms, kind_of
 from manako.experiments.benchmarks.settings import SpeedSettings
@@ -21,7 +22,6 @@ from manako.experiments.benchmarks.timing import in_turns, rate, ratio, spread
 from manako.experiments.benchmarks.updating import UPDATES, Learner, trainer_args, trainer_overhead, update_work
 from manako.experiments.benchmarks.workload import make_workload
 from manako.experiments.common.command_line import UsageError, parse
-from manako.experiments.common.environments import held_out_seeds
 from manako.experiments.common.settings import PPOCommand
 
 ROOT = Path(__file__).parents[2]
@@ -258,7 +258,8 @@ def test_sizes_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("script", ["speed", "ray_workers", "compare_sb3"])
 def test_help_needs_no_torch(script):
-    code = f"import sys, manako.experiments.benchmarks.{script}; print([m for m in ('torch', 'stable_baselines3') if m in sys.modules])"
+    heavy = ("torch", "stable_baselines3")
+    code = f"import sys, manako.experiments.benchmarks.{script}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

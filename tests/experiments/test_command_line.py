@@ -36,6 +36,7 @@ from manako.experiments.common.settings import (
     check_together,
     moved,
 )
+from manako.experiments.submit_ray_job import JobCommand, job_words
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [PPOCommand, CollectCommand, SFTCommand, DPOCommand, EvaluateCommand]
@@ -148,6 +149,20 @@ def test_goto_is_what_is_trained_where_nothing_is_named(monkeypatch, yaml_file):
     assert line("--env", "manako/GoTo-v0").settings == PPOCommand()
     assert line("--config", yaml_file("run: {seed: 1}")).settings.ppo == PPOSettings()
     assert line("--resume", "runs/1").file is None
+
+
+def test_a_job_is_given_all_settings_as_text():
+    def words(*given: str) -> list[str]:
+        return job_words(read_command_line(JobCommand, "", given), "/shared/1")
+
+    system = '{"policy": {"system": "Play: {actions}"}}'
+    given = ["--config", system, "--env", "a:B-v0", "--env_kwargs", '{"size": 4}', "--target_kl", "0.1"]
+    sent = read(*words(*given, "--follow", "false"))
+    command = read(*given)
+    assert sent == dataclasses.replace(command, run=dataclasses.replace(command.run, output_dir="/shared/1"))
+    assert words("--resume", "1") == ["--resume", "/shared/1"]
+    moved_on = read_command_line(PPOCommand, "", words("--resume", "1", "--rollout_backend", "ray-env"))
+    assert moved_on.given == {"resume", "rollout_backend"}
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from manako.agent.workers.worker import EnvWorker, History, ReplicaWorker, Segment
+from manako.agent.workers.env_worker import EnvWorker
+from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker
+from manako.agent.workers.segments import History, Segment
 
 NUM_STEPS = 5
 SETTINGS = {"length": 7, "limit": 3}
@@ -92,24 +94,20 @@ def make_policy(trainable: str = "full", dtype: str = "float32") -> Any:
 
 def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any = None) -> Any:
     """The local backend that the others are held against."""
-    from manako.agent.rollout import RolloutCollector
+    from manako.agent.collector import RolloutCollector
 
     return RolloutCollector((maker or env_maker())(0, num_envs), policy, NUM_STEPS, seed=3, batch_size=batch_size)
 
 
-def replica_arguments(maker: Any = None, batch_size: int | None = None, **policy: Any) -> dict[str, Any]:
-    """Arguments of ReplicaWorker without its threads."""
-    return {
-        "make_env": maker or env_maker(),
-        "make_policy": functools.partial(make_policy, **policy),
-        "num_steps": NUM_STEPS,
-        "seed": 3,
-        "reference": False,
-        "batch_size": batch_size,
-        "bf16": False,
-        "rounds": False,
-        "recorded": None,
-    }
+def replica_settings(maker: Any = None, batch_size: int | None = None, **policy: Any) -> ReplicaSettings:
+    """What workers with a copy of the tiny policy are made from."""
+    return ReplicaSettings(
+        make_env=maker or env_maker(),
+        make_policy=functools.partial(make_policy, **policy),
+        num_steps=NUM_STEPS,
+        seed=3,
+        batch_size=batch_size,
+    )
 
 
 class Curious(EnvWorker):
@@ -127,7 +125,7 @@ class Outdated(ReplicaWorker):
 
     def collect(self, segment: Any, iteration: int, version: int, weights: Any, state: Any) -> Any:
         packed, after = super().collect(segment, iteration, version, weights, state)
-        return {**packed, "version": version - 1}, after
+        return packed._replace(version=version - 1), after
 
 
 class Unready:

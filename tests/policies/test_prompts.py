@@ -9,7 +9,7 @@ from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed import ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.prompts import MAX_INSTRUCTION_CHARS, PromptBuilder, clean_text
+from manako.policies.prompts import MAX_INSTRUCTION_CHARS, PromptBuilder, as_plain_line
 from manako.policies.source import SYSTEM
 from tests.helpers.foreign_models import (
     FRAME,
@@ -48,21 +48,21 @@ PLAIN = "Go to the red ball (the 2nd), then wait: it's 50% of 3 < 5? – naïve 
         ("<IMAGE> < image >", "<IMAGE> < image >"),  # not the token
     ],
 )
-def test_clean_text(text, cleaned):
-    assert clean_text(text, TOKENS) == cleaned
-    assert clean_text(cleaned, TOKENS) == cleaned
+def test_as_plain_line(text, cleaned):
+    assert as_plain_line(text, TOKENS) == cleaned
+    assert as_plain_line(cleaned, TOKENS) == cleaned
 
 
 def test_text_is_capped():
-    assert clean_text("x" * 5000, TOKENS) == "x" * MAX_INSTRUCTION_CHARS
-    assert clean_text("abc def", TOKENS, max_chars=4) == "abc"
-    assert clean_text("<image>" * 1000 + "go", TOKENS) == "go"
-    nested = clean_text("<im" * 10**5 + "age>" * 10**5, TOKENS)  # in an instant
+    assert as_plain_line("x" * 5000, TOKENS) == "x" * MAX_INSTRUCTION_CHARS
+    assert as_plain_line("abc def", TOKENS, max_chars=4) == "abc"
+    assert as_plain_line("<image>" * 1000 + "go", TOKENS) == "go"
+    nested = as_plain_line("<im" * 10**5 + "age>" * 10**5, TOKENS)  # in an instant
     assert len(nested) <= MAX_INSTRUCTION_CHARS and "<image>" not in nested
 
 
 def test_tokens_of_white_space_do_not_eat_the_text():
-    assert clean_text("go  up", ["", " ", "  ", "\n"]) == "go up"
+    assert as_plain_line("go  up", ["", " ", "  ", "\n"]) == "go up"
 
 
 @pytest.fixture(scope="module")

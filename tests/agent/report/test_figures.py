@@ -8,7 +8,7 @@ from PIL import Image, ImageColor, ImageSequence
 
 from manako.agent.errors import TrainingError
 from manako.agent.report import figures
-from manako.agent.report.figures import Episode, episode_gif, learning_curve
+from manako.agent.report.figures import RecordedEpisode, episode_gif, learning_curve
 
 NAMES = ("up", "down", "left", "right")
 
@@ -45,14 +45,16 @@ def count(picture: np.ndarray, color: str, tolerance: int = 12) -> int:
     return int((abs(picture.astype(int) - ImageColor.getrgb(color)).max(-1) <= tolerance).sum())
 
 
-def episode(num_actions: int = 4, steps: int = 3, success: bool = True, size: tuple[int, int] = (8, 8)) -> Episode:
+def episode(
+    num_actions: int = 4, steps: int = 3, success: bool = True, size: tuple[int, int] = (8, 8)
+) -> RecordedEpisode:
     """Frame t is one colour, all actions are equally likely but the chosen one, t, has probability 0.6."""
     frames = np.zeros((steps + 1, *size, 3), np.uint8)
     frames[:] = (50 * np.arange(steps + 1))[:, None, None, None]
     probabilities = np.full((steps, num_actions), 0.4 / (num_actions - 1))
     actions = [t % num_actions for t in range(steps)]
     probabilities[range(steps), actions] = 0.6
-    return Episode(frames, ["go to the blue ball"] * steps, probabilities, actions, [0.2] * steps, success)
+    return RecordedEpisode(frames, ["go to the blue ball"] * steps, probabilities, actions, [0.2] * steps, success)
 
 
 # ------------------------------------------------------------------------------------------------- learning curve

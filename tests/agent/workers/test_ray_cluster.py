@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.ray_segments import NUM_STEPS, local, make_policy, replica_arguments, same_bits
+from tests.helpers import users_folder
+from tests.helpers.ray_segments import local, make_policy, replica_settings, same_bits
 
 ROOT = Path(__file__).parents[3]
 RUNNER, SUBMIT = ROOT / "experiments/run_ppo.py", ROOT / "experiments/submit_ray_job.py"
@@ -81,7 +82,7 @@ def test_a_run_in_workers_from_a_users_folder_leaves_nothing_behind(folder):
     """Plugin, three kinds of files, and the processes."""
     before = ray_processes()
     run = [sys.executable, RUNNER, "--env", "lamp_plugin:Lamp-v0", *SMALL]
-    done = command(*run, "--output_dir", "b", "--rollout_backend", "ray-replica", "--num-workers", "2", folder=folder)
+    done = command(*run, "--output_dir", "b", "--rollout_backend", "ray-replica", "--num_workers", "2", folder=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "b/final/model.safetensors").is_file() and (folder / "b/evaluation.json").is_file()
     rows = [json.loads(line) for line in (folder / "b/metrics.jsonl").read_text().splitlines()]
@@ -158,7 +159,8 @@ def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
     import ray
     from ray.cluster_utils import Cluster
 
-    from manako.agent.workers.ray_backends import ReplicaRollouts, WorkerOptions
+    from manako.agent.workers.options import WorkerOptions
+    from manako.agent.workers.ray_replica import ReplicaRollouts
 
     policy = make_policy()
     plain = local(4, policy, batch_size=2)
@@ -168,9 +170,7 @@ def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
         second = nodes.add_node(num_cpus=1)
         ray.init(address=nodes.address, log_to_driver=False)
         options = WorkerOptions(num_workers=2, cpus=1.0, placement_timeout=20.0, timeout=30.0)
-        with contextlib.closing(
-            ReplicaRollouts(replica_arguments(batch_size=2), policy, 4, NUM_STEPS, 100, options)
-        ) as rollouts:
+        with contextlib.closing(ReplicaRollouts(replica_settings(batch_size=2), policy, 4, 100, options)) as rollouts:
             same_bits(rollouts.collect(0), plain.collect(0))
             assert len({node["NodeID"] for node in ray.nodes() if node["Alive"]}) == 2
             threading.Timer(0.02, nodes.remove_node, [second], {"allow_graceful": False}).start()
@@ -182,10 +182,10 @@ def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
             nodes.add_node(num_cpus=1)
             until = time.monotonic() + 30
             iteration = 4
-            while len(set(rollouts.supervisor._owner)) < 2 and time.monotonic() < until:
+            while len(set(rollouts.supervisor.owners())) < 2 and time.monotonic() < until:
                 same_bits(rollouts.collect(iteration), plain.collect(iteration))
                 iteration += 1
-            assert len(set(rollouts.supervisor._owner)) == 2  # the new node's worker has its segment
+            assert len(set(rollouts.supervisor.owners())) == 2  # the new node's worker has its segment
     finally:
         ray.shutdown()
         nodes.shutdown()
@@ -235,6 +235,17 @@ def test_a_submitted_job_trains_with_a_plugin_and_writes_its_run(head, folder):
     assert "iteration    3/3" in done.stdout and "succeeded" in done.stdout  # the log was followed
     assert set(json.loads((folder / "run/evaluation.json").read_text())["policy"]) >= {"success", "episodes"}
     assert "ray-env" in (folder / "run/config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ray-env", "ray-replica"])
+def test_a_submitted_job_finds_the_users_own_envs(head, backend, tmp_path):
+    folder = users_folder.fill(tmp_path)
+    words = ["--job_address", head.address, "--env", "envs.mine:Corridor-v0", *SMALL, "--output_dir", "run"]
+    words += ["--rollout_backend", backend, "--num_workers", "2", "--worker_cpus", "0.5"]
+    done = command(sys.executable, SUBMIT, *words, folder=folder, **head.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "run/evaluation.json").is_file()
 
 
 @pytest.mark.slow

@@ -18,17 +18,16 @@ from manako.agent.data.trajectories import ScriptedDemonstrator, to_dataset
 from manako.agent.errors import TrainingError, WorkersError
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback
-from manako.agent.workers.ray_backends import (
-    CentralRollouts,
-    RayVectorEnv,
-    ReplicaRollouts,
-    Supervisor,
-    WorkerOptions,
-    cluster,
-    segments_of,
-)
+from manako.agent.workers.cluster import check_address, cluster
+from manako.agent.workers.env_worker import EnvWorker, SegmentNotHere
+from manako.agent.workers.options import WorkerOptions
+from manako.agent.workers.ray_env import CentralRollouts, RayVectorEnv
+from manako.agent.workers.ray_replica import ReplicaRollouts
+from manako.agent.workers.replica_worker import ReplicaWorker
+from manako.agent.workers.segments import Segment, segments_of
 from manako.agent.workers.settings import WorkerSettings
-from manako.agent.workers.worker import EnvWorker, ReplicaWorker, Segment, as_arrays, load_trainable, trainable_tensors
+from manako.agent.workers.supervisor import Supervisor
+from manako.agent.workers.weights import as_arrays, load_trainable, trainable_tensors
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.building import make_rollouts, policy_of_run
 from manako.experiments.common.environments import make_segment
@@ -40,7 +39,7 @@ from tests.helpers.ray_segments import (
     env_maker,
     local,
     make_policy,
-    replica_arguments,
+    replica_settings,
     same_bits,
 )
 from tests.helpers.small_runs import difference, ppo_config, weights
@@ -73,10 +72,9 @@ def replica(
     policy, num_workers=2, batch_size=2, maker=None, num_iterations=100, asynchronous=False, given=None, **source
 ):
     rollouts = ReplicaRollouts(
-        replica_arguments(maker, batch_size, **source),
+        replica_settings(maker, batch_size, **source),
         policy,
         NUM_ENVS,
-        NUM_STEPS,
         num_iterations,
         options(num_workers, **(given or {})),
         asynchronous,
@@ -189,7 +187,7 @@ def test_weights_that_are_not_the_policys_are_refused(policy):
 
 
 def test_a_fragment_of_another_version_is_never_used(policy, monkeypatch):
-    monkeypatch.setattr("manako.agent.workers.ray_backends.ReplicaWorker", ray_segments.Outdated)
+    monkeypatch.setattr("manako.agent.workers.ray_replica.ReplicaWorker", ray_segments.Outdated)
     with replica(policy, 1) as rollouts, pytest.raises(TrainingError, match=r"versions \{-1\} came, expected 0"):
         rollouts.collect(0)
 
@@ -294,7 +292,7 @@ def test_a_free_worker_takes_over_while_another_finds_no_place(policy):
         same_bits(rollouts.collect(0), plain.collect(0))
         supervisor = rollouts.supervisor
         kill(supervisor.pids()[1])
-        supervisor._class = nowhere()
+        supervisor.actor_class = nowhere()
         for iteration in range(1, 4):
             same_bits(rollouts.collect(iteration), plain.collect(iteration))
         assert supervisor.restarts == 1
@@ -305,7 +303,7 @@ def test_all_workers_dead_ends_the_run(policy):
         rollouts.collect(0)
         supervisor = rollouts.supervisor
         pids = supervisor.pids()
-        supervisor._class = nowhere()
+        supervisor.actor_class = nowhere()
         for pid in pids:
             kill(pid)
         start = time.monotonic()
@@ -328,9 +326,14 @@ def test_our_own_cluster_has_no_dashboard_and_sends_no_statistics(session):
     assert not get_dashboard_url() and not usage_stats_enabled()
 
 
+def test_workers_import_the_users_modules_before_ours(session):
+    path = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert path[-3:] == [str(ROOT), str(ROOT / "tests"), str(ROOT)]  # what was given, then where `manako` lies
+
+
 def test_a_worker_without_the_segment_says_so():
     worker = EnvWorker(env_maker())
-    with pytest.raises(LookupError):
+    with pytest.raises(SegmentNotHere):
         worker.step(Segment(0, 2), 3, [0, 0], None, False)
 
 
@@ -356,7 +359,7 @@ def test_asynchronous_rollouts_are_one_version_behind_whatever_the_speed():
             same_bits(mine, plain.collect(iteration)._replace(version=mine.version))
             time.sleep(0.3 * (iteration % 2))
             nudge(policy, 0.01)
-        assert rollouts._launched is None  # none beyond the run's last
+        assert rollouts.launched is None  # none beyond the run's last
 
 
 @pytest.mark.slow
@@ -395,11 +398,9 @@ def test_slots_that_cannot_be_divided():
     [("127.0.0.1:1", "Nobody answers at --ray_address '127.0.0.1:1'"), ("head", "expected host:port, or auto")],
 )
 def test_an_address_that_is_none(address, message):
-    from manako.agent.workers.ray_backends import _check_address
-
     start = time.monotonic()
     with pytest.raises(WorkersError, match=message):
-        _check_address(address)
+        check_address(address)
     assert time.monotonic() - start < 10
 
 
@@ -515,8 +516,7 @@ def test_ten_kills_at_random_moments_change_nothing(backend, tmp_path, caplog):
             assert difference(weights(unharmed), weights(policy)) == 0
             assert supervisor.restarts == 1 and rows[-1]["restarts"] <= 1
             until = time.monotonic() + 10  # the new worker may still be starting
-            while any(worker.starting for worker in supervisor._workers) and time.monotonic() < until:
-                supervisor.settle_starts()
+            while supervisor.settle_starts() and time.monotonic() < until:
                 time.sleep(0.05)
         found = re.findall(r"replaced after ([\d.]+) s", caplog.text)
         assert len(found) == 1

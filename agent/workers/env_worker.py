@@ -1,0 +1,148 @@
+"""What runs inside a worker of backend ray-env: environments only. No Ray and no torch here: a plain class."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manako.agent.workers.segments import ROUND, History, Played, Segment, State
+
+if TYPE_CHECKING:
+    from manako.agent.interfaces import Shown, VectorEnv
+
+MakeEnv = Callable[[int, int], "VectorEnv"]  # (first slot, number of slots) -> environments that were not started
+# A library that starts threads which wait in a loop, or that answers signals, must not do so in a worker.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "SDL_NO_SIGNAL_HANDLERS": "1", "SDL_VIDEODRIVER": "dummy"}
+
+
+class SegmentNotHere(LookupError):
+    """This worker does not hold the segment at that position: it must be given the history."""
+
+
+class _Held:
+    """A segment that this worker keeps."""
+
+    def __init__(self, env: "VectorEnv", history: History) -> None:
+        self.env, self.position = env, 0
+        state, observations = history.state, None
+        if state is not None and ROUND in state:
+            observations = env.start_round(state[ROUND])
+        elif state is not None:
+            observations = env.load_state_dict(state)
+        self.observations: Shown = env.reset() if observations is None else observations
+        for actions in history.actions:
+            self.step(actions)
+
+    def step(self, actions: np.ndarray) -> Any:
+        """One step and the start of new episodes: the step's result; returns, lengths and seeds of its episodes."""
+        result = self.env.step(actions)
+        returns, lengths = self.env.episode_returns, self.env.episode_lengths
+        seeds = np.array(self.env.episode_seeds)
+        ended = result.terminated | result.truncated
+        self.observations = self.env.reset_done(ended) if ended.any() else result.observations
+        self.position += 1
+        return result, returns, lengths, seeds
+
+
+class EnvWorker:
+    """Environments of one or more segments, stepped with the learner's actions.
+
+    Args:
+        make_env: makes a segment's environments.
+    """
+
+    def __init__(self, make_env: MakeEnv) -> None:
+        for name, value in WORKER_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self.make_env = make_env
+        self.held: dict[Segment, _Held] = {}
+
+    def ready(self) -> dict[str, Any]:
+        """That it runs, and as which process."""
+        return {"pid": os.getpid()}
+
+    def observe(self, segment: Segment, history: History) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Takes the segment over from its history: images and instructions now."""
+        held = self._take(segment, history)
+        return held.observations.images, held.observations.instructions
+
+    def step(
+        self, segment: Segment, position: int, actions: np.ndarray, history: History | None, want_state: bool
+    ) -> Played:
+        """One step of a segment.
+
+        Args:
+            segment: which.
+            position: steps since its history's state.
+            actions: (n,).
+            history: for a worker that does not hold the segment.
+            want_state: return the state after the step, and count positions from there.
+
+        Raises:
+            SegmentNotHere: the worker does not hold the segment at this position, and no history came.
+        """
+        held = self._at(segment, position, history)
+        try:
+            result, returns, lengths, seeds = held.step(actions)
+            state = held.env.state_dict() if want_state else None
+        except BaseException:
+            self._drop(segment)
+            raise
+        if want_state:
+            held.position = 0
+        ended = result.terminated | result.truncated
+        return Played(
+            result.observations.images,
+            tuple(result.observations.instructions),
+            result.rewards,
+            result.terminated,
+            result.truncated,
+            result.success,
+            returns,
+            lengths,
+            seeds,
+            held.observations.images[ended],
+            tuple(held.observations.instructions),
+            state,
+        )
+
+    def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray:
+        """What the env's expert would do now, (n,); arguments and errors as of `step`."""
+        held = self._at(segment, position, history)
+        return held.env.expert_actions()
+
+    def state(self, segment: Segment, history: History) -> State:
+        """The segment's state, from which positions are counted now.
+
+        The history is for a worker that does not hold the segment at its end.
+        """
+        held = self.held.get(segment)
+        if held is None or held.position != len(history.actions):
+            held = self._take(segment, history)
+        held.position = 0
+        return held.env.state_dict()
+
+    def _at(self, segment: Segment, position: int, history: History | None) -> _Held:
+        """The segment at this position, taken over from its history where one came; SegmentNotHere without either."""
+        if history is not None:
+            return self._take(segment, history)
+        held = self.held.get(segment)
+        if held is None or held.position != position:
+            raise SegmentNotHere(f"{segment} is not here at step {position}")
+        return held
+
+    def _take(self, segment: Segment, history: History) -> _Held:
+        if segment in self.held and history.state is not None and ROUND in history.state:
+            env = self.held.pop(segment).env  # a new round needs nothing of the last one
+        else:
+            self._drop(segment)
+            env = self.make_env(*segment)
+        held = self.held[segment] = _Held(env, history)
+        return held
+
+    def _drop(self, segment: Segment) -> None:
+        if segment in self.held:
+            with contextlib.suppress(Exception):  # it may be broken
+                self.held.pop(segment).env.close()

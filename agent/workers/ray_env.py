@@ -1,0 +1,222 @@
+"""Backend ray-env: workers hold environments only; the learner's policy acts for all of them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from manako.agent.backends import RolloutPlan
+from manako.agent.collector import RolloutCollector
+from manako.agent.errors import TrainingError
+from manako.agent.interfaces import Shown
+from manako.agent.rollout import Rollout
+from manako.agent.workers.env_worker import EnvWorker, MakeEnv
+from manako.agent.workers.options import WorkerOptions
+from manako.agent.workers.segments import ROUND, History, Played, State, merge_states, segments_of, split_state
+from manako.agent.workers.supervisor import Supervisor
+
+SNAPSHOT_EVERY = 64  # steps between the states that RayVectorEnv keeps
+
+
+class RayVectorEnv:
+    """N environments in workers, stepped together: to the learner a vector env like the local one.
+
+    Args:
+        make_env: makes a segment's environments, on the worker.
+        num_envs: N.
+        action_names: (A,).
+        options: the workers.
+
+    Raises:
+        WorkersError: the workers find no place, or an environment cannot be made.
+    """
+
+    first_slot = 0
+
+    def __init__(self, make_env: MakeEnv, num_envs: int, action_names: tuple[str, ...], options: WorkerOptions) -> None:
+        self.num_envs, self.action_names = num_envs, action_names
+        self.segments = segments_of(num_envs, options.num_workers)
+        self.episode_returns = np.zeros(num_envs, np.float64)  # (N,)
+        self.episode_lengths = np.zeros(num_envs, np.int64)
+        self.episode_seeds: list[int] = [0] * num_envs
+        self._histories = [History(None, ()) for _ in self.segments]
+        self._holders: list[Any] = [None] * len(self.segments)  # the actor that has played the history
+        self._ended = np.zeros(num_envs, bool)
+        self._upcoming: Shown | None = None  # after the new episodes' start
+        self.supervisor = Supervisor(EnvWorker, (make_env,), options, len(self.segments))
+
+    def reset(self, seeds: Sequence[int] | None = None) -> Shown:
+        """Starts an episode in every slot."""
+        if seeds is not None:
+            raise TrainingError("Workers play the episodes of the run's own seeds: expected no others.")
+        return self._observe()
+
+    def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Shown:
+        """The next episodes, which the workers have started with the step that ended the last ones."""
+        if seeds is not None or not np.array_equal(mask, self._ended) or self._upcoming is None:
+            raise TrainingError("Workers start the next episode in every slot whose episode has ended, and no other.")
+        return self._upcoming
+
+    def start_round(self, number: int) -> Shown:
+        """Starts a new episode in every slot; `number` selects the episodes."""
+        self._histories = [History({ROUND: number}, ()) for _ in self.segments]
+        return self._observe()
+
+    def expert_actions(self) -> np.ndarray:
+        """What the env's scripted expert would do now, (N,)."""
+
+        def submit(actor: Any, segment: int, failures: int) -> Any:
+            history = self._histories[segment]
+            known = not failures and self._holders[segment] == actor
+            self._holders[segment] = actor
+            return actor.experts.remote(self.segments[segment], len(history.actions), None if known else history)
+
+        return np.concatenate(self.supervisor.run(submit))
+
+    def step(self, actions: np.ndarray) -> "_Whole":
+        """One action (N,) in every slot."""
+        parts = [actions[first : first + size] for first, size in self.segments]
+        snapshot = [len(history.actions) + 1 >= SNAPSHOT_EVERY for history in self._histories]
+
+        def submit(actor: Any, segment: int, failures: int) -> Any:
+            history = self._histories[segment]
+            known = not failures and self._holders[segment] == actor
+            self._holders[segment] = actor
+            return actor.step.remote(
+                self.segments[segment],
+                len(history.actions),
+                parts[segment],
+                None if known else history,
+                snapshot[segment],
+            )
+
+        played: list[Played] = self.supervisor.run(submit)
+        for segment, part in enumerate(played):
+            history = self._histories[segment]
+            self._histories[segment] = (
+                History(part.state, ())
+                if part.state is not None
+                else History(history.state, (*history.actions, parts[segment]))
+            )
+        whole = _join(played)
+        self.episode_returns, self.episode_lengths = whole.returns, whole.lengths
+        self.episode_seeds = whole.seeds.tolist()
+        self._ended = whole.terminated | whole.truncated
+        self._upcoming = _Seen(whole.next_images, whole.next_instructions)
+        return whole
+
+    def state_dict(self) -> State:
+        """As the local vector env would write it."""
+
+        def submit(actor: Any, segment: int, failures: int) -> Any:
+            history = self._histories[segment]
+            self._holders[segment] = actor
+            return actor.state.remote(self.segments[segment], history)
+
+        states = self.supervisor.run(submit)
+        self._histories = [History(state, ()) for state in states]
+        return merge_states(states)
+
+    def load_state_dict(self, state: State) -> Shown | None:
+        """Brings every slot back to where it was."""
+        self._histories = [History(part, ()) for part in split_state(state, self.segments)]
+        return None if state["slots"] is None else self._observe()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.supervisor.close()
+
+    def _observe(self) -> Shown:
+        def submit(actor: Any, segment: int, failures: int) -> Any:
+            self._holders[segment] = actor
+            return actor.observe.remote(self.segments[segment], self._histories[segment])
+
+        seen = self.supervisor.run(submit)
+        return _Seen(np.concatenate([images for images, _ in seen]), tuple(text for _, texts in seen for text in texts))
+
+
+class CentralRollouts(RolloutCollector):
+    """Rollouts of the learner's policy in the environments of workers."""
+
+    env: RayVectorEnv
+    _state: State | None = None
+
+    def collect(self, iteration: int) -> Rollout:
+        """Plays the T steps, and keeps the state after them: once an environment is lost nobody can ask it."""
+        rollout = super().collect(iteration)
+        self._state = self.env.state_dict()
+        return rollout
+
+    def state_dict(self) -> State:
+        """Where the environments were after the last rollout."""
+        return self.env.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: State, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Brings the environments back to where they were."""
+        super().load_state_dict(state, tensors)
+        self._state = state
+
+    def metrics(self) -> dict[str, float]:
+        """Replaced workers so far."""
+        return {"restarts": self.env.supervisor.restarts}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    images: Any  # (N, H, W, 3)
+    instructions: tuple[str, ...]
+
+
+class _Whole(Played):
+    """A step of all slots, with the name that the learner reads its observations under."""
+
+    @property
+    def observations(self) -> _Seen:
+        return _Seen(self.images, self.instructions)
+
+
+def _join(parts: Sequence[Played]) -> _Whole:
+    arrays = ("images", "rewards", "terminated", "truncated", "success", "returns", "lengths", "seeds")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+    upcoming = joined["images"].copy()
+    upcoming[joined["terminated"] | joined["truncated"]] = np.concatenate([part.next_images for part in parts])
+    return _Whole(
+        **joined,
+        instructions=tuple(text for part in parts for text in part.instructions),
+        next_images=upcoming,
+        next_instructions=tuple(text for part in parts for text in part.next_instructions),
+        state=None,
+    )
+
+
+def make_rollouts(plan: RolloutPlan) -> CentralRollouts:
+    """Returns the backend's rollouts; Ray must be connected."""
+    env = RayVectorEnv(plan.make_env, plan.num_envs, plan.policy.spec.action_names, plan.options or WorkerOptions(1))
+    return CentralRollouts(
+        env,
+        plan.policy,
+        plan.num_steps,
+        plan.seed,
+        reference=plan.policy if plan.reference else None,
+        batch_size=plan.batch_size,
+        rounds=plan.rounds,
+        record=plan.record,
+        ask_expert=plan.ask_expert,
+    )
+
+
+def call_seconds(calls: int = 200) -> float:
+    """Median seconds of a call to a worker that answers at once."""
+    import ray
+
+    worker: Any = ray.remote(EnvWorker).options(num_cpus=0.5).remote(None)
+    took = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        ray.get(worker.ready.remote())
+        took.append(time.perf_counter() - start)
+    ray.kill(worker)
+    return float(np.median(took))
