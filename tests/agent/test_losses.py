@@ -219,6 +219,21 @@ def test_nothing_is_learned_from_tokens_that_were_not_drawn():
     close(logprobs.grad, [[0.0, -0.45], [0.0, 0.0]])
 
 
+def test_a_token_that_could_not_have_been_drawn_changes_nothing():
+    """A policy that never says a special token gives the one that ends an answer minus infinity."""
+    evaluated, samples = two_tokens(reference=OLD)
+    expected, parts, _ = ppo_loss(evaluated, samples, PPOSettings(kl_coef=0.1))
+    never = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    logprobs = (evaluated.logprobs + never).requires_grad_()
+    evaluated = evaluated._replace(logprobs=logprobs, entropy=torch.where(DRAWN, evaluated.entropy, torch.nan))
+    samples = samples._replace(logprobs=OLD + never, reference=OLD + never)
+    loss, again, _ = ppo_loss(evaluated, samples, PPOSettings(kl_coef=0.1))
+    close(loss, expected.item())
+    assert all(torch.equal(again[name], part) for name, part in parts.items())
+    loss.backward()
+    assert torch.isfinite(logprobs.grad).all() and logprobs.grad[1, 1] == 0
+
+
 def test_an_answer_of_which_nothing_was_drawn_is_no_nan():
     loss, _ = policy_loss(OLD, OLD, torch.zeros(2, 2, dtype=torch.bool), ADVANTAGES, clip_range=0.2)
     close(loss, 0.0)
