@@ -34,6 +34,10 @@ class Samples(NamedTuple):
         }
         return Samples(**parts)
 
+    def to(self, device: torch.device) -> "Samples":
+        """Returns the same on another device."""
+        return Samples(*(value if value is None else value.to(device) for value in self))
+
 
 def recompute_logprobs(rollout: Rollout, policy: Policy, max_batch: int = 256) -> tuple[Rollout, Tensor]:
     """Returns a rollout that older weights played as the present policy sees it.

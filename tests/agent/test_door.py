@@ -206,6 +206,33 @@ def test_a_policy_s_own_loss_is_learned_and_logged(tmp_path):
     assert 1 >= dreams[0] > dreams[1] > dreams[2] and trainer.policy.dream.item() > 0.1
 
 
+@pytest.mark.parametrize("learn", ["trainer", "loop"])
+def test_all_that_it_learns_from_is_moved_to_its_device_first(learn, tmp_path, monkeypatch):
+    """Rollouts lie on the CPU. Here every device is the CPU, so what was moved is told by a mark."""
+    move = Rows.to
+
+    def marked(rows, device):
+        moved = move(rows, device)
+        moved.device = device
+        return moved
+
+    class Elsewhere(ColorNamer):
+        def evaluate_actions(self, inputs, actions):
+            assert inputs.device == actions.device == self.device
+            return super().evaluate_actions(inputs, actions)
+
+    monkeypatch.setattr(Rows, "to", marked)
+    args = settings(tmp_path, num_iterations=1)
+    env = color_env(16)
+    policy = Elsewhere(env)
+    if learn == "trainer":
+        PPOTrainer(policy, args, env).train()
+    else:
+        list(train_ppo(policy, RolloutCollector(env, policy, args.num_steps, args.seed), args))
+    rollout = RolloutCollector(color_env(16), policy, 3, seed=0, reference=Elsewhere(env)).collect(0)
+    recompute_logprobs(rollout, policy)
+
+
 # ---- it plays --------------------------------------------------------------------------------------------------------
 
 
