@@ -303,7 +303,7 @@ def small_run(total_steps: int) -> PPOCommand:
 def test_evaluations_leave_our_training_as_it_is():
     command = small_run(total_steps=48)
     often, once = Curve(target=2.0), Curve(target=2.0)
-    seeds = held_out_seeds(0, 5)
+    seeds = held_out_seeds(5)
     watched = train_ours(command, seeds, 1, often)
     unwatched = train_ours(command, seeds, 1000, once)
     assert [row["steps"] for row in often.evaluations] == [16, 32, 48]
@@ -316,7 +316,7 @@ def test_evaluations_leave_our_training_as_it_is():
 def test_our_training_ends_when_it_is_enough():
     command = small_run(total_steps=480)
     curve = Curve(target=0.0)
-    train_ours(command, held_out_seeds(0, 5), 2, curve)
+    train_ours(command, held_out_seeds(5), 2, curve)
     assert [row["steps"] for row in curve.evaluations] == [32]
 
 
