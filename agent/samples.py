@@ -36,7 +36,10 @@ class Samples(NamedTuple):
 
     def to(self, device: torch.device) -> "Samples":
         """Returns the same on another device."""
-        return Samples(*(value if value is None else value.to(device) for value in self))
+        parts: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in self._asdict().items()
+        }
+        return Samples(**parts)
 
 
 def recompute_logprobs(rollout: Rollout, policy: Policy, max_batch: int = 256) -> tuple[Rollout, Tensor]:

@@ -367,7 +367,7 @@ def test_nothing_is_sent(tmp_path, monkeypatch):
 
 def test_it_learns_to_name_colors_from_pixels(tmp_path):
     """From random weights in 3,072 steps; blind guessing is right one time in four."""
-    env = color_env(32)
+    env = color_env(32, env_kwargs={"size": 2})
     policy = load_policy(PolicySource(), env.action_names, env.frame_shape)
     args = PPOConfig(
         output_dir=str(tmp_path),
@@ -380,7 +380,7 @@ def test_it_learns_to_name_colors_from_pixels(tmp_path):
         gamma=0.0,
     )
     seeds = [episode_seed(0, HELD_OUT, 0, episode) for episode in range(200)]
-    held_out = color_env(32, split=HELD_OUT)
+    held_out = color_env(32, split=HELD_OUT, env_kwargs={"size": 2})
     before = evaluate(policy, held_out, seeds).summary()["success"]
     trainer = PPOTrainer(policy, args, env)
     trainer.train()

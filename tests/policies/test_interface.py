@@ -112,14 +112,17 @@ def test_rows_are_pickled_whole_and_come_back_writable():
 
 
 def test_pickled_out_of_band_rows_do_not_stay_in_the_buffers_they_came_in():
-    """Ray hands out read-only views of shared memory."""
+    """Ray hands out views of shared memory, which others read as well."""
     rows, buffers = prompts(2, 4), []
     data = pickle.dumps(rows, protocol=5, buffer_callback=buffers.append)
     assert buffers  # the tensors are not in `data`
-    back = pickle.loads(data, buffers=[bytes(buffer) for buffer in buffers])
+    memory = [bytearray(buffer) for buffer in buffers]
+    before = [bytes(part) for part in memory]
+    back = pickle.loads(data, buffers=memory)
     for name, column in rows.columns.items():
         assert torch.equal(back[name], column)
-        back[name][0] = 0
+        back[name][:] = 0
+    assert [bytes(part) for part in memory] == before
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------

@@ -68,19 +68,25 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     assert done.returncode == 0 and (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime == before
 
 
-def test_align_and_instruct_as_programs(recorded, tmp_path):
-    done = run(
-        "run_sft.py", tmp_path, stage="align", adapter="mlp_zscore", captions=16, batch_size=8, output_dir="align"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "standardises features by 16 frames" in done.stdout
+def test_align_and_instruct(recorded, tmp_path, monkeypatch, capsys):
+    """Both in this process; the ladder runs the same as programs."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_here(**given):
+        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["run_sft.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            run_main(run_sft.main)
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        return printed.out
+
+    printed = run_here(stage="align", adapter="mlp_zscore", captions=16, batch_size=8, output_dir="align")
+    assert "standardises features by 16 frames" in printed
     assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
     given = {"policy": "align", "dataset": recorded / "right", "trainable": "adapter", "loss": "actions", **SMALL}
-    done = run(
-        "run_sft.py", tmp_path, **given, epochs=3, warmup_steps=2, lr_scheduler_type="constant", output_dir="instruct"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "actions right" in done.stdout and "standardises" not in done.stdout  # by what align gave it
+    printed = run_here(**given, epochs=3, warmup_steps=2, lr_scheduler_type="constant", output_dir="instruct")
+    assert "actions right" in printed and "standardises" not in printed  # by what align gave it
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "instruct/metrics.jsonl").open()]
     assert rates == [0, 1e-4, *[2e-4] * (len(rates) - 2)] and len(rates) > 2
     assert json.loads((tmp_path / "instruct/report.json").read_text())["loss"] > 0
