@@ -9,6 +9,7 @@ faults, 2 for a command line that cannot be read.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class CheckCommand:
 
 def main() -> int:
     """Checks one environment; returns the exit code."""
-    settings = parse(CheckCommand, "Checks an environment; exit code 0 without faults.", positional="env").environment
+    settings = read_line()
     faults = check_vlm_env(settings.env, **settings.options())
     wrong = [fault for fault in faults if not fault.startswith(WARNING)]
     if not wrong:
@@ -47,6 +48,12 @@ def main() -> int:
         return 1
     print("no faults")
     return 0
+
+
+def read_line(arguments: Sequence[str] | None = None) -> EnvSettings:
+    """Returns the settings of these words, by default of this program's command line."""
+    about = "Checks an environment; exit code 0 without faults."
+    return parse(CheckCommand, about, arguments, positional="env").environment
 
 
 def describe(settings: EnvSettings) -> None:

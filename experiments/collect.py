@@ -16,6 +16,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,8 +36,7 @@ from manako.experiments.common.settings import CollectCommand, check_workers  # 
 def main() -> int:
     """One recording; returns the exit code."""
     started = time.perf_counter()
-    command = parse(CollectCommand, "Records trajectories as a Hugging Face dataset.")
-    _check(command)
+    command = read_line()
     show("recording", f"{command.run.player} on {command.environment.env}, to {command.run.output}")
     with contextlib.closing(make_vector_env(command.environment, 1, command.run.seed, held_out=True)) as env:
         recordings = read_again(command, env.action_names)  # a fault in them shows before torch is loaded
@@ -46,12 +46,13 @@ def main() -> int:
     return collect(command, recordings, has_expert, started)
 
 
-def _check(command: CollectCommand) -> None:
-    """What holds between the settings.
+def read_line(arguments: Sequence[str] | None = None) -> CollectCommand:
+    """Returns the settings of these words, by default of this program's command line.
 
     Raises:
         UsageError: no output, or settings of another player.
     """
+    command = parse(CollectCommand, "Records trajectories as a Hugging Face dataset.", arguments)
     run, num_envs = command.run, command.environment.num_envs
     if not run.output:
         raise UsageError("--output is missing: give the folder of the new dataset.")
@@ -66,6 +67,7 @@ def _check(command: CollectCommand) -> None:
     check_workers(command.workers, num_envs)
     if num_envs % run.group_size:
         raise UsageError(f"--group_size is {run.group_size}, and --num_envs {num_envs}: expected a divisor.")
+    return command
 
 
 def _check_recorded(command: CollectCommand) -> None:

@@ -10,6 +10,7 @@ with --output, writes it as JSON; --gif draws episodes. An existing file is neve
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,26 @@ from manako.policies import PolicySource  # noqa: E402
 
 def main() -> int:
     """One evaluation; returns the exit code."""
-    line = read_command_line(EvaluateCommand, "Evaluates a policy on held-out seeds, with controls.")
-    if "policy" not in line.given:
-        raise UsageError("--policy is missing: give a run folder, a checkpoint, a model folder, a Hub id or a preset.")
-    check_new_file(line.settings.run.output, "--output")
-    check_new_file(line.settings.run.gif, "--gif")
+    line = read_line()
     command = with_the_runs(line)
     show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")
     from manako.experiments.common.evaluating import evaluate  # torch and all
 
     return evaluate(command, line.settings.policy.policy)
+
+
+def read_line(arguments: Sequence[str] | None = None) -> CommandLine[EvaluateCommand]:
+    """Returns the settings of these words, by default of this program's command line.
+
+    Raises:
+        UsageError: no policy, or files of results that exist.
+    """
+    line = read_command_line(EvaluateCommand, "Evaluates a policy on held-out seeds, with controls.", arguments)
+    if "policy" not in line.given:
+        raise UsageError("--policy is missing: give a run folder, a checkpoint, a model folder, a Hub id or a preset.")
+    check_new_file(line.settings.run.output, "--output")
+    check_new_file(line.settings.run.gif, "--gif")
+    return line
 
 
 def with_the_runs(line: CommandLine[EvaluateCommand]) -> EvaluateCommand:

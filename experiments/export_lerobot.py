@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,26 +52,37 @@ class ExportCommand:
 
 def main() -> int:
     """One export; returns the exit code."""
-    given = parse(ExportCommand, "Writes trajectories as a LeRobot dataset.").export
+    given = read_line()
+    dataset_folder, output = str(given.dataset), Path(str(given.output))
+    show("export", f"{dataset_folder} to {output}")
+    from manako.experiments.common import lerobot_export  # torch and all
+
+    dataset, about = lerobot_export.load(dataset_folder)
+    rendered = None if given.fps else render_fps(about)
+    origin = "--fps" if given.fps else "its render_fps" if rendered else f"it has no render_fps here: {DEFAULT_FPS}"
+    fps = given.fps or rendered or DEFAULT_FPS
+    written = lerobot_export.export_lerobot(dataset, about, output, fps)
+    print(
+        f"{written.episodes:,} episodes, {written.frames:,} frames and {written.tasks:,} tasks of {about['env_id']} at "
+        f"{fps} frames per second ({origin}), written to {output}"
+    )
+    return 0
+
+
+def read_line(arguments: Sequence[str] | None = None) -> ExportSettings:
+    """Returns the settings of these words, by default of this program's command line.
+
+    Raises:
+        UsageError: no dataset, or no output that is new.
+    """
+    given = parse(ExportCommand, "Writes trajectories as a LeRobot dataset.", arguments).export
     if not given.dataset:
         raise UsageError("--dataset is missing: give a folder of experiments/collect.py.")
     if not given.output:
         raise UsageError("--output is missing: give the folder of the new dataset.")
     if Path(given.output).exists():
         raise UsageError(f"{given.output!r} exists and is not overwritten: give another --output.")
-    show("export", f"{given.dataset} to {given.output}")
-    from manako.experiments.common import lerobot_export  # torch and all
-
-    dataset, about = lerobot_export.load(given.dataset)
-    rendered = None if given.fps else render_fps(about)
-    origin = "--fps" if given.fps else "its render_fps" if rendered else f"it has no render_fps here: {DEFAULT_FPS}"
-    fps = given.fps or rendered or DEFAULT_FPS
-    written = lerobot_export.export_lerobot(dataset, about, Path(given.output), fps)
-    print(
-        f"{written.episodes:,} episodes, {written.frames:,} frames and {written.tasks:,} tasks of {about['env_id']} at "
-        f"{fps} frames per second ({origin}), written to {given.output}"
-    )
-    return 0
+    return given
 
 
 def render_fps(about: dict[str, Any]) -> int | None:

@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +184,8 @@ def _score(env: EpisodeVectorEnv) -> str:
 
 def main() -> int:
     """One sitting; returns the exit code."""
-    command = parse(PlayCommand, "Records a person's play in a window.")
-    played, output = command.environment, command.run.output
-    if not output:
-        raise UsageError("--output is missing: give the file of the recording, such as play.jsonl.")
+    command = read_line()
+    played, output = command.environment, str(command.run.output)
     path = Path(output)
     if path.is_dir():
         raise UsageError(f"--output {output!r} is a folder: expected a file, such as play.jsonl.")
@@ -209,6 +207,18 @@ def main() -> int:
             )
     print(f"{count:,} episodes added to {output}, which has {len(before) + count:,}")
     return 0
+
+
+def read_line(arguments: Sequence[str] | None = None) -> PlayCommand:
+    """Returns the settings of these words, by default of this program's command line.
+
+    Raises:
+        UsageError: no output.
+    """
+    command = parse(PlayCommand, "Records a person's play in a window.", arguments)
+    if not command.run.output:
+        raise UsageError("--output is missing: give the file of the recording, such as play.jsonl.")
+    return command
 
 
 def _pygame() -> Any:

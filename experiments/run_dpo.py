@@ -10,6 +10,7 @@ the policy as it was, evaluation. See agent/tuning/preferences.py for the ways t
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,12 +29,17 @@ from manako.experiments.common.settings import DPOCommand  # noqa: E402
 def main() -> int:
     """All rounds; returns the exit code."""
     started = time.perf_counter()
-    command = parse(DPOCommand, "Preference optimisation with TRL on pairs made of trajectories.")
+    command = read_line()
     run_dir = new_run_dir(command)
     show("run", str(run_dir))
     from manako.experiments.common.dpo_training import train  # torch and all
 
     return train(command, run_dir, started)
+
+
+def read_line(arguments: Sequence[str] | None = None) -> DPOCommand:
+    """Returns the settings of these words, by default of this program's command line."""
+    return parse(DPOCommand, "Preference optimisation with TRL on pairs made of trajectories.", arguments)
 
 
 if __name__ == "__main__":

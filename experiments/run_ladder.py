@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class LadderCommand:
 
 def main() -> int:
     """One ladder; returns the exit code."""
-    given = parse(LadderCommand, "Runs trainings one after another and compares them.").run
+    given = read_line()
     folder, ladder = _place(given)
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))
     show("ladder", f"{folder}, {len(steps)} steps")
@@ -97,6 +97,11 @@ def main() -> int:
 
     report(folder, settings_of("ppo", {}, ladder.get("common", {})), done, given.eval_episodes, given.sample)
     return 0
+
+
+def read_line(arguments: Sequence[str] | None = None) -> LadderSettings:
+    """Returns the settings of these words, by default of this program's command line."""
+    return parse(LadderCommand, "Runs trainings one after another and compares them.", arguments).run
 
 
 def _place(given: LadderSettings) -> tuple[Path, dict[str, Any]]:

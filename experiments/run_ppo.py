@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 # Threads that wait for work sleep instead of spinning: else a second process on the machine slows both tenfold.
@@ -58,12 +59,16 @@ def main() -> int:
     return train(command, run_dir, checkpoint, started)
 
 
-def read_line() -> CommandLine[PPOCommand]:
-    """Returns the settings of this program's command line; without --env, --config and --resume, GoTo's."""
+def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]:
+    """Returns the settings of these words, by default of this program's command line.
+
+    Without --env, --config and --resume they are GoTo's.
+    """
     return read_command_line(
         PPOCommand,
         "Trains a VLM policy with PPO on the frames of an environment. Without --env, --config and --resume it is "
         "given\nexperiments/configs/goto.yaml; the defaults below are those for any environment.",
+        arguments,
         file_without=(GOTO, ("env", "resume")),
     )
 

@@ -17,6 +17,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,7 +38,21 @@ LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says oth
 def main() -> int:
     """One stage; returns the exit code."""
     started = time.perf_counter()
-    command = parse(SFTCommand, "Supervised fine-tuning with TRL: captions, then demonstrations.")
+    command = read_line()
+    run_dir = new_run_dir(command)
+    show("run", str(run_dir))
+    from manako.experiments.common.sft_training import train  # torch and all
+
+    return train(command, run_dir, started)
+
+
+def read_line(arguments: Sequence[str] | None = None) -> SFTCommand:
+    """Returns the settings of these words, by default of this program's command line.
+
+    Raises:
+        UsageError: no dataset, or settings of the other stage.
+    """
+    command = parse(SFTCommand, "Supervised fine-tuning with TRL: captions, then demonstrations.", arguments)
     sft = command.sft
     if command.policy.trainable == "auto":
         learns = dataclasses.replace(command.policy, trainable=LEARNS[sft.stage])
@@ -48,11 +63,7 @@ def main() -> int:
         raise UsageError("--dataset is for --stage instruct: align makes its captions from the environment.")
     if sft.stage == "align" and sft.loss == "actions":
         raise UsageError("--loss actions is for --stage instruct: captions are no actions, leave it out.")
-    run_dir = new_run_dir(command)
-    show("run", str(run_dir))
-    from manako.experiments.common.sft_training import train  # torch and all
-
-    return train(command, run_dir, started)
+    return command
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,7 @@ class JobCommand(PPOCommand):
 
 def main() -> int:
     """One submission; returns the job's exit code."""
-    line = read_command_line(
-        JobCommand,
-        "Submits run_ppo.py to a Ray cluster; takes its flags.",
-        file_without=(GOTO, ("env", "resume")),
-    )
+    line = read_line()
     given = line.settings
     if not given.run.resume:
         check_together(given)
@@ -117,6 +114,12 @@ def main() -> int:
         return 0
     print(f"{' '.join(str(details.message).split())[:300]}", file=sys.stderr)
     return details.driver_exit_code or 1
+
+
+def read_line(arguments: Sequence[str] | None = None) -> CommandLine[JobCommand]:
+    """Returns the settings of these words, by default of this program's command line."""
+    about = "Submits run_ppo.py to a Ray cluster; takes its flags."
+    return read_command_line(JobCommand, about, arguments, file_without=(GOTO, ("env", "resume")))
 
 
 def job_words(line: CommandLine[JobCommand], folder: str) -> list[str]:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,14 +25,13 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.benchmarks.settings import CompareCommand  # noqa: E402
+from manako.experiments.benchmarks.settings import CompareCommand, CompareSettings  # noqa: E402
 from manako.experiments.common.command_line import UsageError, check_new_file, parse, run_main, show  # noqa: E402
 
 
 def main() -> int:
     """One comparison; returns the exit code."""
-    given = parse(CompareCommand, "Steps and seconds to a success rate: ours and Stable-Baselines3.").comparison
-    check_new_file(given.output, "--output")
+    given = read_line()
     if importlib.util.find_spec("stable_baselines3") is None:
         raise UsageError('The comparison needs stable-baselines3, which is not installed: pip install -e ".[compare]"')
     show("comparison", f"{given.env}, {given.seeds} seeds")
@@ -43,6 +43,14 @@ def main() -> int:
         about = {"settings": dataclasses.asdict(given), "load_average": [load, os.getloadavg()]}
         Path(given.output).write_text(json.dumps({**about, "runs": runs}, indent=2))
     return 0
+
+
+def read_line(arguments: Sequence[str] | None = None) -> CompareSettings:
+    """Returns the settings of these words, by default of this program's command line."""
+    about = "Steps and seconds to a success rate: ours and Stable-Baselines3."
+    given = parse(CompareCommand, about, arguments).comparison
+    check_new_file(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ to 1,000 workers, which docs/scaling.md discusses.
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,14 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.benchmarks.settings import RayBenchmarkCommand  # noqa: E402
+from manako.experiments.benchmarks.settings import RayBenchmarkCommand, RayBenchmarkSettings  # noqa: E402
 from manako.experiments.benchmarks.throughput import report  # noqa: E402
 from manako.experiments.common.command_line import UsageError, check_new_file, parse, run_main, show  # noqa: E402
 
 
 def main() -> int:
     """One benchmark; returns the exit code."""
-    given = parse(RayBenchmarkCommand, "Measures rollout workers against one process.").benchmark
-    if given.num_envs % 2:
-        raise UsageError(f"--num_envs is {given.num_envs}: expected an even number, for one worker and for two.")
-    check_new_file(given.output, "--output")
+    given = read_line()
     show("benchmark", f"{given.policy} on {given.env}, {given.num_envs} environments, {given.repeats} turns")
     from manako.experiments.benchmarks.ray_measuring import measure  # torch, ray and all
 
@@ -45,6 +43,19 @@ def main() -> int:
         results |= {"load_average": [load, os.getloadavg()], "torch": torch_version}
         Path(given.output).write_text(json.dumps(results, indent=2))
     return 0
+
+
+def read_line(arguments: Sequence[str] | None = None) -> RayBenchmarkSettings:
+    """Returns the settings of these words, by default of this program's command line.
+
+    Raises:
+        UsageError: an odd number of environments, or a file of results that exists.
+    """
+    given = parse(RayBenchmarkCommand, "Measures rollout workers against one process.", arguments).benchmark
+    if given.num_envs % 2:
+        raise UsageError(f"--num_envs is {given.num_envs}: expected an even number, for one worker and for two.")
+    check_new_file(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

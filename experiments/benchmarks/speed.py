@@ -12,6 +12,7 @@ here. Numbers are of the machine and of the moment: the JSON file holds the load
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,15 +25,14 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
     del sys.path[0]
 
 from manako.experiments.benchmarks.memory import peak_memory  # noqa: E402
-from manako.experiments.benchmarks.settings import SpeedCommand  # noqa: E402
+from manako.experiments.benchmarks.settings import SpeedCommand, SpeedSettings  # noqa: E402
 from manako.experiments.benchmarks.workload import make_workload  # noqa: E402
 from manako.experiments.common.command_line import check_new_file, parse, run_main, show  # noqa: E402
 
 
 def main() -> int:
     """One benchmark; returns the exit code."""
-    given = parse(SpeedCommand, "Measures speed and memory side by side in one run.").speed
-    check_new_file(given.output, "--output")
+    given = read_line()
     workload = make_workload(given)
     load = os.getloadavg()
     show("benchmark", f"{workload.policy} on {workload.env}, {workload.num_envs} environments; peak memory first")
@@ -43,6 +43,13 @@ def main() -> int:
     if given.output:
         Path(given.output).write_text(json.dumps(results, indent=2))
     return 0
+
+
+def read_line(arguments: Sequence[str] | None = None) -> SpeedSettings:
+    """Returns the settings of these words, by default of this program's command line."""
+    given = parse(SpeedCommand, "Measures speed and memory side by side in one run.", arguments).speed
+    check_new_file(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":
