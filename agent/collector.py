@@ -138,7 +138,7 @@ class RolloutCollector:
         self._shown = self.env.load_state_dict(state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns none: the policy itself acts."""
+        """Returns no weights: the policy itself acts."""
         return {}
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ EPSILON = 1e-6
 
 
 def group_mean_and_count(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each element the mean and the sum of squared deviations of its group, and the group's size.
+    """Returns for each element the mean and the sum of squared deviations of its group, and the group's size.
 
     Args:
         values: (M,).
@@ -39,7 +39,7 @@ def group_mean_and_count(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor
 
 
 def grpo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(R - mean of the group) / (standard deviation of the group + epsilon); 0 where all returns are equal.
+    """Returns (R - group mean) / (group standard deviation + epsilon); 0 where all returns are equal.
 
     Args:
         returns: (M,) of M episodes.
@@ -55,7 +55,7 @@ def grpo(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
-    """R - mean of the others in the group = (R - mean of the group) n / (n - 1); 0 for a group of one.
+    """Returns R - mean of the others in the group = (R - group mean) n / (n - 1); 0 for a group of one.
 
     Args:
         returns: (M,) of M episodes.
@@ -69,7 +69,7 @@ def rloo(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def returns_to_go(rewards: Tensor, ended: Tensor, gamma: float) -> Tensor:
-    """R_t = r_t + gamma R_{t+1} inside each episode.
+    """Returns R_t = r_t + gamma R_{t+1} inside each episode.
 
     Args:
         rewards: (T, N).
@@ -96,7 +96,7 @@ def group_advantages(
     gamma: float = 0.95,
     step_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages of a rollout in which every slot started its episodes at the first row.
+    """Returns advantages of a rollout in which every slot started its episodes at the first row.
 
     The e-th episode of a slot is compared with the e-th ones of its group's other slots, which have the same seed.
 

@@ -20,7 +20,7 @@ GAMMA, TOLERANCE = 0.99, 1e-9
 
 
 def make_expert(env: gym.Env, env_id: str) -> Expert:
-    """An expert from the present state to the end of the episode.
+    """Returns an expert from the current state to the end of the episode.
 
     Args:
         env: the environment, after its reset or later.

@@ -1,6 +1,6 @@
-"""From an environment id to a ``VLMObservation``, with one clear sentence for whatever can go wrong on the way.
+"""From an environment id to a `VLMObservation`, with one clear sentence for whatever can go wrong on the way.
 
-A plugin is a module that calls ``gymnasium.register`` when it is imported, named ``module:EnvId-v0``. The module may
+A plugin is a module that calls `gymnasium.register` when it is imported, named `module:EnvId-v0`. The module may
 lie in the current folder. There is no registry beside Gymnasium's.
 """
 
@@ -37,19 +37,19 @@ def make_vlm_env(
     image_source: ImageSource = "auto",
     success_return: float | None = None,
 ) -> VLMObservation:
-    """Make an environment that shows an image and an instruction.
+    """Makes an environment that shows an image and an instruction.
 
     Args:
-        env_id: A registered id, or ``module:EnvId-v0`` to import the plugin that registers it.
+        env_id: A registered id, or `module:EnvId-v0` to import the plugin that registers it.
         instruction: Replaces the environment's own.
         action_names: Replace the environment's own, one an action.
-        env_kwargs: Arguments of the environment's constructor, such as ``{"size": 4}`` or ``{"tile_size": 8}``, or of
-            ``gymnasium.make``, such as ``{"max_episode_steps": 50}``.
-        image_source: "observation", "render", or "auto" (the observation where it is a picture, else ``render()``).
+        env_kwargs: Arguments of the environment's constructor, such as `{"size": 4}` or `{"tile_size": 8}`, or of
+            `gymnasium.make`, such as `{"max_episode_steps": 50}`.
+        image_source: "observation", "render", or "auto" (the observation where it is a picture, else `render()`).
         success_return: The lowest return of a successful episode; replaces the environment's own verdict.
 
     Raises:
-        EnvError: It cannot be made, or breaks the contract of ``VLMObservation``.
+        EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
     """
     env = make_raw_env(env_id, env_kwargs)
     try:
@@ -71,7 +71,7 @@ def make_vlm_env(
 
 
 def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
-    """Make the environment as it is, rendering to arrays where it can.
+    """Makes the environment as it is, rendering to arrays where it can.
 
     Raises:
         EnvError: Its plugin cannot be imported, it is not registered, or its constructor refuses.
@@ -102,7 +102,7 @@ def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gy
 
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """Look an id up in Gymnasium's registry, importing the plugin that it names.
+    """Looks an id up in Gymnasium's registry, importing the plugin that it names.
 
     Raises:
         EnvError: The id is malformed or unknown, or its plugin cannot be imported.

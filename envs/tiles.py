@@ -74,7 +74,7 @@ SHAPES: tuple[str, ...] = ("ball", "box", "key")
 
 
 def choose_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
-    """Turn a number (the first so many) or names into colour names.
+    """Returns colour names for a number (the first so many) or for names, which are checked.
 
     Raises:
         EnvError: Fewer than 2, too many, unknown or repeated.
@@ -87,7 +87,7 @@ def choose_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_shapes(shapes: Sequence[str]) -> tuple[str, ...]:
-    """Check the shapes' names.
+    """Returns the shapes' names, checked.
 
     Raises:
         EnvError: None, unknown or repeated.
@@ -96,11 +96,11 @@ def choose_shapes(shapes: Sequence[str]) -> tuple[str, ...]:
 
 
 def paint_tiles(colors: Sequence[str], shapes: Sequence[str]) -> np.ndarray:
-    """Paint the floor, the agent, and every shape in every colour.
+    """Paints the floor, the agent, and every shape in every colour.
 
     Returns:
-        (2 + shapes x colours, 8, 8, 3) uint8; the object of shape s and colour c has the number ``FIRST_OBJECT + s *
-        len(colors) + c``.
+        (2 + shapes x colours, 8, 8, 3) uint8; the object of shape s and colour c has the number `FIRST_OBJECT + s *
+        len(colors) + c`.
     """
     floor = np.full((TILE, TILE, 3), _BACKGROUND, np.uint8)  # (8, 8, 3)
     floor[0], floor[:, 0] = _GRID, _GRID
@@ -110,7 +110,7 @@ def paint_tiles(colors: Sequence[str], shapes: Sequence[str]) -> np.ndarray:
 
 
 def draw(tiles: np.ndarray, board: np.ndarray) -> np.ndarray:
-    """Draw a board of tile numbers (rows, columns) as a fresh frame (8 rows, 8 columns, 3) uint8."""
+    """Draws a board of tile numbers (rows, columns) as a fresh frame (8 rows, 8 columns, 3) uint8."""
     rows, columns = board.shape
     return tiles[board].swapaxes(1, 2).reshape(rows * TILE, columns * TILE, 3)
 

@@ -33,7 +33,7 @@ from manako.experiments.common.settings import CollectCommand, check_workers  # 
 
 
 def main() -> int:
-    """One recording; returns the exit code."""
+    """Makes one recording; returns the exit code."""
     started = time.perf_counter()
     command = parse(CollectCommand, "Records trajectories as a Hugging Face dataset.")
     _check(command)

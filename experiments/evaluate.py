@@ -38,7 +38,7 @@ from manako.policies import PolicySource  # noqa: E402
 
 
 def main() -> int:
-    """One evaluation; returns the exit code."""
+    """Runs one evaluation; returns the exit code."""
     line = read_command_line(EvaluateCommand, "Evaluates a policy on held-out seeds, with controls.")
     if "policy" not in line.given:
         raise UsageError("--policy is missing: give a run folder, a checkpoint, a model folder, a Hub id or a preset.")

@@ -50,7 +50,7 @@ class ExportCommand:
 
 
 def main() -> int:
-    """One export; returns the exit code."""
+    """Runs one export; returns the exit code."""
     given = parse(ExportCommand, "Writes trajectories as a LeRobot dataset.").export
     if not given.dataset:
         raise UsageError("--dataset is missing: give a folder of experiments/collect.py.")

@@ -26,7 +26,7 @@ from manako.experiments.common.settings import DPOCommand  # noqa: E402
 
 
 def main() -> int:
-    """All rounds; returns the exit code."""
+    """Runs all rounds; returns the exit code."""
     started = time.perf_counter()
     command = parse(DPOCommand, "Preference optimisation with TRL on pairs made of trajectories.")
     run_dir = new_run_dir(command)

@@ -79,7 +79,7 @@ class LadderCommand:
 
 
 def main() -> int:
-    """One ladder; returns the exit code."""
+    """Runs one ladder; returns the exit code."""
     given = parse(LadderCommand, "Runs trainings one after another and compares them.").run
     folder, ladder = _place(given)
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))

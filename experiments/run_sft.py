@@ -35,7 +35,7 @@ LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says oth
 
 
 def main() -> int:
-    """One stage; returns the exit code."""
+    """Runs one stage; returns the exit code."""
     started = time.perf_counter()
     command = parse(SFTCommand, "Supervised fine-tuning with TRL: captions, then demonstrations.")
     sft = command.sft

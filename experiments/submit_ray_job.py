@@ -80,7 +80,7 @@ class JobCommand(PPOCommand):
 
 
 def main() -> int:
-    """One submission; returns the job's exit code."""
+    """Submits one job; returns its exit code."""
     line = read_command_line(
         JobCommand,
         "Submits run_ppo.py to a Ray cluster; takes its flags.",

@@ -88,7 +88,7 @@ class Rows:
         return torch.tensor(digests, dtype=torch.int64)
 
     def __reduce__(self) -> tuple:
-        """Between processes rows travel as NumPy arrays, which need no copy on the way."""
+        """Pickles rows as NumPy arrays, which need no copy on the way between processes."""
         return _unpickled, ({name: column.cpu().numpy() for name, column in self.columns.items()}, self.fillers)
 
 
@@ -200,7 +200,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns B actions: drawn with the numbers of `draws`, or the likeliest ones; no gradient, on the CPU."""
+        """Returns B actions: sampled with the numbers of `draws`, or the greedy ones; no gradient, on the CPU."""
 
     def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
         """Returns what the policy now says of these actions, by the forward of `act`; gradients flow.
@@ -213,7 +213,7 @@ class Policy(nn.Module, ABC):
         )
 
     def forward(self, inputs: Rows, actions: Rows) -> Evaluated:
-        """`evaluate_actions`, which is what mixed precision and data parallelism wrap."""
+        """Returns `evaluate_actions`; mixed precision and data parallelism wrap this method."""
         return self.evaluate_actions(inputs, actions)
 
     def predict_values(self, inputs: Rows) -> Tensor:
@@ -221,7 +221,7 @@ class Policy(nn.Module, ABC):
         return torch.zeros(len(inputs))
 
     def frozen_weights(self) -> AbstractContextManager[None]:
-        """Inside: no gradients, and no weight changes."""
+        """Keeps the weights as they are, without gradients, inside the block."""
         return torch.no_grad()
 
     @property
@@ -230,7 +230,7 @@ class Policy(nn.Module, ABC):
         return False
 
     def as_reference(self) -> AbstractContextManager[None]:
-        """Inside: the policy is what it was when training started.
+        """Makes the policy what it was when training started, inside the block.
 
         Raises:
             PolicyError: it does not keep what it was.
@@ -298,7 +298,7 @@ class Policy(nn.Module, ABC):
 
 
 def sample_categorical(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
-    """Draws actions by inverting the distribution function.
+    """Samples actions by inverting the distribution function.
 
     Args:
         logprobs: (B, A).

@@ -40,7 +40,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, D) -> values (B,)."""
+        """Returns values (B,) of hidden states (B, D)."""
         return self.out(self.norm(hidden.float())).squeeze(-1)
 
 
@@ -154,7 +154,7 @@ class VLMPolicy(Policy):
 
     @torch.no_grad()
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns B actions with S = 1: drawn, or the likeliest."""
+        """Returns B actions with S = 1: sampled, or the greedy ones."""
         logprobs, values = self.distribution(inputs.to(self.device))
         return acted_by_choice(logprobs, values, draws, greedy)
 
@@ -173,7 +173,7 @@ class VLMPolicy(Policy):
 
     @contextmanager
     def frozen_weights(self) -> Iterator[None]:
-        """Inside: no gradients, and what the prompts share is computed once, since no weight changes."""
+        """Computes what the prompts share once inside the block, without gradients, since no weight changes."""
         with self.reading.frozen_weights():
             yield
 
@@ -210,7 +210,7 @@ class VLMPolicy(Policy):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside: LoRA is off and the adapter is the original one, as the policy was when training started.
+        """Switches LoRA off and the original adapter on inside the block: the policy as it was when training started.
 
         Raises:
             PolicyError: the policy has no LoRA to switch off.

@@ -43,12 +43,12 @@ class Player(Policy):
     def prepare(
         self, images: np.ndarray, instructions: Sequence[str], told: Mapping[str, np.ndarray] | None = None
     ) -> Rows:
-        """Returns what it was told, (B, ...) each, and `slot` (B,)."""
+        """Returns rows of what it was told, (B, ...) each, and `slot` (B,)."""
         columns = {name: torch.from_numpy(np.array(values)) for name, values in (told or {}).items()}
         return Rows({"slot": torch.arange(len(images)), **columns})
 
     def drawn_from(self, probabilities: Tensor, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns actions drawn from probabilities (B, A), or the likeliest ones; values are 0."""
+        """Returns actions sampled from probabilities (B, A), or the greedy ones; values are 0."""
         return acted_by_choice(probabilities.log(), torch.zeros(len(probabilities)), draws, greedy)
 
     def certain(self, actions: Tensor) -> Acted:
@@ -85,7 +85,7 @@ class RandomPlayer(Player):
     """Every action alike."""
 
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns uniform actions; a likeliest one there is not, so `greedy` draws as well."""
+        """Returns uniform actions; there is no greedy one, so `greedy` samples as well."""
         count = len(self.spec.action_names)
         return self.drawn_from(torch.full((len(inputs), count), 1 / count), draws)
 

@@ -73,7 +73,7 @@ def export_lerobot(dataset: Dataset, about: dict[str, Any], folder: Path | str, 
     """Writes trajectories as a LeRobot dataset; the folder is whole or not there.
 
     Args:
-        dataset: of `agent.trajectories`.
+        dataset: of `agent.data.trajectories`.
         about: what `load_trajectories` gave with it.
         folder: must not exist.
         fps: frames per second; an env step lasts 1 / fps seconds.
@@ -92,7 +92,7 @@ def export_lerobot(dataset: Dataset, about: dict[str, Any], folder: Path | str, 
 
 
 def vector_statistics(values: np.ndarray) -> Statistics:
-    """Statistics (K,) of a feature.
+    """Returns the statistics (K,) of a feature.
 
     Args:
         values: (N, K), numbers or booleans.
@@ -110,7 +110,7 @@ def vector_statistics(values: np.ndarray) -> Statistics:
 
 
 def pixel_statistics(histogram: np.ndarray, num_frames: int) -> Statistics:
-    """Statistics (3, 1, 1) of the pixels, which go from 0 to 1; `count` is of frames.
+    """Returns the statistics (3, 1, 1) of the pixels, which go from 0 to 1; `count` is of frames.
 
     Args:
         histogram: (3, 256), how often each channel has each value.

@@ -12,7 +12,7 @@ are all actions from there to the episode's end, each by its name or by its numb
 There are no other keys, and empty lines count for nothing.
 
 The frames are not stored: they come from playing the episodes again, which is also the proof that the recording is one
-of this env. A folder of trajectories (`agent.trajectories`) is a recording too, by its seeds and actions. No torch
+of this env. A folder of trajectories (`agent.data.trajectories`) is a recording too, by its seeds and actions. No torch
 here, so that a window to play in opens at once.
 """
 
@@ -48,7 +48,7 @@ class Recording:
 def read_recordings(
     path: str, env_id: str, action_names: Sequence[str], env_kwargs: Mapping[str, Any] | None = None
 ) -> list[Recording]:
-    """The episodes of a file of JSON lines, or of a folder of trajectories, in their order.
+    """Returns the episodes of a file of JSON lines, or of a folder of trajectories, in their order.
 
     Args:
         path: the file or folder.
@@ -110,7 +110,7 @@ def append_recording(
 
 
 def in_slots(recordings: Sequence[Recording], num_slots: int) -> list[Sequence[Recording]]:
-    """Neighbouring recordings for each slot, as many for each but the last; fewer slots where there are too few."""
+    """Returns neighbouring recordings for each slot, as many for each but the last; fewer slots for too few of them."""
     size = -(-len(recordings) // num_slots)
     return [recordings[first : first + size] for first in range(0, len(recordings), size)]
 

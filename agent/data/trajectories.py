@@ -54,7 +54,7 @@ def to_dataset(
     about: dict[str, Any],
     quota: Sequence[int] | None = None,
 ) -> Dataset:
-    """The whole episodes in consecutive rollouts of the same slots.
+    """Returns the whole episodes in consecutive rollouts of the same slots, a row a step.
 
     Args:
         rollouts: with their records, one after another.
@@ -156,7 +156,7 @@ def _png(frame: np.ndarray) -> bytes:
 
 
 def episode_success(dataset: Dataset) -> list[bool]:
-    """Of each episode, in order."""
+    """Returns whether each episode was a success, in order."""
     return [won for won, step in zip(dataset["success"], dataset["step"], strict=True) if step == 0]
 
 
@@ -173,7 +173,7 @@ def load_trajectories(
     action_names: Sequence[str] | None = None,
     frame_shape: Sequence[int] | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """A dataset of `save_trajectories`, and what holds for all its rows.
+    """Returns a dataset of `save_trajectories`, and what holds for all its rows.
 
     Args:
         folder: where it lies.

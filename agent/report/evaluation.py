@@ -39,7 +39,7 @@ class Evaluation:
     starts: int
 
     def summary(self) -> dict[str, Any]:
-        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, episodes, starts."""
+        """Returns success and mean return with their 95 % intervals, mean length, episodes, starts."""
         success = [episode.success for episode in self.episodes]
         returns = [episode.episode_return for episode in self.episodes]
         return {
@@ -138,7 +138,7 @@ def evaluate_all(
     sample: bool = False,
     done: Callable[[Condition, Evaluation], None] | None = None,
 ) -> dict[Condition, Evaluation]:
-    """The policy, a random policy and the two controls on the same episodes; `done` hears of each."""
+    """Evaluates the policy, a random policy and the two controls on the same episodes; `done` hears of each."""
     evaluations: dict[Condition, Evaluation] = {}
     for condition in CONDITIONS:
         evaluations[condition] = evaluate(policy, env, seeds, condition, sample)
@@ -150,7 +150,7 @@ def evaluate_all(
 def record_episodes(
     policy: Policy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 60
 ) -> list[RecordedEpisode]:
-    """Greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
+    """Returns greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
 
     Args:
         policy: the policy.

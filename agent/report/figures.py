@@ -58,7 +58,7 @@ def learning_curve(
     title: str,
     baselines: Mapping[str, tuple[float, Interval]] | None = None,
 ) -> None:
-    """Draw success, return and the health of the updates over env steps.
+    """Draws success, return and the health of the updates over env steps.
 
     Args:
         rows: with `env_steps` and any of `success_rate` (in [0, 1]), `episode_return`, `entropy` (nats), `approx_kl`
@@ -198,7 +198,7 @@ _SUCCESS_COLOR, _FAILURE_COLOR = "#1f7a4d", "#b3362b"
 def episode_gif(
     episodes: Sequence[RecordedEpisode], action_names: Sequence[str], path: Path | str, fps: float = 2
 ) -> None:
-    """Draw whole episodes: the frame, the instruction, the action probabilities, the choice and what it paid.
+    """Draws whole episodes: the frame, the instruction, the action probabilities, the choice and what it paid.
 
     One picture a step, with the frame that the action was chosen on and the reward that followed; then the episode's
     last frame, held for longer and labelled success or failure. With more than twelve actions the twelve most probable
@@ -377,7 +377,7 @@ def _shortened(text: str, font: Font, width: int) -> str:
 
 
 def _replace(path: Path | str, content: bytes) -> None:
-    """Write beside `path` and rename: whoever looks sees the former picture or this one."""
+    """Writes beside `path` and renames: whoever looks sees the former picture or this one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")

@@ -62,13 +62,13 @@ class Memory:
     probes: float
 
     def summary(self) -> dict[str, float]:
-        """For JSON."""
+        """Returns it for JSON."""
         return asdict(self)
 
 
 @torch.no_grad()
 def remember(policy: Policy) -> Memory:
-    """Asks the language model inside the policy, with its LoRA on."""
+    """Returns what the language model inside the policy still knows, with its LoRA on."""
     model, tokenizer = policy.model, policy.processor.tokenizer
     was_training = model.training
     model.eval()

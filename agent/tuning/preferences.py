@@ -29,7 +29,7 @@ Pair = tuple[int, int, int]  # row of the trajectories, chosen action, rejected 
 
 
 def expert_pairs(trajectories: Dataset) -> list[Pair]:
-    """The expert's action over the player's, wherever they differ.
+    """Returns the expert's action over the player's, wherever they differ.
 
     Raises:
         TrainingError: the trajectories do not say what the expert would have done.
@@ -43,7 +43,7 @@ def expert_pairs(trajectories: Dataset) -> list[Pair]:
 
 
 def state_pairs(trajectories: Dataset) -> list[Pair]:
-    """At each step whose action was not the best known at its state: that action over the one taken.
+    """Returns the best action known in a state over the one taken, at each step that took another.
 
     A state is a frame and an instruction. Its actions are ranked by the mean of the rewards from there to the end of
     the episode, over all steps that took them; of equal ones the lowest is the best, and they make no pair.
@@ -71,7 +71,7 @@ def state_pairs(trajectories: Dataset) -> list[Pair]:
 
 
 def return_pairs(trajectories: Dataset) -> list[Pair]:
-    """Where two episodes from the same seed first part, the action of the one with the higher return."""
+    """Returns the action of the episode with the higher return, where two episodes of the same seed first part."""
     starts: dict[int, list[int]] = defaultdict(list)  # seed -> first rows of its episodes
     for row, (seed, step) in enumerate(zip(trajectories["seed"], trajectories["step"], strict=True)):
         if step == 0:
@@ -100,7 +100,7 @@ def _inside(episodes: list[int], first: int, step: int) -> bool:
 def branch_pairs(
     trajectories: Dataset, env: Any, act: Callable[[Any], np.ndarray], steps_per_episode: int, seed: int
 ) -> list[Pair]:
-    """At some steps of each episode, every action tried: the best over the worst.
+    """Returns the best action over the worst at some steps of each episode, where every action is tried.
 
     Args:
         trajectories: of an env that plays the same again from a seed.
@@ -146,7 +146,7 @@ def _branch(env: Any, seed: int, before: list[int], act: Callable[[Any], np.ndar
 
 
 def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Dataset:
-    """For DPO.
+    """Returns the pairs as a dataset for DPO.
 
     Raises:
         TrainingError: there are no pairs.
@@ -169,7 +169,7 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Da
 
 
 def unpaired(pairs: Dataset) -> Dataset:
-    """The same for KTO: each answer by itself, with a label."""
+    """Returns the same for KTO: each answer by itself, with a label."""
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
         return {

@@ -37,10 +37,10 @@ def spoken_actions(policy: Policy) -> list[list[dict[str, Any]]]:
 
 
 def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = False) -> Dataset:
-    """Each step of the trajectories as prompt and answer.
+    """Returns each step of the trajectories as prompt and answer.
 
     Args:
-        trajectories: of `agent.trajectories`.
+        trajectories: of `agent.data.trajectories`.
         policy: whose prompts and answers these become.
         only_success: leave out episodes without success.
 
@@ -59,10 +59,10 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
 
 
 def demonstrated_actions(trajectories: Dataset, only_success: bool = False) -> Dataset:
-    """Each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
+    """Returns each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
 
     Args:
-        trajectories: of `agent.trajectories`.
+        trajectories: of `agent.data.trajectories`.
         only_success: leave out episodes without success.
 
     Raises:
@@ -80,7 +80,7 @@ def _chosen(trajectories: Dataset, only_success: bool) -> Dataset:
 
 
 def questions(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
-    """The columns `prompt` and `images` of these steps, as the policy is asked."""
+    """Returns the columns `prompt` and `images` of these steps, as the policy is asked."""
     prompts = {text: policy.messages(text) for text in set(rows["instruction"])}
     return {
         "prompt": [prompts[text] for text in rows["instruction"]],
@@ -89,18 +89,18 @@ def questions(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
 
 
 def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:
-    """The frames as they are stored: PNG bytes, which a dataset takes without drawing them again."""
+    """Returns the frames as they are stored: PNG bytes, which a dataset takes without encoding them again."""
     return list(trajectories.cast_column("image", Image(decode=False))["image"])
 
 
 def sample_frames(trajectories: Dataset, count: int) -> list[np.ndarray]:
-    """Frames (H, W, 3) uint8 of up to `count` steps, evenly spread."""
+    """Returns frames (H, W, 3) uint8 of up to `count` steps, evenly spread."""
     rows = np.unique(np.linspace(0, len(trajectories) - 1, count).astype(int))
     return [np.asarray(frame.convert("RGB")) for frame in trajectories.select(rows)["image"]]
 
 
 def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
-    """Frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model."""
+    """Returns frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model."""
     pictures = [[Picture.fromarray(frame)] for frame in frames]
     prompt = [{"role": "user", "content": [{"type": "text", "text": CAPTION_PROMPT}, {"type": "image"}]}]
     answers = [say(text) for text in texts]
@@ -110,7 +110,7 @@ def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
 
 
 def check_tokens(batch: dict[str, Any], policy: Policy, row: dict[str, Any], instruction: str) -> None:
-    """That TRL's batch of one row holds the policy's own prompt, and behind it one of its answers.
+    """Raises where TRL's batch of one row does not hold the policy's own prompt, and behind it one of its answers.
 
     Args:
         batch: of TRL's collator.

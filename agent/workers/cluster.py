@@ -15,7 +15,7 @@ from manako.errors import told
 
 @contextlib.contextmanager
 def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int | None = None) -> Iterator[None]:
-    """Inside: connected to the Ray cluster at `address`, else to that of RAY_ADDRESS, else to one of our own.
+    """Connects to the Ray cluster at `address`, else to that of RAY_ADDRESS, else to one of our own.
 
     One of our own has no dashboard, sends no usage statistics and ends with the block.
 
@@ -83,12 +83,12 @@ def prepare_environment() -> None:
 
 
 def in_job() -> bool:
-    """Whether this process was started by `ray job submit`."""
+    """Returns whether this process was started by `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def job_client(address: str | None) -> Any:
-    """Ray's JobSubmissionClient for the cluster whose dashboard is at `address`.
+    """Returns Ray's JobSubmissionClient for the cluster whose dashboard is at `address`.
 
     Raises:
         WorkersError: nobody answers.

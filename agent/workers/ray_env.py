@@ -55,7 +55,7 @@ class RayVectorEnv:
         return self._observe()
 
     def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Shown:
-        """The next episodes, which the workers have started with the step that ended the last ones."""
+        """Returns the next episodes, which the workers have started with the step that ended the last ones."""
         if seeds is not None or not np.array_equal(mask, self._ended) or self._upcoming is None:
             raise TrainingError("Workers start the next episode in every slot whose episode has ended, and no other.")
         return self._upcoming
@@ -66,7 +66,7 @@ class RayVectorEnv:
         return self._observe()
 
     def expert_actions(self) -> np.ndarray:
-        """What the env's scripted expert would do now, (N,)."""
+        """Returns what the env's scripted expert would do now, (N,)."""
 
         def submit(actor: Any, segment: int, failures: int) -> Any:
             history = self._histories[segment]
@@ -77,7 +77,7 @@ class RayVectorEnv:
         return np.concatenate(self.supervisor.run(submit))
 
     def step(self, actions: np.ndarray) -> "_Whole":
-        """One action (N,) in every slot."""
+        """Takes one action (N,) in every slot."""
         parts = [actions[first : first + size] for first, size in self.segments]
         snapshot = [len(history.actions) + 1 >= SNAPSHOT_EVERY for history in self._histories]
 
@@ -109,7 +109,7 @@ class RayVectorEnv:
         return whole
 
     def state_dict(self) -> State:
-        """As the local vector env would write it."""
+        """Returns the state as the local vector env would write it."""
 
         def submit(actor: Any, segment: int, failures: int) -> Any:
             history = self._histories[segment]
@@ -151,7 +151,7 @@ class CentralRollouts(RolloutCollector):
         return rollout
 
     def state_dict(self) -> State:
-        """Where the environments were after the last rollout."""
+        """Returns where the environments were after the last rollout."""
         return self.env.state_dict() if self._state is None else self._state
 
     def load_state_dict(self, state: State, tensors: dict[str, torch.Tensor] | None = None) -> None:
@@ -160,7 +160,7 @@ class CentralRollouts(RolloutCollector):
         self._state = state
 
     def metrics(self) -> dict[str, float]:
-        """Replaced workers so far."""
+        """Returns the number of workers replaced so far."""
         return {"restarts": self.env.supervisor.restarts}
 
 
@@ -209,7 +209,7 @@ def make_rollouts(plan: RolloutPlan) -> CentralRollouts:
 
 
 def call_seconds(calls: int = 200) -> float:
-    """Median seconds of a call to a worker that answers at once."""
+    """Returns the median seconds of a call to a worker that answers at once."""
     import ray
 
     worker: Any = ray.remote(EnvWorker).options(num_cpus=0.5).remote(None)

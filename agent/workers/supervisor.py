@@ -70,13 +70,13 @@ class Supervisor:
             raise
 
     def pids(self) -> list[int]:
-        """The workers' processes."""
+        """Returns the workers' process ids."""
         import ray
 
         return [ray.get(worker.actor.ready.remote())["pid"] for worker in self._workers]
 
     def run(self, submit: Submit) -> list[Any]:
-        """One round: the results of all segments."""
+        """Plays one round and returns the results of all segments."""
         self.begin(submit)
         return self.finish()
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def trainable_tensors(policy: "Policy") -> dict[str, "torch.Tensor"]:
-    """The parameters that learn, by name."""
+    """Returns the parameters that learn, by name."""
     return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def as_arrays(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, np.ndarray]:
-    """Tensors as numpy arrays; bfloat16, which numpy does not know, as its bits."""
+    """Returns tensors as NumPy arrays; bfloat16, which numpy does not know, as its bits."""
     import torch
 
     return {
@@ -49,7 +49,7 @@ def load_trainable(policy: "Policy", arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def frozen_digest(policy: "Policy") -> str:
-    """A digest of the weights that do not learn: learner and workers must have the same."""
+    """Returns a digest of the frozen weights, which learner and workers must share."""
     import hashlib
 
     frozen = {name: tensor for name, tensor in policy.named_parameters() if not tensor.requires_grad}

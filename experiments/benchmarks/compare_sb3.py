@@ -29,7 +29,7 @@ from manako.experiments.common.command_line import UsageError, check_new_file, p
 
 
 def main() -> int:
-    """One comparison; returns the exit code."""
+    """Runs one comparison; returns the exit code."""
     given = parse(CompareCommand, "Steps and seconds to a success rate: ours and Stable-Baselines3.").comparison
     check_new_file(given.output, "--output")
     if importlib.util.find_spec("stable_baselines3") is None:

@@ -21,7 +21,7 @@ def peak_memory(workload: Workload) -> dict[str, float]:
 
 
 def _peak_of(workload: Workload, name: str) -> tuple[float, float]:
-    """In a process of its own: the peak after loading, and after one rollout or update."""
+    """Returns the peak in MiB after loading, and after one rollout or update, of a process of its own."""
     from manako.experiments.benchmarks.acting import Bench
     from manako.experiments.benchmarks.updating import Learner, trainer_args, update_work
     from manako.experiments.common.building import quiet_libraries

@@ -29,7 +29,7 @@ from manako.experiments.common.command_line import UsageError, check_new_file, p
 
 
 def main() -> int:
-    """One benchmark; returns the exit code."""
+    """Runs one benchmark; returns the exit code."""
     given = parse(RayBenchmarkCommand, "Measures rollout workers against one process.").benchmark
     if given.num_envs % 2:
         raise UsageError(f"--num_envs is {given.num_envs}: expected an even number, for one worker and for two.")

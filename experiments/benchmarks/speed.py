@@ -30,7 +30,7 @@ from manako.experiments.common.command_line import check_new_file, parse, run_ma
 
 
 def main() -> int:
-    """One benchmark; returns the exit code."""
+    """Runs one benchmark; returns the exit code."""
     given = parse(SpeedCommand, "Measures speed and memory side by side in one run.").speed
     check_new_file(given.output, "--output")
     workload = make_workload(given)

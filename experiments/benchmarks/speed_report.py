@@ -60,7 +60,7 @@ def measure(workload: Workload, memory: dict[str, float], load: tuple[float, flo
 
 
 def rollouts(bench: Bench) -> dict[str, Any]:
-    """Env steps a second: ours, the whole model over the batch, `generate` for each env."""
+    """Measures env steps a second: ours, the whole model over the batch, `generate` for each env."""
     whole, generate = WholeBatch(bench), GeneratePerEnv(bench)
     seen = bench.env.reset()
     logprobs, values = whole.forward(seen)
@@ -76,7 +76,7 @@ def rollouts(bench: Bench) -> dict[str, Any]:
 
 
 def updates(bench: Bench, args: PPOConfig) -> dict[str, Any]:
-    """Samples a second: ours, without the shared prefix, and one sample at a time."""
+    """Measures samples a second: ours, without the shared prefix, and one sample at a time."""
     learner = Learner(bench, args)
     norms: dict[str, float] = {}
     works = {name: update_work(learner, name, norms) for name in UPDATES}
@@ -85,7 +85,7 @@ def updates(bench: Bench, args: PPOConfig) -> dict[str, Any]:
 
 
 def overhead(bench: Bench, args: PPOConfig) -> dict[str, Any]:
-    """The trainer's update beside a bare loop over the same minibatches."""
+    """Measures the trainer's update beside a bare loop over the same minibatches."""
     measured = trainer_overhead(bench, args)
     return {
         "percent": _dict(measured.percent),
@@ -97,14 +97,14 @@ def overhead(bench: Bench, args: PPOConfig) -> dict[str, Any]:
 
 
 def frames(bench: Bench) -> dict[str, Any]:
-    """Frames a second from uint8 to pixels."""
+    """Measures frames a second from uint8 to pixels."""
     works, equal = preprocessing(bench)
     rates = in_turns(works, bench.workload.repeats, min(0.3, bench.workload.seconds))
     return _compared(rates) | {"equal_pixels": equal}
 
 
 def share(bench: Bench, args: PPOConfig) -> dict[str, Any]:
-    """FLOP/s of forward, rollout and update, and their share of what this machine's matrix products reach."""
+    """Measures FLOP/s of forward, rollout and update, and their share of what this machine's matrix products reach."""
     size, by_size = best_gemm_size(bench.workload.gemm_sizes, min(0.5, bench.workload.seconds))
     works = {
         "policy forward": bench.rollout_forward(),
@@ -136,7 +136,7 @@ def share(bench: Bench, args: PPOConfig) -> dict[str, Any]:
 
 
 def where_time_goes(bench: Bench, args: PPOConfig) -> dict[str, dict[str, float]]:
-    """Shares of the time of a rollout's forwards and of an update, by kind of operation."""
+    """Measures shares of the time of a rollout's forwards and of an update, by kind of operation."""
     return {
         "policy forward": breakdown(bench.rollout_forward()),
         "update": breakdown(update_work(Learner(bench, args), "ours", {})),
@@ -144,7 +144,7 @@ def where_time_goes(bench: Bench, args: PPOConfig) -> dict[str, dict[str, float]
 
 
 def machine(load_before: tuple[float, float, float]) -> dict[str, Any]:
-    """What the numbers were measured on, and how busy it was."""
+    """Returns what the numbers were measured on, and how busy it was."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": os.cpu_count(),
@@ -185,7 +185,7 @@ def _range(values: dict[str, float], form: str) -> str:
 
 
 def print_rates(console: Console, title: str, result: dict[str, Any]) -> None:
-    """One row a way: its rate, and how many times faster ours is."""
+    """Prints one row a variant: its rate, and how many times faster ours is."""
     rows = [
         (name, _range(values, ",.1f"), _range(result["ours_is_times"][name], ".1f") if name != "ours" else "")
         for name, values in result["per_second"].items()
@@ -194,7 +194,7 @@ def print_rates(console: Console, title: str, result: dict[str, Any]) -> None:
 
 
 def print_rest(console: Console, results: dict[str, Any]) -> None:
-    """Agreement, trainer overhead, memory, shares and breakdown."""
+    """Prints agreement, trainer overhead, memory, shares and breakdown."""
     norms = ", ".join(f"{name} {norm:.5g}" for name, norm in results["update"]["gradient_norm"].items())
     console.print(
         "same numbers: log-probabilities and values of ours and whole batch differ by "

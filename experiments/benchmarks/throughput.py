@@ -36,7 +36,7 @@ class Terms:
 
 
 def throughput(terms: Terms, backend: str, workers: int, envs_per_worker: int, num_steps: int) -> dict[str, float]:
-    """Env steps a second of the whole loop, rollout and update in turn, and where its time goes.
+    """Returns env steps a second of the whole loop, rollout and update in turn, and where its time goes.
 
     local        one process does everything
     ray-env      T times: the workers step side by side, then the learner acts for all of them
@@ -108,7 +108,7 @@ def report(
 def table(
     terms: Terms, envs_per_worker: int, num_steps: int, core_price: float, learner_price: float
 ) -> list[tuple[int, list[tuple[float, float]]]]:
-    """For each number of workers: (steps/s, price of a million steps) of ray-env, ray-replica, and a fast learner."""
+    """Returns, by number of workers, (steps/s, price of a million steps) of ray-env, ray-replica, a fast learner."""
     fast = replace(terms, update=terms.update / 100)
     rows = []
     for workers in WORKERS:

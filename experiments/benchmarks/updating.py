@@ -33,7 +33,7 @@ class Learner:
         self.gradient_norm = 0.0
 
     def step(self, reading: Reading, part: int) -> float:
-        """Forward, backward and AdamW over the minibatch in parts of `part` samples; returns B."""
+        """Runs forward, backward and AdamW over the minibatch in parts of `part` samples; returns B."""
         batch = len(self.samples.values)
         for rows in torch.arange(batch).split(part):
             samples = self.samples.select(rows)
@@ -52,7 +52,7 @@ UPDATES = ("ours", "whole prompts", "batch 1")
 
 
 def update_work(learner: Learner, name: str, norms: dict[str, float]) -> Work:
-    """One of the three ways of an update; notes the gradient's norm."""
+    """Returns work: one of the three variants of an update, which notes the gradient's norm."""
     batch, policy = len(learner.samples.values), learner.policy
     whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
     reading = policy.reading if name == "ours" else whole
@@ -151,7 +151,7 @@ def trainer_overhead(bench: Bench, args: PPOConfig) -> Overhead:
 
 
 def trainer_args(workload: Workload, folder: str) -> PPOConfig:
-    """Settings of the trainer for the overhead's measurement."""
+    """Returns settings of the trainer for the overhead's measurement."""
     return PPOConfig(
         output_dir=folder,
         num_iterations=workload.repeats + 2,

@@ -278,7 +278,7 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
 
 
 def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) -> None:
-    """Types and limits of the given values.
+    """Checks types and limits of the given values.
 
     Args:
         known: the runner's settings.
@@ -305,7 +305,7 @@ def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) ->
 
 
 def check_new_file(file: str | None, flag: str) -> None:
-    """A file of results is new, and its folder is there; None is no file.
+    """Raises where a file of results is there already, or its folder is not; None is no file.
 
     Raises:
         UsageError: it exists, or its folder does not.
@@ -342,7 +342,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are sentences."""
 
     def error(self, message: str) -> NoReturn:
-        """Raised in place of argparse's usage text and exit."""
+        """Raises `UsageError` in place of argparse's usage text and exit."""
         message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message).rstrip(".")
         raise UsageError(f"{message[:1].upper()}{message[1:]}; --help lists the flags.")
 

@@ -35,7 +35,7 @@ from manako.policies.interface import Draws
 
 
 def train(command: DPOCommand, run_dir: Path, started: float) -> int:
-    """All rounds; nothing is written before the first one's pairs are made.
+    """Trains in rounds; nothing is written before the first one's pairs are made.
 
     Args:
         command: the settings.

@@ -201,7 +201,7 @@ OF_THE_MACHINE = {field.name for field in fields(WorkerSettings)} - {"rollout_ba
 
 
 def check_together(command: PPOCommand) -> None:
-    """What holds between settings; each alone is checked by `command_line.check`.
+    """Checks what holds between settings; each alone is checked by `command_line.check`.
 
     Raises:
         UsageError: sizes that do not divide, or a reference that does not exist.
@@ -238,7 +238,7 @@ def check_together(command: PPOCommand) -> None:
 
 
 def check_workers(settings: WorkerSettings, num_envs: int) -> None:
-    """What holds between the settings of rollout workers.
+    """Checks what holds between the settings of rollout workers.
 
     Raises:
         UsageError: sizes that do not divide, or settings of workers where there are none.

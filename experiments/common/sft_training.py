@@ -27,7 +27,7 @@ SIDE_BY_SIDE = 32  # environments, for captions and in the evaluation
 
 
 def train(command: SFTCommand, run_dir: Path, started: float) -> int:
-    """One stage; nothing is written before the data are known to fit.
+    """Runs one stage; nothing is written before the data are known to fit.
 
     Args:
         command: the settings.

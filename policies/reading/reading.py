@@ -55,11 +55,11 @@ class Reading(ABC):
         """Returns the hidden states (B, D) of `read` alone."""
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
-        """Whether it can read a prompt with these tokens."""
+        """Returns whether it can read a prompt with these tokens."""
         return True
 
     @contextmanager
     def frozen_weights(self) -> Iterator[None]:
-        """Inside: no weight changes, so what does not depend on the samples may be kept."""
+        """Promises that no weight changes inside the block, so what does not depend on the samples may be kept."""
         with torch.no_grad():
             yield
