@@ -27,7 +27,7 @@ def gae(
 
     Args:
         rewards: (T, N) r_t, what the step paid.
-        values: (T, N) V(s_t), of the observation that the action was chosen on.
+        values: (T, N) V(s_t), of the observation that the action was taken on.
         next_values: (T, N) V(s_{t+1}), of the observation that the step returned: an episode's last frame where it
             ended, not the first frame of the next episode.
         terminated: (T, N) bool; the episode ended in the environment's own terms, and nothing follows.

@@ -14,7 +14,7 @@ from torch import Tensor
 from manako.agent.backends import RolloutPlan
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import Shown, Stepped, VectorEnv, ask
-from manako.agent.random_streams import action_draws
+from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers
 from manako.policies.interface import Acted, Draws, Policy, Rows
 

@@ -3,7 +3,7 @@
     rloo    its return less the mean of the others' (Ahmadian et al. 2024, arXiv:2402.14740)
     grpo    its return less the group's mean, over the group's deviation (Shao et al. 2024,
             arXiv:2402.03300)
-    gigpo   grpo's, and for each step the same among the group's steps that saw the same thing (Feng et al. 2025,
+    gigpo   grpo's, and for each step the same among the group's steps of the same observation (Feng et al. 2025,
             arXiv:2505.10978)
 
 Pure functions. Episodes that the rollout cut off have no return and take no part: their samples are marked, and nothing
@@ -105,7 +105,7 @@ def group_advantages(
         rewards: (T, N).
         ended: (T, N) bool, terminated or truncated.
         groups: (N,) int64, the group of each slot.
-        states: (T, N) int64, equal where the policy saw the same; for gigpo.
+        states: (T, N) int64, equal where the observation is; for gigpo.
         gamma: discount of gigpo's returns to go.
         step_weight: omega of gigpo, the weight of the step's advantage beside the episode's.
 
@@ -142,7 +142,7 @@ def group_advantages(
     if method == "gigpo":
         assert states is not None
         togo = returns_to_go(rewards, ended, gamma).flatten()[mask]
-        # anchor states: the same sight in the same group and episode number
+        # anchor states: the same observation in the same group and episode number
         _, seen = torch.unique(torch.stack([group[place], states.flatten()], dim=1)[mask], dim=0, return_inverse=True)
         advantages[mask] += step_weight * grpo(togo, seen)
     return (advantages * mask).view(steps, slots), mask.view(steps, slots)

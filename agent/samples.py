@@ -39,7 +39,7 @@ def recompute_logprobs(rollout: Rollout, policy: Policy, max_batch: int = 256) -
     """Returns a rollout that older weights played, with log-probabilities and values of the current policy.
 
     Its log-probabilities are those that the update starts from (the proximal policy of Hilton et al. 2021,
-    https://arxiv.org/abs/2110.00641), its values those of the present value head.
+    https://arxiv.org/abs/2110.00641), its values those of the current value head.
 
     Returns:
         The rollout with these, and (T, N) min(1, pi / pi_behaviour), the truncated importance weights of V-trace

@@ -1,4 +1,4 @@
-"""What a frame shows, in words, from the environment's own state: for training the alignment of eye and language.
+"""What a frame shows, in words, from the environment's own state: to align a vision encoder with a language model.
 
 An environment of your own offers it by a method `caption()`. Known here beside that: FrozenLake.
 """

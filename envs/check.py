@@ -29,7 +29,7 @@ from manako.envs.observation import (
     resolve_instruction,
     without_control_characters,
 )
-from manako.errors import in_one_line
+from manako.errors import type_and_text
 
 WARNING = "warning: "
 
@@ -117,7 +117,7 @@ class _Closing:
         try:
             self._env.close()
         except Exception as error:
-            self._faults.add("close", f"broke in close() with {in_one_line(error)}")
+            self._faults.add("close", f"broke in close() with {type_and_text(error)}")
 
 
 class _Moment(NamedTuple):
@@ -177,7 +177,7 @@ class _Player:
         try:
             result: Any = env.reset(seed=seed)
         except Exception as error:
-            self._stop(f"broke in reset(seed={seed}) with {in_one_line(error)}")
+            self._stop(f"broke in reset(seed={seed}) with {type_and_text(error)}")
             return None
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             self._stop(f"returns {_kind(result)} from reset(), expected (observation, info dict)")
@@ -193,7 +193,7 @@ class _Player:
             if raw is not None and (not isinstance(raw, tuple) or len(raw) != 5):
                 result = raw  # a wrapper of Gymnasium's stumbled over it
             else:
-                self._stop(f"broke in step(), action {name!r}, with {in_one_line(error)}")
+                self._stop(f"broke in step(), action {name!r}, with {type_and_text(error)}")
                 return None
         if not isinstance(result, tuple) or len(result) != 5:
             self._stop(
@@ -236,7 +236,7 @@ class _Player:
             self._faults.add("image", f"{error}, from {self._image_from}")
             return None
         except Exception as error:
-            self._faults.add("image raises", f"broke in its image from {self._image_from} with {in_one_line(error)}")
+            self._faults.add("image raises", f"broke in its image from {self._image_from} with {type_and_text(error)}")
             return None
         if self._frame_shape is None:
             height, width, _ = frame.shape
@@ -249,7 +249,7 @@ class _Player:
         try:
             text = self._instruction(env, observation)
         except Exception as error:
-            self._faults.add("instruction raises", f"broke in its instruction with {in_one_line(error)}")
+            self._faults.add("instruction raises", f"broke in its instruction with {type_and_text(error)}")
             return None
         if not isinstance(text, str):
             self._faults.add("instruction type", f"gives {text!r} as its instruction, expected a string")
@@ -377,7 +377,7 @@ def _raw_step(env: gym.Env, action: int) -> Any:
 
 
 def _sentence(name: str, what: str, error: Exception) -> str:
-    return str(error) if isinstance(error, EnvError) else f"{name} broke in {what} with {in_one_line(error)}"
+    return str(error) if isinstance(error, EnvError) else f"{name} broke in {what} with {type_and_text(error)}"
 
 
 def _kind(value: object) -> str:

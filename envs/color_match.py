@@ -13,7 +13,7 @@ import numpy as np
 from manako.envs.captions import place_name
 from manako.envs.errors import EnvError
 from manako.envs.observation import InstructionText
-from manako.envs.tiles import COLORS, TILE, choose_colors
+from manako.envs.tiles import COLORS, TILE, resolve_colors
 
 
 class ColorMatch(gym.Env[dict[str, Any], Any]):
@@ -36,7 +36,7 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
         if isinstance(size, bool) or not isinstance(size, int) or size < 2:
             raise EnvError(f"size is {size!r}, expected a whole number of cells from 2 on")
         self.size = size
-        self.action_names = choose_colors(colors)
+        self.action_names = resolve_colors(colors)
         self.render_mode = render_mode
         self._rgb = np.array([COLORS[name] for name in self.action_names], np.uint8)  # (K, 3)
         self._color = 0

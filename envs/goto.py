@@ -17,7 +17,7 @@ import numpy as np
 from manako.envs.captions import place_name
 from manako.envs.errors import EnvError
 from manako.envs.observation import InstructionText
-from manako.envs.tiles import AGENT, FIRST_OBJECT, FLOOR, TILE, choose_colors, choose_shapes, draw, paint_tiles
+from manako.envs.tiles import AGENT, FIRST_OBJECT, FLOOR, TILE, draw, paint_tiles, resolve_colors, resolve_shapes
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # name -> (rows, columns)
 STEPS_PER_CELL = 3  # an episode lasts at most this many times `size`
@@ -59,7 +59,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
                 raise EnvError(f"{name} is {value!r}, expected a whole number from {least} on")
         if not 0 <= shaping < float("inf"):
             raise EnvError(f"shaping is {shaping!r}, expected a number from 0 on")
-        color_names, shape_names = choose_colors(colors), choose_shapes(shapes)
+        color_names, shape_names = resolve_colors(colors), resolve_shapes(shapes)
         kinds = [f"{color} {shape}" for shape in shape_names for color in color_names]
         most = min(size * size - 1, len(kinds))
         if num_objects > most:

@@ -18,7 +18,7 @@ from gymnasium.envs.registration import load_env_creator
 
 from manako.envs.errors import EnvError
 from manako.envs.observation import ImageSource, VLMObservation, missing_package
-from manako.errors import in_one_line
+from manako.errors import type_and_text
 
 # id prefix -> (module that registers such ids, extra that installs it)
 _BUNDLED = {
@@ -66,7 +66,7 @@ def make_vlm_env(
         if isinstance(error, EnvError):
             raise
         raise EnvError(
-            f"{env_id} broke while it was asked for its actions, image and text: {in_one_line(error)}"
+            f"{env_id} broke while it was asked for its actions, image and text: {type_and_text(error)}"
         ) from error
 
 
@@ -97,7 +97,7 @@ def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gy
                     "argument and set self.render_mode"
                 ) from error
             raise EnvError(f"{env_id} takes no argument {name!r}: got env_kwargs {given}") from error
-        message = in_one_line(error).split(" was raised from the environment creator for ")[0]
+        message = type_and_text(error).split(" was raised from the environment creator for ")[0]
         raise EnvError(f"{env_id} could not be made with env_kwargs {given}: {message}") from error
 
 
@@ -150,7 +150,7 @@ def _import_plugin(name: str) -> Any:
             ) from error
         raise EnvError(f"the plugin {name!r} needs the module {error.name!r}, which is not installed") from error
     except Exception as error:
-        raise EnvError(f"the plugin {name!r} broke while it was imported: {in_one_line(error)}") from error
+        raise EnvError(f"the plugin {name!r} broke while it was imported: {type_and_text(error)}") from error
 
 
 def _import_bundled(env_id: str, package: str, extra: str) -> None:

@@ -32,7 +32,7 @@ from manako.envs.captions import caption_of
 from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
 from manako.envs.tasks import TASKS, success_rule
-from manako.errors import in_one_line
+from manako.errors import type_and_text
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
@@ -422,7 +422,7 @@ class VLMObservation(gym.Wrapper):
     def _broke(self, where: str, error: Exception) -> NoReturn:
         if isinstance(error, gym.error.DependencyNotInstalled):
             self._fail(f"needs a package that is not installed: {missing_package(error)}", error)
-        self._fail(f"broke in {where} with {in_one_line(error)}", error)
+        self._fail(f"broke in {where} with {type_and_text(error)}", error)
 
     def _fail(self, what: str, cause: Exception | None = None) -> NoReturn:
         place = [] if self.slot is None else [f"slot {self.slot}"]

@@ -73,7 +73,7 @@ _MASKS: dict[str, tuple[str, ...]] = {
 SHAPES: tuple[str, ...] = ("ball", "box", "key")
 
 
-def choose_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
+def resolve_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
     """Returns colour names for a number (the first so many) or for names, which are checked.
 
     Raises:
@@ -83,16 +83,16 @@ def choose_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
         if not 2 <= colors <= len(COLORS):
             raise EnvError(f"colors is {colors}, expected 2 to {len(COLORS)}, or names from {', '.join(COLORS)}")
         return tuple(COLORS)[:colors]
-    return _choose("colors", colors, tuple(COLORS), at_least=2)
+    return _check_names("colors", colors, tuple(COLORS), at_least=2)
 
 
-def choose_shapes(shapes: Sequence[str]) -> tuple[str, ...]:
+def resolve_shapes(shapes: Sequence[str]) -> tuple[str, ...]:
     """Returns the shapes' names, checked.
 
     Raises:
         EnvError: None, unknown or repeated.
     """
-    return _choose("shapes", shapes, SHAPES, at_least=1)
+    return _check_names("shapes", shapes, SHAPES, at_least=1)
 
 
 def paint_tiles(colors: Sequence[str], shapes: Sequence[str]) -> np.ndarray:
@@ -121,8 +121,8 @@ def _paint(floor: np.ndarray, shape: str, color: tuple[int, int, int]) -> np.nda
     return tile
 
 
-def _choose(what: str, names: Sequence[str], known: Sequence[str], at_least: int) -> tuple[str, ...]:
-    chosen = (names,) if isinstance(names, str) else tuple(names)
-    if len(chosen) < at_least or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+def _check_names(what: str, names: Sequence[str], known: Sequence[str], at_least: int) -> tuple[str, ...]:
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    if len(listed) < at_least or len(set(listed)) < len(listed) or not set(listed) <= set(known):
         raise EnvError(f"{what} is {names!r}, expected at least {at_least} different names from {', '.join(known)}")
-    return chosen
+    return listed

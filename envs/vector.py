@@ -240,14 +240,14 @@ class EpisodeVectorEnv:
         """
         if self._observations is None:
             raise EnvError("there is no action to take before reset")
-        chosen = []
+        actions = []
         for slot, env in enumerate(self._envs):
             expert, before = self._experts[slot], self._actions[slot][-1] if self._actions[slot] else None
-            if expert is None:  # a new one plans from the present state
+            if expert is None:  # a new one plans from the current state
                 expert, before = env.expert(), None
                 self._experts[slot] = expert
-            chosen.append(expert(before))
-        return np.array(chosen, np.int64)
+            actions.append(expert(before))
+        return np.array(actions, np.int64)
 
     def captions(self) -> tuple[str, ...]:
         """Returns for each slot what it shows, in words.
@@ -294,11 +294,11 @@ class EpisodeVectorEnv:
             EnvError: The state is of another environment or number of slots, or the environment does not play the
                 same way again.
         """
-        for key, mine in self._identity().items():
-            if state.get(key) != mine:
+        for key, expected in self._identity().items():
+            if state.get(key) != expected:
                 raise EnvError(
-                    f"the saved environment state has the {key} {state.get(key)!r}, expected {mine!r}: resume with the "
-                    "settings that the run was started with"
+                    f"the saved environment state has the {key} {state.get(key)!r}, expected {expected!r}: resume with "
+                    "the settings that the run was started with"
                 )
         if len(state["episodes"]) != self.num_envs:
             raise EnvError(
@@ -351,16 +351,16 @@ class EpisodeVectorEnv:
         if not slots:
             assert self._observations is not None
             return self._observations
-        chosen: list[int | None] = [None] * self.num_envs
+        reset_seeds: list[int | None] = [None] * self.num_envs
         for index, slot in enumerate(slots):
             own = self._next_seed(slot) if seeds is None else int(seeds[index])
-            chosen[slot] = self.episode_seeds[slot] = own
+            reset_seeds[slot] = self.episode_seeds[slot] = own
             self._episodes[slot] += counted
             self._actions[slot] = []
             self._replacements[slot] = None
             self._experts[slot] = None
         before = self._observations
-        seen, _ = self._vector.reset(seed=chosen, options={"reset_mask": mask})
+        seen, _ = self._vector.reset(seed=reset_seeds, options={"reset_mask": mask})
         self.episode_returns = np.where(mask, 0.0, self.episode_returns)
         self.episode_lengths = np.where(mask, 0, self.episode_lengths)
         self._ended = self._ended & ~mask

@@ -8,8 +8,8 @@ each with a name, a runner (collect, sft, dpo or ppo) and sections of its own. A
 it wrote (`dataset: demos`, `policy: align`, `vision_encoder: see`); without `policy` a step starts from the training
 before it, and `policy: start` is where the ladder starts. Every policy is then evaluated on the same held-out seeds:
 success with its interval, paired tests between all steps, time, how many parameters were trained, and what the language
-model has forgotten: report.json. With `--sample true` the policies draw their actions instead of taking the likeliest:
-report_sampled.json.
+model has forgotten: report.json. With `--sample true` the policies sample their actions instead of taking the greedy
+ones: report_sampled.json.
 """
 
 import json
@@ -93,9 +93,9 @@ def main() -> int:
         done[step["name"]] = run_step(step, ladder.get("common", {}), folder, done)
         if trains:
             before = step["name"]
-    from manako.experiments.common.ladder_report import report  # torch and all
+    from manako.experiments.common.ladder_report import evaluate_ladder  # torch and all
 
-    report(folder, settings_of("ppo", {}, ladder.get("common", {})), done, given.eval_episodes, given.sample)
+    evaluate_ladder(folder, settings_of("ppo", {}, ladder.get("common", {})), done, given.eval_episodes, given.sample)
     return 0
 
 

@@ -1,10 +1,9 @@
-"""The door: all that `agent/` knows of a policy. PPO, rollouts, workers, evaluation, datasets and TRL's
-trainers speak it.
+"""The interface: all that `agent/` knows of a policy, for PPO, rollouts, workers, evaluation, datasets and TRL.
 
 Legend: B samples, S tokens of an answer (1 for a closed set whose actions are one choice), A actions, (H, W, 3) frames.
 
 A policy is asked in this order: `prepare` turns frames and instructions into rows, which rollouts store as they are;
-`act` draws actions from them; `evaluate_actions` computes the log-probabilities of those actions again, by the same
+`act` samples actions from them; `evaluate_actions` computes the log-probabilities of those actions again, by the same
 forward, with gradients. Players that cannot learn (scripted, random, recorded) are policies too: `can_learn` is False.
 """
 
@@ -213,7 +212,7 @@ class Policy(nn.Module, ABC):
         )
 
     def forward(self, inputs: Rows, actions: Rows) -> Evaluated:
-        """Returns `evaluate_actions`; mixed precision and data parallelism wrap this method."""
+        """Returns what `evaluate_actions` does; mixed precision and data parallelism wrap this method."""
         return self.evaluate_actions(inputs, actions)
 
     def predict_values(self, inputs: Rows) -> Tensor:
@@ -317,10 +316,10 @@ def entropy(logp: Tensor) -> Tensor:
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
-def acted_by_choice(logprobs: Tensor, values: Tensor, draws: Draws, greedy: bool) -> Acted:
+def act_categorical(logprobs: Tensor, values: Tensor, draws: Draws, greedy: bool) -> Acted:
     """Returns one action of a closed set for each row of log-probabilities (B, A), with S = 1.
 
-    A greedy choice asks for no random number.
+    A greedy action takes no random number.
     """
     logprobs, values = logprobs.cpu(), values.cpu()
     index = logprobs.argmax(-1) if greedy else sample_categorical(logprobs, draws.next())  # (B,)

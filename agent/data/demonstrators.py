@@ -9,7 +9,7 @@ random numbers. One of your own, here one that asks a service, frame by frame:
             return Rows({"index": torch.tensor([self.spec.action_names.index(name) for name in asked])})
 
         def act(self, inputs, draws, greedy=False):
-            return self.certain(inputs["index"])
+            return self.deterministic(inputs["index"])
 
     collector = RolloutCollector(env, Remote(policy.spec), num_steps, seed, record=True)
     to_dataset([collector.collect(0)], policy, env_id, "remote", {})
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from manako.agent.data.recordings import Recording
 from manako.agent.errors import TrainingError
-from manako.policies.interface import Acted, Draws, Policy, PolicySpec, Rows, acted_by_choice
+from manako.policies.interface import Acted, Draws, Policy, PolicySpec, Rows, act_categorical
 
 
 class Player(Policy):
@@ -47,14 +47,14 @@ class Player(Policy):
         columns = {name: torch.from_numpy(np.array(values)) for name, values in (told or {}).items()}
         return Rows({"slot": torch.arange(len(images)), **columns})
 
-    def drawn_from(self, probabilities: Tensor, draws: Draws, greedy: bool = False) -> Acted:
+    def sample_from(self, probabilities: Tensor, draws: Draws, greedy: bool = False) -> Acted:
         """Returns actions sampled from probabilities (B, A), or the greedy ones; values are 0."""
-        return acted_by_choice(probabilities.log(), torch.zeros(len(probabilities)), draws, greedy)
+        return act_categorical(probabilities.log(), torch.zeros(len(probabilities)), draws, greedy)
 
-    def certain(self, actions: Tensor) -> Acted:
+    def deterministic(self, actions: Tensor) -> Acted:
         """Returns these actions (B,) int64, at log-probability 0."""
         one = torch.nn.functional.one_hot(actions, len(self.spec.action_names)).float()  # (B, A)
-        return self.drawn_from(one, Draws([]), greedy=True)
+        return self.sample_from(one, Draws([]), greedy=True)
 
 
 class ScriptedPlayer(Player):
@@ -78,7 +78,7 @@ class ScriptedPlayer(Player):
         experts, count = inputs["expert_actions"], len(self.spec.action_names)
         probabilities = torch.full((len(experts), count), self.error_rate / (count - 1))
         probabilities.scatter_(1, experts[:, None], 1 - self.error_rate)
-        return self.drawn_from(probabilities, draws, greedy)
+        return self.sample_from(probabilities, draws, greedy)
 
 
 class RandomPlayer(Player):
@@ -87,7 +87,7 @@ class RandomPlayer(Player):
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
         """Returns uniform actions; there is no greedy one, so `greedy` samples as well."""
         count = len(self.spec.action_names)
-        return self.drawn_from(torch.full((len(inputs), count), 1 / count), draws)
+        return self.sample_from(torch.full((len(inputs), count), 1 / count), draws)
 
 
 class RecordedPlayer(Player):
@@ -98,7 +98,7 @@ class RecordedPlayer(Player):
 
     Args:
         spec: see `Player`.
-        queues: the recordings of each slot, N; see `in_slots`.
+        queues: the recordings of each slot, N; see `split_over_slots`.
 
     Attributes:
         seed_lists: the seeds of the same, N.
@@ -116,7 +116,7 @@ class RecordedPlayer(Player):
         self.quota = [len(queue) for queue in queues]
         self.num_steps = 1 + max(sum(len(recording.actions) for recording in queue) for queue in queues)
         self._started = [0] * len(queues)  # episodes
-        self._played = [0] * len(queues)  # steps of the present ones
+        self._played = [0] * len(queues)  # steps of the current ones
 
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
         """Returns the recorded actions.
@@ -126,7 +126,7 @@ class RecordedPlayer(Player):
         """
         steps, seeds = inputs["episode_steps"].tolist(), inputs["episode_seeds"].tolist()
         actions = [self._next(slot, *now) for slot, now in enumerate(zip(steps, seeds, strict=True))]
-        return self.certain(torch.tensor(actions))
+        return self.deterministic(torch.tensor(actions))
 
     def _next(self, slot: int, step: int, seed: int) -> int:
         if step == 0:

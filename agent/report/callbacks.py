@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from manako.agent.checkpoint import finalize_folder
@@ -32,8 +33,6 @@ class MetricsCallback(TrainerCallback):
     """
 
     def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = run_dir / METRICS_FILE
         rows = read_metrics(run_dir)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=rows[-1]["env_steps"] + 1 if rows else None)

@@ -1,4 +1,4 @@
-"""TRL's own trainers around a policy: what they need said, and nothing of theirs replaced but, for cloning, the loss.
+"""TRL's own trainers around a policy: what they have to be given; of their code only cloning's loss is replaced.
 
 SFT, DPO and KTO with the policy's model and processor, the adapter's own learning rate, a metrics file, and a stop at a
 loss that is not finite. Without Triton, TRL's LM head scores every position of a prompt against the whole vocabulary

@@ -10,7 +10,7 @@ from typing import Any
 
 import manako
 from manako.agent.errors import WorkersError
-from manako.errors import told
+from manako.errors import ManakoError, first_line
 
 
 @contextlib.contextmanager
@@ -144,7 +144,8 @@ def reason_of(why: BaseException | str) -> str:
     if isinstance(why, str):
         return why
     if not isinstance(why, RayError):
-        return told(why)
+        line = first_line(why, longest=None)
+        return line if isinstance(why, ManakoError) else f"{type(why).__name__}: {line}"
     # Ray's errors go on for lines, and end with the cause where a constructor failed
     lines = [line.strip() for line in str(why).splitlines() if line.strip()] or [type(why).__name__]
     return lines[-1 if "creation task" in lines[0] else 0].rstrip(".")

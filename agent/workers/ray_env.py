@@ -76,7 +76,7 @@ class RayVectorEnv:
 
         return np.concatenate(self.supervisor.run(submit))
 
-    def step(self, actions: np.ndarray) -> "_Whole":
+    def step(self, actions: np.ndarray) -> "_JoinedStep":
         """Takes one action (N,) in every slot."""
         parts = [actions[first : first + size] for first, size in self.segments]
         snapshot = [len(history.actions) + 1 >= SNAPSHOT_EVERY for history in self._histories]
@@ -105,7 +105,7 @@ class RayVectorEnv:
         self.episode_returns, self.episode_lengths = whole.returns, whole.lengths
         self.episode_seeds = whole.seeds.tolist()
         self._ended = whole.terminated | whole.truncated
-        self._upcoming = _Seen(whole.next_images, whole.next_instructions)
+        self._upcoming = _Shown(whole.next_images, whole.next_instructions)
         return whole
 
     def state_dict(self) -> State:
@@ -135,7 +135,8 @@ class RayVectorEnv:
             return actor.observe.remote(self.segments[segment], self._histories[segment])
 
         seen = self.supervisor.run(submit)
-        return _Seen(np.concatenate([images for images, _ in seen]), tuple(text for _, texts in seen for text in texts))
+        images = np.concatenate([images for images, _ in seen])
+        return _Shown(images, tuple(text for _, texts in seen for text in texts))
 
 
 class CentralRollouts(RolloutCollector):
@@ -165,25 +166,25 @@ class CentralRollouts(RolloutCollector):
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Shown:
     images: Any  # (N, H, W, 3)
     instructions: tuple[str, ...]
 
 
-class _Whole(Played):
+class _JoinedStep(Played):
     """A step of all slots, with the name that the learner reads its observations under."""
 
     @property
-    def observations(self) -> _Seen:
-        return _Seen(self.images, self.instructions)
+    def observations(self) -> _Shown:
+        return _Shown(self.images, self.instructions)
 
 
-def _join(parts: Sequence[Played]) -> _Whole:
+def _join(parts: Sequence[Played]) -> _JoinedStep:
     arrays = ("images", "rewards", "terminated", "truncated", "success", "returns", "lengths", "seeds")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
     upcoming = joined["images"].copy()
     upcoming[joined["terminated"] | joined["truncated"]] = np.concatenate([part.next_images for part in parts])
-    return _Whole(
+    return _JoinedStep(
         **joined,
         instructions=tuple(text for part in parts for text in part.instructions),
         next_images=upcoming,

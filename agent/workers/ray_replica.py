@@ -140,13 +140,13 @@ class ReplicaRollouts:
         self.supervisor.begin(submit)
 
     def _check_workers(self) -> None:
-        mine = frozen_digest(self.policy)
+        expected = frozen_digest(self.policy)
 
         def submit(actor: Any, segment: int, failures: int) -> Any:
             return actor.prepare.remote(self.segments[segment])
 
-        for segment, theirs in enumerate(self.supervisor.run(submit)):
-            if theirs != mine:
+        for segment, loaded in enumerate(self.supervisor.run(submit)):
+            if loaded != expected:
                 raise TrainingError(
                     f"Worker {segment} loaded other frozen weights than the learner: expected the same model files and "
                     "versions on every node."

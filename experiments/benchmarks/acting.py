@@ -1,9 +1,9 @@
-"""The ways of one rollout step: ours and the two that it stands beside.
+"""The variants of one rollout step: ours and the two that it stands beside.
 
 ours               RolloutCollector: all envs in one forward, shared prefix, action rows, pixels by table
 whole batch        all envs in one forward of the whole model: the library's processor, whole prompts, all V logits
 generate per env   one env after the other: the processor, `generate`, and a second forward over prompt and answer
-for the answer's log-probability and the value, as in https://github.com/RL4VLM/RL4VLM
+                   for the answer's log-probability and the value, as in https://github.com/RL4VLM/RL4VLM
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from manako.agent.collector import RolloutCollector
-from manako.agent.random_streams import make_rng
+from manako.agent.rng import make_rng
 from manako.agent.samples import Samples
 from manako.envs import EpisodeVectorEnv, Observations
 from manako.experiments.benchmarks.timing import Work

@@ -1,4 +1,4 @@
-"""Peak memory of each way, in a fresh process: a process inherits its parent's peak, so torch is imported in there."""
+"""Peak memory of each variant in a fresh process: a process inherits its parent's peak, so torch is imported there."""
 
 import multiprocessing
 import resource
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from manako.experiments.benchmarks.workload import Workload
 
-MEMORY = ("rollout", "ours", "whole prompts", "batch 1")  # a rollout, and the three ways of an update
+MEMORY = ("rollout", "ours", "whole prompts", "batch 1")  # a rollout, and the three variants of an update
 
 
 def peak_memory(workload: Workload) -> dict[str, float]:

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
     del sys.path[0]
 
 from manako.experiments.benchmarks.settings import RayBenchmarkCommand  # noqa: E402
-from manako.experiments.benchmarks.throughput import report  # noqa: E402
+from manako.experiments.benchmarks.throughput import print_throughput  # noqa: E402
 from manako.experiments.common.command_line import UsageError, check_new_file, parse, run_main, show  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def main() -> int:
 
     load = os.getloadavg()
     seconds, terms, torch_version = measure(given)
-    report(given, seconds, terms, load)
+    print_throughput(given, seconds, terms, load)
     if given.output:
         results: dict[str, Any] = {"settings": vars(given), "seconds": seconds, "terms": vars(terms)}
         results |= {"load_average": [load, os.getloadavg()], "torch": torch_version}

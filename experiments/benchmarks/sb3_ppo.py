@@ -173,13 +173,13 @@ def train(command: PPOCommand, seeds: Sequence[int], every: int, judge: Judge) -
 
 
 def compare(given: CompareSettings) -> dict[str, list[dict[str, Any]]]:
-    """Trains both ways with every seed and prints the table.
+    """Trains both with every seed and prints the table.
 
     Args:
         given: what is compared.
 
     Returns:
-        The results of each way, one a seed.
+        The results of each method, one a seed.
     """
     threads = given.torch_threads or torch.get_num_threads()
     runs: dict[str, list[dict[str, Any]]] = {OURS: [], SB3: []}
@@ -189,13 +189,13 @@ def compare(given: CompareSettings) -> dict[str, list[dict[str, Any]]]:
         command = dataclasses.replace(RUN, environment=environment, run=run)
         longer = dataclasses.replace(command, run=dataclasses.replace(run, total_steps=given.total_steps_sb3))
         episodes = held_out_seeds(given.episodes, seed)
-        ours, theirs = Curve(given.success), Curve(given.success)
+        ours, sb3 = Curve(given.success), Curve(given.success)
         train_ours(command, episodes, given.eval_every, ours)
         print(f"{OURS}, seed {seed}: {ours}", flush=True)
         torch.set_num_threads(threads)
-        train(longer, episodes, given.eval_every, theirs)
-        print(f"{SB3}, seed {seed}: {theirs}", flush=True)
+        train(longer, episodes, given.eval_every, sb3)
+        print(f"{SB3}, seed {seed}: {sb3}", flush=True)
         runs[OURS].append(ours.result(seed))
-        runs[SB3].append(theirs.result(seed))
+        runs[SB3].append(sb3.result(seed))
     print_table(Console(soft_wrap=True, highlight=False), runs, given.success, given.episodes)
     return runs

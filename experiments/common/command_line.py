@@ -24,7 +24,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
 
-from manako.errors import ManakoError, text_of
+from manako.errors import ManakoError, full_text
 
 Command = TypeVar("Command")
 Section = TypeVar("Section")
@@ -329,7 +329,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except ManakoError as error:
-        print(f"error: {text_of(error)}", file=sys.stderr)
+        print(f"error: {full_text(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -110,7 +110,7 @@ class Progress(TrainerCallback):
             self.live.stop()
             self.live = None
 
-    def table(self, summary: dict[str, dict[str, Any]]) -> None:
+    def print_evaluation(self, summary: dict[str, dict[str, Any]]) -> None:
         """Prints the evaluation, and where everything lies."""
         print_table(self.console, summary, f"{self.command.environment.env}, held-out seeds")
         written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))

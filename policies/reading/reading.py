@@ -1,4 +1,4 @@
-"""What every way of reading does: from stored inputs to the hidden state and the logits at which the answer is read."""
+"""What every reading does: from stored inputs to the hidden state and the logits at which the answer is read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

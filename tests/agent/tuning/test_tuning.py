@@ -17,7 +17,7 @@ from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import ScriptedPlayer
 from manako.agent.data.trajectories import save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.forgetting import PROBES, remember
+from manako.agent.tuning.forgetting import PROBES, measure_retention
 from manako.agent.tuning.preferences import expert_pairs, pair_dataset, unpaired
 from manako.agent.tuning.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrated_actions, demonstrations
 from manako.agent.tuning.trainers import (
@@ -31,7 +31,7 @@ from manako.envs import EpisodeVectorEnv
 from manako.experiments import collect, run_dpo, run_ladder, run_sft
 from manako.experiments.common.collecting import play_until
 from manako.experiments.common.command_line import UsageError, run_main
-from manako.experiments.common.ladder_report import compare, print_report
+from manako.experiments.common.ladder_report import compare_steps, print_report
 from manako.policies import save_policy
 from tests.helpers.small_envs import tiny_policy
 from tests.helpers.small_runs import corridor_env, difference, goto_policy, weights
@@ -275,11 +275,11 @@ def test_lora_off_is_the_base_and_plain_peft_loads_the_folder(trajectories, tmp_
 
 def test_forgetting_is_seen():
     policy = make_policy()
-    before = remember(policy)
-    assert before == remember(policy) and before.perplexity > 100 and 0 <= before.probes <= 1
+    before = measure_retention(policy)
+    assert before == measure_retention(policy) and before.perplexity > 100 and 0 <= before.probes <= 1
     with torch.no_grad():
         policy.base_vlm.get_output_embeddings().weight.mul_(-30)
-    assert remember(policy).perplexity > 10 * before.perplexity
+    assert measure_retention(policy).perplexity > 10 * before.perplexity
     assert len({start for start, _, _ in PROBES}) == len(PROBES) == 20
 
 
@@ -396,7 +396,7 @@ def test_environments_without_an_end_are_refused(monkeypatch):
 def test_every_step_is_compared_with_all_before_it():
     """Three episodes more and none less: p = 2 / 2**3."""
     won = {"a": [False] * 3 + [True], "b": [True] * 4, "c": [True] * 4}
-    assert compare(won) == [
+    assert compare_steps(won) == [
         {"step": "b", "against": "a", "difference": 0.75, "p": 0.25},
         {"step": "c", "against": "a", "difference": 0.75, "p": 0.25},
         {"step": "c", "against": "b", "difference": 0.0, "p": 1.0},
