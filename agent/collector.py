@@ -1,7 +1,7 @@
 """Collects rollouts in this process: the current policy plays T steps of N environments.
 
 The order of the file is the order of events: a step is recorded, the steps are transposed once. Every random number is
-a function of (seed, slot, iteration), so a resumed run and any split of the slots over workers draw the same actions.
+a function of (seed, slot, iteration), so a resumed run and any split of the slots over workers sample the same actions.
 """
 
 import time

@@ -196,7 +196,7 @@ class PPOTrainer(_BaseTrainer):
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent from here."""
+        """Sends nothing."""
 
     # ---- metrics and stops ---------------------------------------------------------------------------------------
 

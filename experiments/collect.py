@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _check(command: CollectCommand) -> None:
-    """What holds between the settings.
+    """Checks what holds between the settings.
 
     Raises:
         UsageError: no output, or settings of another player.
@@ -69,7 +69,7 @@ def _check(command: CollectCommand) -> None:
 
 
 def _check_recorded(command: CollectCommand) -> None:
-    """What holds between the settings of recorded play."""
+    """Checks what holds between the settings of recorded play."""
     run, backend = command.run, command.workers.rollout_backend
     if run.recording is None:
         raise UsageError("--recording is missing: give the file that --player recorded plays again.")

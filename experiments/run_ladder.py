@@ -68,7 +68,7 @@ class LadderSettings:
     output_dir: str | None = setting(None, "folder of the ladder, must not exist")
     resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept")
     eval_episodes: int = setting(500, "held-out episodes of the comparison", ge=1)
-    sample: bool = setting(False, "in the comparison, draw actions from the policies' probabilities")
+    sample: bool = setting(False, "in the comparison, sample actions from the policies' probabilities")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class PixelPipeline:
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(resized), 1, -1).astype(np.uint8)))
 
     def pixels(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns the model inputs of stored frames (B, h, w, 3) uint8: `pixel_values` (B, 3, h, w) float32 and more."""
+        """Returns the model inputs of stored frames (B, h, w, 3) uint8: `pixel_values` (B, 3, h, w) float32, ..."""
         if self.table is None:
             inputs = self.image_processor(
                 images=[[frame] for frame in frames.cpu().numpy()],

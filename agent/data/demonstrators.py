@@ -130,15 +130,15 @@ class RecordedPlayer(Player):
 
     def _next(self, slot: int, step: int, seed: int) -> int:
         if step == 0:
-            if self._started[slot] and self._played[slot] < len(self._present(slot).actions):
-                recording, last = self._present(slot), self._played[slot] - 1
+            if self._started[slot] and self._played[slot] < len(self._current(slot).actions):
+                recording, last = self._current(slot), self._played[slot] - 1
                 raise TrainingError(
                     f"The recording in {recording.place} (seed {recording.seed}) goes on for {len(recording.actions)} "
                     f"actions, and the episode has ended with step {last}: expected the environment and env_kwargs "
                     "that it was played in, and no action after the end."
                 )
             self._started[slot] += 1
-        recording = self._present(slot)
+        recording = self._current(slot)
         if seed != recording.seed:
             raise TrainingError(
                 f"Slot {slot} plays an episode of seed {seed}, and the recording in {recording.place} is of "
@@ -152,5 +152,5 @@ class RecordedPlayer(Player):
         self._played[slot] = step + 1
         return recording.actions[step]
 
-    def _present(self, slot: int) -> Recording:
+    def _current(self, slot: int) -> Recording:
         return self.queues[slot][(self._started[slot] - 1) % len(self.queues[slot])]

@@ -119,7 +119,7 @@ class _OfPolicy:
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # type: ignore[attr-defined]
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent from here."""
+        """Sends nothing."""
 
 
 class PolicySFTTrainer(_OfPolicy, SFTTrainer):

@@ -26,7 +26,7 @@ from manako.policies.reading import Reading, WholePrompt
 
 
 class Learner:
-    """Optimizer steps on one minibatch at learning rate 0: the same arithmetic, and all variants see the same weights."""
+    """Optimizer steps on one minibatch at learning rate 0: the same arithmetic, the same weights for all variants."""
 
     def __init__(self, bench: Bench, args: PPOConfig) -> None:
         self.policy, self.args, self.samples = bench.policy, args, bench.samples()

@@ -27,7 +27,6 @@ import yaml
 from manako.errors import ManakoError, full_text
 
 Command = TypeVar("Command")
-Section = TypeVar("Section")
 EXAMPLE = "expected sections with settings, such as 'environment:' and below it '  num_envs: 64'"
 
 
