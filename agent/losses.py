@@ -78,13 +78,18 @@ def reference_kl(evaluated: Evaluated, reference: Tensor, mask: Tensor) -> Tenso
     """
     if evaluated.distribution is not None:
         return categorical_kl(evaluated.distribution, reference).mean()
-    log_ratio = reference - evaluated.logprobs  # k3 = (r - 1) - log r, r = reference / policy
-    return ((log_ratio.expm1() - log_ratio) * mask).sum(-1).mean()
+    log_ratio = of_sampled(reference - evaluated.logprobs, mask)  # k3 = (r - 1) - log r, r = reference / policy
+    return (log_ratio.expm1() - log_ratio).sum(-1).mean()
+
+
+def of_sampled(per_token: Tensor, mask: Tensor) -> Tensor:
+    """Returns (B, S) with 0 where the policy did not sample, also for what is infinite or NaN there."""
+    return per_token.masked_fill(~mask, 0.0)
 
 
 def step_means(per_token: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean over the sampled tokens of each answer, (B, S) and a mask (B, S) -> (B,)."""
-    return (per_token * mask).sum(-1) / mask.sum(-1).clamp_min(1)
+    return of_sampled(per_token, mask).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
 def policy_loss(
@@ -111,9 +116,9 @@ def policy_loss(
             objective of Hilton et al. 2021 (https://arxiv.org/abs/2110.00641); None is 1.
 
     Returns:
-        The loss, (), and the ratio pi / pi_old, (B, S).
+        The loss, (), and the ratio pi / pi_old, (B, S), 1 where nothing was sampled.
     """
-    ratio = (logprobs - old_logprobs).exp()  # (B, S)
+    ratio = of_sampled(logprobs - old_logprobs, mask).exp()  # (B, S)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     # L^CLIP = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
     surrogate = step_means(torch.min(ratio * advantages[:, None], clipped * advantages[:, None]), mask)  # (B,)
@@ -153,9 +158,9 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     Returns:
         The estimate in nats, (), never negative, without a gradient; by the chain rule the sum over an answer's tokens.
     """
-    log_ratio = (logprobs - old_logprobs).detach()
+    log_ratio = of_sampled((logprobs - old_logprobs).detach(), mask)
     # k3 = (r - 1) - log r
-    return ((log_ratio.expm1() - log_ratio) * mask).sum(-1).mean()
+    return (log_ratio.expm1() - log_ratio).sum(-1).mean()
 
 
 def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:

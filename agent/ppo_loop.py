@@ -54,7 +54,8 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
         samples = samples_of(rollout, policy, settings, lag=iteration - rollout.version)
         measured: list[dict[str, Tensor]] = []
         for minibatch in minibatches(samples, settings, iteration, num_minibatches):
-            evaluated = policy.evaluate_actions(minibatch.inputs.to(policy.device), minibatch.actions.to(policy.device))
+            minibatch = minibatch.to(policy.device)
+            evaluated = policy.evaluate_actions(minibatch.inputs, minibatch.actions)
             loss, parts, ratio = ppo_loss(evaluated, minibatch, settings)
             if not torch.isfinite(loss):
                 raise TrainingError(

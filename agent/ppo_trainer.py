@@ -163,7 +163,7 @@ class PPOTrainer(_BaseTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Returns the loss of `manako.agent.losses.ppo_loss`."""
-        samples = Samples(**inputs)
+        samples = Samples(**inputs).to(self.policy.device)  # the Trainer moves tensors, and no rows
         evaluated = model(samples.inputs, samples.actions)
         loss, measured, ratio = ppo_loss(evaluated, samples, self.args)
         self._check_and_keep({name: value.detach() for name, value in measured.items()}, ratio.detach())

@@ -39,7 +39,7 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
         self.action_names = resolve_colors(colors)
         self.render_mode = render_mode
         self._rgb = np.array([COLORS[name] for name in self.action_names], np.uint8)  # (K, 3)
-        self._color = 0
+        self.color = 0
         side = size * TILE
         self._frame = np.zeros((side, side, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(
@@ -52,26 +52,26 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Draws a colour and a cell."""
         super().reset(seed=seed)
-        self._color, row, column = self.np_random.integers((len(self.action_names), self.size, self.size)).tolist()
+        self.color, row, column = self.np_random.integers((len(self.action_names), self.size, self.size)).tolist()
         top, left = row * TILE, column * TILE
         self._frame[:] = 0
-        self._frame[top : top + TILE, left : left + TILE] = self._rgb[self._color]
+        self._frame[top : top + TILE, left : left + TILE] = self._rgb[self.color]
         return self._observe(), {"success": False}
 
     def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Answers with a colour's number; the frame stays."""
-        success = int(action) == self._color
+        success = int(action) == self.color
         return self._observe(), float(success), True, False, {"success": success}
 
     def caption(self) -> str:
         """Returns colour and place of the square, in words."""
         rows, columns = np.nonzero(self._frame[::TILE, ::TILE].any(-1))
         where = place_name(int(rows[0]), int(columns[0]), self.size, self.size)
-        return f"{self.action_names[self._color]} square at {where}."
+        return f"{self.action_names[self.color]} square at {where}."
 
     def expert_action(self) -> int:
         """Returns the square's colour."""
-        return self._color
+        return self.color
 
     def render(self) -> np.ndarray:
         """Returns the frame of the observation."""

@@ -76,8 +76,8 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         self._instructions = [f"go to the {kind}" for kind in kinds]
         self._tiles = paint_tiles(color_names, shape_names)
         self._board = np.full((size, size), FLOOR)  # (rows, columns) tile numbers
-        self._objects: set[tuple[int, int]] = set()
-        self._agent = self._target = (0, 0)  # (row, column)
+        self.objects: set[tuple[int, int]] = set()
+        self.agent = self.target = (0, 0)  # (row, column)
         self._steps = 0
         side = size * TILE
         self.observation_space = gym.spaces.Dict(
@@ -93,10 +93,10 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         self._steps = 0
         numbers = self.np_random.permutation(self.size * self.size)[: self.num_objects + 1].tolist()
         kinds = self.np_random.permutation(len(self._instructions))[: self.num_objects].tolist()
-        self._agent, *places = [divmod(number, self.size) for number in numbers]
-        self._objects = set(places)
+        self.agent, *places = [divmod(number, self.size) for number in numbers]
+        self.objects = set(places)
         self._board = np.full((self.size, self.size), FLOOR)
-        self._board[self._agent] = AGENT
+        self._board[self.agent] = AGENT
         for place, kind in zip(places, kinds, strict=True):
             self._board[place] = FIRST_OBJECT + kind
 
@@ -105,7 +105,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         named = [
             (place, self._instructions[kind]) for place, kind in zip(places, kinds, strict=True) if place in open_to
         ]
-        self._target, self.instruction = named[int(self.np_random.integers(len(named)))]
+        self.target, self.instruction = named[int(self.np_random.integers(len(named)))]
         others = [text for _, text in named if text != self.instruction]
         self._alternative = others[0] if others else None
         return self._observe(), {"success": False}
@@ -114,13 +114,13 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         """Moves one cell; the border holds the agent back."""
         self._steps += 1
         before = self._distance()
-        (row, column), (down, right) = self._agent, MOVES[self.action_names[int(action)]]
+        (row, column), (down, right) = self.agent, MOVES[self.action_names[int(action)]]
         place = (min(max(row + down, 0), self.size - 1), min(max(column + right, 0), self.size - 1))
-        self._board[self._agent] = FLOOR
+        self._board[self.agent] = FLOOR
         self._board[place] = AGENT
-        self._agent = place
-        success = place == self._target
-        terminated = place in self._objects
+        self.agent = place
+        success = place == self.target
+        terminated = place in self.objects
         reward = self.shaping * (before - self._distance())
         if terminated:
             reward += 1.0 if success else -1.0
@@ -137,24 +137,24 @@ class GoTo(gym.Env[dict[str, Any], Any]):
 
     def caption(self) -> str:
         """Returns the places of the agent and of every object, in words."""
-        parts = [f"cross at {place_name(*self._agent, self.size, self.size)}"]
-        for row, column in sorted(self._objects - {self._agent}):
+        parts = [f"cross at {place_name(*self.agent, self.size, self.size)}"]
+        for row, column in sorted(self.objects - {self.agent}):
             kind = self._instructions[int(self._board[row, column]) - FIRST_OBJECT].removeprefix("go to the ")
             parts.append(f"{kind} at {place_name(row, column, self.size, self.size)}")
         return ", ".join(parts) + "."
 
     def expert_action(self) -> int:
         """Returns the first move of a shortest path to the named object that touches no other."""
-        frontier, seen = [(self._agent, -1)], {self._agent}
+        frontier, seen = [(self.agent, -1)], {self.agent}
         while frontier:
             edge = []
             for (row, column), first in frontier:
                 for number, (down, right) in enumerate(MOVES.values()):
                     place = (row + down, column + right)
-                    if place == self._target:
+                    if place == self.target:
                         return number if first < 0 else first
                     inside = 0 <= place[0] < self.size and 0 <= place[1] < self.size
-                    if inside and place not in seen and place not in self._objects:
+                    if inside and place not in seen and place not in self.objects:
                         seen.add(place)
                         edge.append((place, number if first < 0 else first))
             frontier = edge
@@ -164,11 +164,11 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         return {"image": draw(self._tiles, self._board), "instruction": self.instruction}
 
     def _distance(self) -> int:
-        return abs(self._agent[0] - self._target[0]) + abs(self._agent[1] - self._target[1])
+        return abs(self.agent[0] - self.target[0]) + abs(self.agent[1] - self.target[1])
 
     def _reachable(self) -> set[tuple[int, int]]:
         """The cells that the agent can step on in time, before an object ends the episode."""
-        seen, frontier = {self._agent}, [self._agent]
+        seen, frontier = {self.agent}, [self.agent]
         for _ in range(self.max_steps):
             edge = []
             for row, column in frontier:
@@ -176,7 +176,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
                     place = (row + down, column + right)
                     if place not in seen and 0 <= place[0] < self.size and 0 <= place[1] < self.size:
                         seen.add(place)
-                        if place not in self._objects:
+                        if place not in self.objects:
                             edge.append(place)
             frontier = edge
         return seen

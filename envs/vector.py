@@ -77,6 +77,7 @@ class EpisodeVectorEnv:
         episode_returns: (N,) float64, the current episodes' rewards so far.
         episode_lengths: (N,) int64, their steps so far. Both may be read between `step` and `reset_done`.
         episode_seeds: The seeds of the current episodes, N.
+        observations: What every slot shows now; None before the first reset.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class EpisodeVectorEnv:
         self._episodes = [0] * num_envs  # episodes started
         self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # of the current episodes
         self._ended = np.zeros(num_envs, bool)
-        self._observations: Observations | None = None
+        self.observations: Observations | None = None
         self._known: dict[str, None] = {}  # instructions seen, oldest first
         self._replacements: list[str | None] = [None] * num_envs
         self._experts: list[Callable[[int | None], int] | None] = [None] * num_envs
@@ -202,7 +203,7 @@ class EpisodeVectorEnv:
             raise EnvError(
                 f"got a mask of shape {mask.shape} and dtype {mask.dtype}, expected ({self.num_envs},) and bool"
             )
-        if self._observations is None and not mask.all():
+        if self.observations is None and not mask.all():
             raise EnvError("reset_done came before any episode was started: call reset first")
         return self._start(mask, seeds)
 
@@ -217,7 +218,7 @@ class EpisodeVectorEnv:
             raise EnvError(
                 f"got actions of shape {actions.shape} and dtype {actions.dtype}, expected ({self.num_envs},) integers"
             )
-        if self._observations is None:
+        if self.observations is None:
             raise EnvError("step came before any episode was started: call reset first")
         if self._ended.any():
             slots = (np.flatnonzero(self._ended) + self.first_slot).tolist()
@@ -229,8 +230,8 @@ class EpisodeVectorEnv:
             past.append(action)
         self._ended = terminated | truncated
         success = infos["success"] if "success" in infos else np.zeros(self.num_envs, bool)
-        self._observations = Observations(seen["image"].copy(), seen["instruction"])
-        return StepResult(self._observations, rewards, terminated, truncated, success)
+        self.observations = Observations(seen["image"].copy(), seen["instruction"])
+        return StepResult(self.observations, rewards, terminated, truncated, success)
 
     def expert_actions(self) -> np.ndarray:
         """Returns for each slot the scripted expert's action now, (N,) int64.
@@ -238,7 +239,7 @@ class EpisodeVectorEnv:
         Raises:
             EnvError: The environment has no expert.
         """
-        if self._observations is None:
+        if self.observations is None:
             raise EnvError("there is no action to take before reset")
         actions = []
         for slot, env in enumerate(self._envs):
@@ -264,13 +265,13 @@ class EpisodeVectorEnv:
         else an instruction that this object has seen in another episode, the same throughout an episode as long as the
         slot's own does not become it. Where all episodes read the same, it is the empty string.
         """
-        if self._observations is None:
+        if self.observations is None:
             raise EnvError("there is no instruction to replace before reset")
         return tuple(self._replacement(slot) for slot in range(self.num_envs))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every slot, as JSON: its episode's seed and actions, and a digest of what it shows."""
-        if self._observations is None:
+        if self.observations is None:
             return {**self._identity(), "episodes": list(self._episodes), "slots": None}
         slots = [
             {"seed": self.episode_seeds[slot], "actions": list(self._actions[slot]), "digest": self._digest(slot)}
@@ -307,11 +308,11 @@ class EpisodeVectorEnv:
             )
         self._episodes = [int(episode) for episode in state["episodes"]]
         if state["slots"] is None:
-            self._observations = None
+            self.observations = None
             return None
         self._start(np.ones(self.num_envs, bool), [slot["seed"] for slot in state["slots"]], counted=False)
-        assert self._observations is not None
-        images, instructions = self._observations.images.copy(), list(self._observations.instructions)
+        assert self.observations is not None
+        images, instructions = self.observations.images.copy(), list(self.observations.instructions)
         for index, (env, slot) in enumerate(zip(self._vector.envs, state["slots"], strict=True)):
             self._actions[index] = [int(action) for action in slot["actions"]]
             for action in self._actions[index]:
@@ -322,13 +323,13 @@ class EpisodeVectorEnv:
                 self.episode_lengths[index] += 1
                 self._ended[index] = terminated or truncated
                 images[index], instructions[index] = seen["image"], seen["instruction"]
-        self._observations = Observations(images, tuple(instructions))
+        self.observations = Observations(images, tuple(instructions))
         self._known = dict.fromkeys(state["instructions"])
         self._replacements = list(state["replacements"])
         for index, slot in enumerate(state["slots"]):
             if self._digest(index) != slot["digest"]:
                 raise EnvError(self._replay_failure(index, "it shows another frame or instruction than was saved"))
-        return self._observations
+        return self.observations
 
     def close(self) -> None:
         """Closes the environments; a second call does nothing."""
@@ -349,8 +350,8 @@ class EpisodeVectorEnv:
         if seeds is not None and len(seeds) != len(slots):
             raise EnvError(f"got {len(seeds)} seeds for {len(slots)} episodes, expected one each")
         if not slots:
-            assert self._observations is not None
-            return self._observations
+            assert self.observations is not None
+            return self.observations
         reset_seeds: list[int | None] = [None] * self.num_envs
         for index, slot in enumerate(slots):
             own = self._next_seed(slot) if seeds is None else int(seeds[index])
@@ -359,7 +360,7 @@ class EpisodeVectorEnv:
             self._actions[slot] = []
             self._replacements[slot] = None
             self._experts[slot] = None
-        before = self._observations
+        before = self.observations
         seen, _ = self._vector.reset(seed=reset_seeds, options={"reset_mask": mask})
         self.episode_returns = np.where(mask, 0.0, self.episode_returns)
         self.episode_lengths = np.where(mask, 0, self.episode_lengths)
@@ -375,8 +376,8 @@ class EpisodeVectorEnv:
         for slot in slots:
             if len(self._known) < _MAX_REMEMBERED:
                 self._known[instructions[slot]] = None
-        self._observations = Observations(images, tuple(instructions))
-        return self._observations
+        self.observations = Observations(images, tuple(instructions))
+        return self.observations
 
     def _next_seed(self, slot: int) -> int:
         if self._seed_lists is not None:
@@ -385,8 +386,8 @@ class EpisodeVectorEnv:
         return episode_seed(self.seed, self.split, group, self._episodes[slot])
 
     def _replacement(self, slot: int) -> str:
-        assert self._observations is not None
-        own = self._observations.instructions[slot]
+        assert self.observations is not None
+        own = self.observations.instructions[slot]
         offered = self._envs[slot].alternative_instruction()
         if offered is not None and offered != own:
             return offered
@@ -398,9 +399,9 @@ class EpisodeVectorEnv:
         return self._replacements[slot] or ""
 
     def _digest(self, slot: int) -> str:
-        assert self._observations is not None
-        digest = hashlib.sha256(np.ascontiguousarray(self._observations.images[slot]).tobytes())
-        digest.update(json.dumps(self._observations.instructions[slot]).encode())
+        assert self.observations is not None
+        digest = hashlib.sha256(np.ascontiguousarray(self.observations.images[slot]).tobytes())
+        digest.update(json.dumps(self.observations.instructions[slot]).encode())
         return digest.hexdigest()
 
     def _replay_failure(self, slot: int, what: str) -> str:

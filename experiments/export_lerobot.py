@@ -74,8 +74,9 @@ def main() -> int:
 
 
 def render_fps(about: dict[str, Any]) -> int | None:
-    """Returns the frames per second in the metadata of the trajectories' environment., None where it has
-    none, has no whole number, or cannot be made on this machine.
+    """Returns the frames per second in the metadata of the trajectories' environment.
+
+    None where it has none, has no whole number, or cannot be made on this machine.
     """
     try:
         with contextlib.closing(make_raw_env(about["env_id"], json.loads(about.get("env_kwargs") or "{}"))) as env:

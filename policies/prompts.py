@@ -66,7 +66,7 @@ class PromptBuilder:
         self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id}
         self._ids: dict[str, tuple[int, ...]] = {}
         self.lead = " " if re.search(r"[\w:,.]\Z", self.render("x")) else ""
-        self._special_count = self._count_special(self._tokenize("x"))
+        self._special_count = self._count_special(self.tokenize("x"))
 
     def clean(self, instruction: str) -> str:
         """Returns the instruction as plain data."""
@@ -126,7 +126,7 @@ class PromptBuilder:
             if len(self._ids) > 50_000:
                 self._ids.clear()
             cleaned = self.clean(instruction)
-            ids = self._tokenize(cleaned)
+            ids = self.tokenize(cleaned)
             if self._count_special(ids) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
@@ -135,7 +135,8 @@ class PromptBuilder:
             self._ids[instruction] = ids
         return self._ids[instruction]
 
-    def _tokenize(self, instruction: str) -> tuple[int, ...]:
+    def tokenize(self, instruction: str) -> tuple[int, ...]:
+        """Returns the token ids of the prompt with this text as it is, image placeholders expanded."""
         text = self.render(instruction)
         bos = self.processor.tokenizer.bos_token
         # a template that writes the first token itself must not get a second one

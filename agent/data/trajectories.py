@@ -138,7 +138,7 @@ def _row(
         "action": action,
         "action_name": policy.spec.action_names[action],
         "action_tokens": tokens[flat],
-        "logprob": float((rollout.logprobs[t, slot] * rollout.mask[t, slot]).sum()),
+        "logprob": float(rollout.logprobs[t, slot][rollout.mask[t, slot]].sum()),
         "value": float(rollout.values[t, slot]),
         "reward": float(rollout.rewards[t, slot]),
         "terminated": bool(rollout.terminated[t, slot]),

@@ -327,3 +327,16 @@ def test_samples_are_the_rollout_laid_flat(corridor):
     # the last step has no successor inside the rollout: its return is r + gamma V(s') where the episode went on
     expected = rollout.rewards[-1] + 0.9 * rollout.next_values[-1] * (~rollout.terminated[-1])
     assert torch.allclose(samples.returns.view(12, 4)[-1], expected, atol=1e-5)
+
+
+def test_samples_are_selected_and_moved_whole(corridor):
+    samples = with_advantages(corridor[2], gamma=0.9, gae_lambda=0.8, importance=torch.rand(12, 4))
+    rows = torch.tensor([40, 3])
+    part, moved = samples.select(rows), samples.to("meta")
+    same_rows(part.inputs, samples.inputs.select(rows))
+    same_rows(part.actions, samples.actions.select(rows))
+    for name, values in samples._asdict().items():
+        if isinstance(values, torch.Tensor):
+            assert torch.equal(getattr(part, name), values[rows]) and getattr(moved, name).device.type == "meta", name
+    assert samples.importance is not None and samples.reference is part.reference is moved.reference is None
+    assert moved.inputs["frames"].device.type == moved.actions["index"].device.type == "meta"

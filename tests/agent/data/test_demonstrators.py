@@ -1,4 +1,4 @@
-"""Players that cannot learn: how often an expert errs, that chance is uniform, that recordings are played exactly."""
+"""Players that cannot learn: how often an expert errs, that chance is uniform, that recordings are kept to."""
 
 import numpy as np
 import pytest
@@ -96,9 +96,8 @@ def test_a_random_player_draws_with_the_run_s_numbers():
 
 def test_players_are_evaluated():
     seeds = list(range(1, 21, 2))
-    expert, chance = (
-        evaluate(player, EpisodeVectorEnv(GOTO, 4), seeds) for player in (ScriptedPlayer(SPEC), RandomPlayer(SPEC))
-    )
+    players = ScriptedPlayer(SPEC), RandomPlayer(SPEC)
+    expert, chance = (evaluate(player, EpisodeVectorEnv(GOTO, 4), seeds) for player in players)
     assert expert.summary()["success"] == 1 > chance.summary()["success"]
 
 
@@ -119,8 +118,9 @@ def replay(recordings, num_envs, num_steps):
 
 
 GOOD = [
-    Recording(2 * number, actions, f"line {number}")
-    for number, actions in enumerate(((1, 0, 1, 1), (0, 0, 1, 0), (1, 1, 1, 1)))
+    Recording(0, (1, 0, 1, 1), "line 0"),
+    Recording(2, (0, 0, 1, 0), "line 1"),
+    Recording(4, (1, 1, 1, 1), "line 2"),
 ]
 
 
