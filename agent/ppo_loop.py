@@ -19,7 +19,7 @@ from torch import Tensor
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import RolloutSource
 from manako.agent.losses import ppo_loss
-from manako.agent.random_streams import SHUFFLES, make_rng
+from manako.agent.rng import SHUFFLES, make_rng
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples, recompute_logprobs, with_advantages, with_group_advantages
 from manako.policies.interface import Policy

@@ -43,10 +43,10 @@ class Samples(NamedTuple):
 
 
 def recompute_logprobs(rollout: Rollout, policy: Policy, max_batch: int = 256) -> tuple[Rollout, Tensor]:
-    """Returns a rollout that older weights played as the present policy sees it.
+    """Returns a rollout that older weights played, with log-probabilities and values of the current policy.
 
     Its log-probabilities are those that the update starts from (the proximal policy of Hilton et al. 2021,
-    https://arxiv.org/abs/2110.00641), its values those of the present value head.
+    https://arxiv.org/abs/2110.00641), its values those of the current value head.
 
     Returns:
         The rollout with these, and (T, N) min(1, pi / pi_behaviour), the truncated importance weights of V-trace

@@ -1,11 +1,11 @@
-"""``manako/GoTo-v0``: walk to the object that the instruction names.
+"""`manako/GoTo-v0`: walk to the object that the instruction names.
 
 A white cross on a small board, a few coloured objects, and "go to the blue ball". The named object is worth +1, any
-other -1, and both end the episode; so does running out of 3 x size steps, as a truncation. Every step adds ``shaping``
+other -1, and both end the episode; so does running out of 3 x size steps, as a truncation. Every step adds `shaping`
 times its progress towards the named object (walking distance saved), so that a random walk already says where to go.
 The same frame with another instruction needs another action: neither the picture nor the text is enough alone.
 
-The step limit lives here and not in a ``TimeLimit`` because it follows ``size``.
+The step limit lives here and not in a `TimeLimit` because it follows `size`.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ import numpy as np
 from manako.envs.captions import place_name
 from manako.envs.errors import EnvError
 from manako.envs.observation import InstructionText
-from manako.envs.tiles import AGENT, FIRST_OBJECT, FLOOR, TILE, choose_colors, choose_shapes, draw, paint_tiles
+from manako.envs.tiles import AGENT, FIRST_OBJECT, FLOOR, TILE, draw, paint_tiles, resolve_colors, resolve_shapes
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # name -> (rows, columns)
-STEPS_PER_CELL = 3  # an episode lasts at most this many times ``size``
+STEPS_PER_CELL = 3  # an episode lasts at most this many times `size`
 
 
 class GoTo(gym.Env[dict[str, Any], Any]):
     """A board with an agent, some objects, and an instruction that names one of them.
 
-    Every object that an instruction can name can be reached in time. ``info["success"]`` is there at every step.
+    Every object that an instruction can name can be reached in time. `info["success"]` is there at every step.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -41,7 +41,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         shaping: float = 0.2,
         render_mode: str | None = None,
     ) -> None:
-        """Make the environment.
+        """Makes the environment.
 
         Args:
             size: Cells a side; a cell is 8 pixels.
@@ -59,7 +59,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
                 raise EnvError(f"{name} is {value!r}, expected a whole number from {least} on")
         if not 0 <= shaping < float("inf"):
             raise EnvError(f"shaping is {shaping!r}, expected a number from 0 on")
-        color_names, shape_names = choose_colors(colors), choose_shapes(shapes)
+        color_names, shape_names = resolve_colors(colors), resolve_shapes(shapes)
         kinds = [f"{color} {shape}" for shape in shape_names for color in color_names]
         most = min(size * size - 1, len(kinds))
         if num_objects > most:
@@ -88,7 +88,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Draw the board and the object to name."""
+        """Draws the board and the object to name."""
         super().reset(seed=seed)
         self._steps = 0
         numbers = self.np_random.permutation(self.size * self.size)[: self.num_objects + 1].tolist()
@@ -111,7 +111,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         return self._observe(), {"success": False}
 
     def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Move one cell; the border holds the agent back."""
+        """Moves one cell; the border holds the agent back."""
         self._steps += 1
         before = self._distance()
         (row, column), (down, right) = self.agent, MOVES[self.action_names[int(action)]]
@@ -128,15 +128,15 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         return self._observe(), reward, terminated, truncated, {"success": success}
 
     def render(self) -> np.ndarray:
-        """Return the frame of the observation."""
+        """Returns the frame of the observation."""
         return draw(self._tiles, self._board)
 
     def alternative_instruction(self) -> str | None:
-        """Name another object on this board, the same throughout the episode; None where there is no other."""
+        """Returns the name of another object on this board, the same all episode long; None where there is no other."""
         return self._alternative
 
     def caption(self) -> str:
-        """The places of the agent and of every object."""
+        """Returns the places of the agent and of every object, in words."""
         parts = [f"cross at {place_name(*self.agent, self.size, self.size)}"]
         for row, column in sorted(self.objects - {self.agent}):
             kind = self._instructions[int(self._board[row, column]) - FIRST_OBJECT].removeprefix("go to the ")
@@ -144,7 +144,7 @@ class GoTo(gym.Env[dict[str, Any], Any]):
         return ", ".join(parts) + "."
 
     def expert_action(self) -> int:
-        """The first move of a shortest way to the named object that touches no other."""
+        """Returns the first move of a shortest path to the named object that touches no other."""
         frontier, seen = [(self.agent, -1)], {self.agent}
         while frontier:
             edge = []

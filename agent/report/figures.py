@@ -1,4 +1,4 @@
-"""Pictures of a run: the learning curve (PNG) and what the policy saw and chose in whole episodes (GIF).
+"""Pictures of a run: the learning curve (PNG) and what the policy saw and did in whole episodes (GIF).
 
 Both are drawn from numbers that the run stored anyway: the rows of `metrics.jsonl`, and the frames, probabilities and
 rewards of an episode. Nothing is rendered or evaluated again. matplotlib and Pillow are imported when a picture is
@@ -58,7 +58,7 @@ def learning_curve(
     title: str,
     baselines: Mapping[str, tuple[float, Interval]] | None = None,
 ) -> None:
-    """Draw success, return and the health of the updates over env steps.
+    """Draws success, return and the health of the updates over env steps.
 
     Args:
         rows: with `env_steps` and any of `success_rate` (in [0, 1]), `episode_return`, `entropy` (nats), `approx_kl`
@@ -159,7 +159,7 @@ def _window(points: int) -> int:
 
 
 def draw_series(ax: Axes, rows: Sequence[Row], key: str, label: str) -> None:
-    """One series: its points joined; a long one faintly, under its running mean."""
+    """Draws one series: its points joined; a long one faintly, under its running mean."""
     x, y = _series(rows, key)
     window = _window(len(x))
     if window:
@@ -191,18 +191,18 @@ _BANNER = 44  # px, the label at an episode's end
 _SMALL, _NORMAL, _LARGE = 12, 14, 26  # px, sizes of the font that ships with Pillow
 _HOLD = 3  # the last frame stays this many times as long
 _PAPER, _INK, _FAINT, _TRACK = "#ffffff", "#1b1f24", "#6a737d", "#edf0f3"
-_BAR_COLOR, _CHOSEN_COLOR = "#9db4cc", "#e07a1f"
+_BAR_COLOR, _TAKEN_COLOR = "#9db4cc", "#e07a1f"
 _SUCCESS_COLOR, _FAILURE_COLOR = "#1f7a4d", "#b3362b"
 
 
 def episode_gif(
     episodes: Sequence[RecordedEpisode], action_names: Sequence[str], path: Path | str, fps: float = 2
 ) -> None:
-    """Draw whole episodes: the frame, the instruction, the action probabilities, the choice and what it paid.
+    """Draws whole episodes: the frame, the instruction, the action probabilities, the action and its reward.
 
-    One picture a step, with the frame that the action was chosen on and the reward that followed; then the episode's
+    One picture a step, with the frame that the action was taken on and the reward that followed; then the episode's
     last frame, held for longer and labelled success or failure. With more than twelve actions the twelve most probable
-    ones are shown, the chosen one always among them.
+    ones are shown, the one taken always among them.
 
     Args:
         episodes: at least one, all with the same set of actions.
@@ -316,12 +316,12 @@ def _picture(
     return picture
 
 
-def shown_actions(probabilities: np.ndarray, chosen: int) -> list[int]:
-    """Returns all actions in their order, or the twelve most probable, `chosen` among them, the likeliest first."""
+def shown_actions(probabilities: np.ndarray, taken: int) -> list[int]:
+    """Returns all actions in their order, or the twelve most probable, `taken` among them, by probability."""
     actions = list(range(len(probabilities)))
     if len(actions) <= _MOST_BARS:
         return actions
-    kept = sorted(actions, key=lambda a: (a != chosen, -probabilities[a]))[:_MOST_BARS]
+    kept = sorted(actions, key=lambda a: (a != taken, -probabilities[a]))[:_MOST_BARS]
     return sorted(kept, key=lambda a: -probabilities[a])
 
 
@@ -329,20 +329,20 @@ def _draw_bars(
     draw: ImageDraw.ImageDraw,
     place: tuple[int, int, int],
     probabilities: np.ndarray,
-    chosen: int,
+    taken: int,
     action_names: Sequence[str],
     font: Font,
 ) -> None:
     """A row an action: name, bar, percent. `place` is (left, top, right)."""
     left, top, right = place
-    shown = shown_actions(probabilities, chosen)
+    shown = shown_actions(probabilities, taken)
     names = [_shortened(action_names[a], font, 110) for a in shown]
     # the names' column is as wide for every step, whichever of them are shown
     column = max(int(font.getlength(_shortened(name, font, 110))) for name in action_names)
     bar_left, bar_right = left + column + 10, right - 46
     for row, (a, name) in enumerate(zip(shown, names, strict=True)):
         middle = top + _BAR * row + _BAR // 2
-        color, ink = (_CHOSEN_COLOR, _INK) if a == chosen else (_BAR_COLOR, _FAINT)
+        color, ink = (_TAKEN_COLOR, _INK) if a == taken else (_BAR_COLOR, _FAINT)
         filled = bar_left + round((bar_right - bar_left) * float(np.clip(probabilities[a], 0, 1)))
         draw.text((left + column, middle), name, fill=ink, font=font, anchor="rm")
         draw.rectangle((bar_left, middle - 6, bar_right, middle + 6), fill=_TRACK)
@@ -377,7 +377,7 @@ def _shortened(text: str, font: Font, width: int) -> str:
 
 
 def _replace(path: Path | str, content: bytes) -> None:
-    """Write beside `path` and rename: whoever looks sees the former picture or this one."""
+    """Writes beside `path` and renames: whoever looks sees the former picture or this one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")

@@ -86,12 +86,12 @@ class SharedPrefix(Reading):
         return self._run_rest(inputs)[0]
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
-        """Whether the prompt begins with the prefix."""
+        """Returns whether the prompt begins with the prefix."""
         return prompt[: len(self._prefix)] == self._prefix
 
     @contextmanager
     def frozen_weights(self) -> Iterator[None]:
-        """Inside: no gradients, and the prefix's keys and values are kept."""
+        """Keeps the prefix's keys and values inside the block, without gradients."""
         with torch.no_grad():
             before, self._kept = self._kept, self.run_prefix()
             try:

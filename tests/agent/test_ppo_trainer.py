@@ -14,9 +14,9 @@ from manako.agent.errors import TrainingError
 from manako.agent.losses import policy_loss, value_loss
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_trainer import PPOTrainer
-from manako.agent.random_streams import SHUFFLES, make_rng
 from manako.agent.report.callbacks import MetricsCallback, read_metrics
 from manako.agent.report.evaluation import evaluate
+from manako.agent.rng import SHUFFLES, make_rng
 from manako.agent.samples import with_advantages
 from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
 from manako.policies import PolicySource, load_policy

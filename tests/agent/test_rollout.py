@@ -8,7 +8,7 @@ import torch
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError
-from manako.agent.random_streams import ACTIONS, action_draws, make_rng
+from manako.agent.rng import ACTIONS, action_draws, make_rng
 from manako.agent.rollout import merge
 from manako.agent.samples import recompute_logprobs, with_advantages
 from manako.policies.interface import sample_categorical
@@ -118,7 +118,7 @@ def test_the_stored_logprob_is_the_policy_s_for_the_stored_action(corridor):
     assert rollout.values.std() > 0.01 and rollout.logprobs.std() > 0.01
 
 
-def test_the_actions_are_drawn_from_each_slot_s_stream(corridor):
+def test_the_actions_are_drawn_from_each_slot_s_rng(corridor):
     _, policy, rollout = corridor
     with torch.no_grad():
         logprobs = policy.distribution(rollout.inputs)[0].view(12, 4, 2)

@@ -14,7 +14,7 @@ from manako.policies.interface import (
     Policy,
     PolicySpec,
     Rows,
-    acted_by_choice,
+    act_categorical,
     entropy,
     sample_categorical,
 )
@@ -54,7 +54,7 @@ class ColorNamer(Small):
     @torch.no_grad()
     def act(self, inputs, draws, greedy=False):
         hidden = self.hidden(inputs)
-        return acted_by_choice(self.head(hidden).log_softmax(-1), self.value(hidden)[:, 0], draws, greedy)
+        return act_categorical(self.head(hidden).log_softmax(-1), self.value(hidden)[:, 0], draws, greedy)
 
     def evaluate_actions(self, inputs, actions):
         hidden = self.hidden(inputs)

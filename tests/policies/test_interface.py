@@ -13,7 +13,7 @@ from manako.policies.interface import (
     Policy,
     PolicySpec,
     Rows,
-    acted_by_choice,
+    act_categorical,
     entropy,
     sample_categorical,
 )
@@ -199,13 +199,13 @@ def test_an_action_of_a_closed_set():
     values = torch.tensor([0.5, -0.5])
     draws = Draws([np.random.default_rng([7, slot]) for slot in range(2)])
     numbers = [rng.random() for rng in slot_generators(range(2))]
-    drawn = acted_by_choice(logprobs, values, draws, greedy=False)
+    drawn = act_categorical(logprobs, values, draws, greedy=False)
     expected = sample_categorical(logprobs, np.array(numbers))
     assert drawn.actions["index"].tolist() == drawn.to_env.tolist() == expected.tolist()
-    likeliest = acted_by_choice(logprobs, values, Draws([]), greedy=True)  # asks for no number
-    assert likeliest.to_env.tolist() == [1, 2] and likeliest.to_env.dtype == np.int64
-    assert torch.equal(likeliest.logprobs, torch.tensor([[0.5], [0.7]]).log())
-    assert likeliest.mask.tolist() == [[True], [True]] and torch.equal(likeliest.values, values)
+    greedy = act_categorical(logprobs, values, Draws([]), greedy=True)  # asks for no number
+    assert greedy.to_env.tolist() == [1, 2] and greedy.to_env.dtype == np.int64
+    assert torch.equal(greedy.logprobs, torch.tensor([[0.5], [0.7]]).log())
+    assert greedy.mask.tolist() == [[True], [True]] and torch.equal(greedy.values, values)
 
 
 # ---- a policy that says no more than it must -------------------------------------------------------------------------

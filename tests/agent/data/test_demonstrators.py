@@ -6,10 +6,10 @@ import torch
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
-from manako.agent.data.recordings import Recording, in_slots
+from manako.agent.data.recordings import Recording, split_over_slots
 from manako.agent.errors import TrainingError
-from manako.agent.random_streams import make_rng
 from manako.agent.report.evaluation import evaluate
+from manako.agent.rng import make_rng
 from manako.envs import EpisodeVectorEnv
 from manako.policies.interface import Draws, PolicySpec
 from tests.helpers.small_runs import corridor_env, indices
@@ -112,7 +112,7 @@ def corridors(queues):
 
 def replay(recordings, num_envs, num_steps):
     """Rollouts of that many steps in which all recordings are played to their end."""
-    player = RecordedPlayer(CORRIDOR, in_slots(recordings, num_envs))
+    player = RecordedPlayer(CORRIDOR, split_over_slots(recordings, num_envs))
     collector = RolloutCollector(corridors(player.queues), player, num_steps, 0, record=True)
     return [collector.collect(number) for number in range(-(-player.num_steps // num_steps))]
 

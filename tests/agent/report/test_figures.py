@@ -48,7 +48,7 @@ def count(picture: np.ndarray, color: str, tolerance: int = 12) -> int:
 def episode(
     num_actions: int = 4, steps: int = 3, success: bool = True, size: tuple[int, int] = (8, 8)
 ) -> RecordedEpisode:
-    """Frame t is one colour, all actions are equally likely but the chosen one, t, has probability 0.6."""
+    """Frame t is one colour, all actions are equally likely but the taken one, t, has probability 0.6."""
     frames = np.zeros((steps + 1, *size, 3), np.uint8)
     frames[:] = (50 * np.arange(steps + 1))[:, None, None, None]
     probabilities = np.full((steps, num_actions), 0.4 / (num_actions - 1))
@@ -117,15 +117,15 @@ def test_one_picture_a_step_and_a_labelled_end(tmp_path):
     assert [int(picture[middle][0]) for picture in shown] == pytest.approx([0, 50, 100, 150, 0, 50, 100], abs=4)
 
 
-def test_the_chosen_bar_is_as_long_as_its_probability(tmp_path):
+def test_the_taken_action_s_bar_is_as_long_as_its_probability(tmp_path):
     half, whole = episode(steps=1), episode(steps=1)
     half.probabilities[:] = [0.5, 0.5, 0.0, 0.0]
     whole.probabilities[:] = [1.0, 0.0, 0.0, 0.0]
     episode_gif([half, whole], NAMES, tmp_path / "play.gif")
     (first, _, second, _), _ = pictures(tmp_path / "play.gif")
-    ratio = count(first, figures._CHOSEN_COLOR) / count(second, figures._CHOSEN_COLOR)
+    ratio = count(first, figures._TAKEN_COLOR) / count(second, figures._TAKEN_COLOR)
     assert ratio == pytest.approx(0.5, abs=0.01)
-    assert count(first, figures._BAR_COLOR) == pytest.approx(count(first, figures._CHOSEN_COLOR), rel=0.02)
+    assert count(first, figures._BAR_COLOR) == pytest.approx(count(first, figures._TAKEN_COLOR), rel=0.02)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (210, 160), (400, 600), (1, 1)])
@@ -144,11 +144,11 @@ def test_many_actions_and_long_words(tmp_path):
     assert len(pictures(tmp_path / "play.gif")[0]) == 4
 
 
-def test_the_chosen_action_is_always_shown():
+def test_the_taken_action_is_always_shown():
     probabilities = np.arange(18) / np.arange(18).sum()
-    assert figures.shown_actions(probabilities, chosen=0) == [*range(17, 6, -1), 0]
-    assert figures.shown_actions(probabilities, chosen=17) == list(range(17, 5, -1))
-    assert figures.shown_actions(probabilities[:12], chosen=0) == list(range(12))
+    assert figures.shown_actions(probabilities, taken=0) == [*range(17, 6, -1), 0]
+    assert figures.shown_actions(probabilities, taken=17) == list(range(17, 5, -1))
+    assert figures.shown_actions(probabilities[:12], taken=0) == list(range(12))
 
 
 def test_long_instructions_end_in_dots():

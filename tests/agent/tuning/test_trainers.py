@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.forgetting import PROBES, remember
+from manako.agent.tuning.forgetting import PROBES, measure_retention
 from manako.agent.tuning.preferences import expert_pairs, pair_dataset, unpaired
 from manako.agent.tuning.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrated_actions, demonstrations
 from manako.agent.tuning.trainers import (
@@ -251,9 +251,9 @@ def test_lora_off_is_the_base_and_plain_peft_loads_the_folder(trajectories, tmp_
 
 def test_forgetting_is_seen():
     policy = make_policy()
-    before = remember(policy)
-    assert before == remember(policy) and before.perplexity > 100 and 0 <= before.probes <= 1
+    before = measure_retention(policy)
+    assert before == measure_retention(policy) and before.perplexity > 100 and 0 <= before.probes <= 1
     with torch.no_grad():
         policy.base_vlm.get_output_embeddings().weight.mul_(-30)
-    assert remember(policy).perplexity > 10 * before.perplexity
+    assert measure_retention(policy).perplexity > 10 * before.perplexity
     assert len({start for start, _, _ in PROBES}) == len(PROBES) == 20

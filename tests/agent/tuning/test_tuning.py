@@ -12,7 +12,7 @@ from manako.agent.data.trajectories import save_trajectories
 from manako.experiments import collect, run_dpo, run_ladder, run_sft
 from manako.experiments.common.collecting import play_until
 from manako.experiments.common.command_line import UsageError, run_main
-from manako.experiments.common.ladder_report import compare, print_report
+from manako.experiments.common.ladder_report import compare_steps, print_report
 from tests.helpers.small_envs import tiny_policy
 from tests.helpers.small_runs import GOTO, corridor_env, expert_trajectories
 
@@ -135,7 +135,7 @@ def test_environments_without_an_end_are_refused(monkeypatch):
 def test_every_step_is_compared_with_all_before_it():
     """Three episodes more and none less: p = 2 / 2**3."""
     won = {"a": [False] * 3 + [True], "b": [True] * 4, "c": [True] * 4}
-    assert compare(won) == [
+    assert compare_steps(won) == [
         {"step": "b", "against": "a", "difference": 0.75, "p": 0.25},
         {"step": "c", "against": "a", "difference": 0.75, "p": 0.25},
         {"step": "c", "against": "b", "difference": 0.0, "p": 1.0},
