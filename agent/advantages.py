@@ -21,11 +21,13 @@ def gae(
     gae_lambda: float,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
+    """Returns advantages and value targets by generalised advantage estimation.
+
+    Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16.
 
     Args:
         rewards: (T, N) r_t, what the step paid.
-        values: (T, N) V(s_t), of the observation that the action was chosen on.
+        values: (T, N) V(s_t), of the observation that the action was taken on.
         next_values: (T, N) V(s_{t+1}), of the observation that the step returned: an episode's last frame where it
             ended, not the first frame of the next episode.
         terminated: (T, N) bool; the episode ended in the environment's own terms, and nothing follows.
@@ -65,7 +67,7 @@ def gae(
 
 
 def normalize(advantages: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the whole rollout.
+    """Returns the advantages with mean 0 and standard deviation 1 over the whole rollout.
 
     Over the rollout and never over a minibatch: else gradient accumulation, which splits minibatches, would change the
     result. Equal advantages (nothing to learn from) become zeros.

@@ -1,7 +1,7 @@
 """Where rollouts come from. A backend is a module with `make_rollouts(plan)` and a line in `BACKENDS`.
 
 `--rollout_backend NAME` then selects it. All give the same trajectories for the same seed and weights. Light: a
-backend's module is imported when it is chosen.
+backend's module is imported when it is selected.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ _OLDER = "use an older checkpoint"
 
 
 def write_folder(final_path: Path | str, writer: Callable[[Path], None]) -> None:
-    """Let `writer` fill a folder, and put it at `final_path` once all of it is on disk.
+    """Lets `writer` fill a folder, and puts it at `final_path` once all of it is on disk.
 
     Args:
         final_path: must not exist; its parents are made.
@@ -55,7 +55,7 @@ def write_folder(final_path: Path | str, writer: Callable[[Path], None]) -> None
 
 
 def finalize_folder(folder: Path | str, final_path: Path | str) -> None:
-    """As `write_folder`, for a folder that something else has filled already.
+    """Puts a folder that something else has filled at `final_path`, as `write_folder` does.
 
     Args:
         folder: on the file system of `final_path`; it is moved, not copied.
@@ -77,7 +77,7 @@ def finalize_folder(folder: Path | str, final_path: Path | str) -> None:
 
 
 def verify_folder(path: Path | str) -> None:
-    """Read every file of a checkpoint and compare it with the manifest.
+    """Reads every file of a checkpoint and compares it with the manifest.
 
     Args:
         path: a folder that `write_folder` or `finalize_folder` made.
@@ -108,7 +108,7 @@ def verify_folder(path: Path | str) -> None:
 
 
 def latest_checkpoint(run_dir: Path | str) -> Path | None:
-    """The whole checkpoint of the highest iteration in `run_dir`/checkpoints/checkpoint-<iteration>.
+    """Returns the whole checkpoint of the highest iteration in `run_dir`/checkpoints/checkpoint-<iteration>.
 
     Damaged ones are passed over with a warning that names the fault.
 
@@ -153,7 +153,7 @@ def _remove_leftovers(parent: Path) -> None:
 
 
 def _seal(folder: Path, final_path: Path) -> None:
-    """Sync the files, add the manifest, rename; what a crash leaves is `folder` or `final_path`, whole."""
+    """Syncs the files, adds the manifest, renames; what a crash leaves is `folder` or `final_path`, whole."""
     if (folder / MANIFEST).exists():
         raise TrainingError(f"{folder / MANIFEST} exists already: expected a folder without one, it is written here.")
     contents = sorted(folder.rglob("*"))
@@ -177,7 +177,7 @@ def _seal(folder: Path, final_path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -186,8 +186,8 @@ def _sync(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, dict]:

@@ -1,7 +1,7 @@
 """Collects rollouts in this process: the current policy plays T steps of N environments.
 
 The order of the file is the order of events: a step is recorded, the steps are transposed once. Every random number is
-a function of (seed, slot, iteration), so a resumed run and any split of the slots over workers draw the same actions.
+a function of (seed, slot, iteration), so a resumed run and any split of the slots over workers sample the same actions.
 """
 
 import time
@@ -14,7 +14,7 @@ from torch import Tensor
 from manako.agent.backends import RolloutPlan
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import Shown, Stepped, VectorEnv, ask
-from manako.agent.random_streams import action_draws
+from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers
 from manako.policies.interface import Acted, Draws, Policy, Rows
 
@@ -138,7 +138,7 @@ class RolloutCollector:
         self._shown = self.env.load_state_dict(state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns none: the policy itself acts."""
+        """Returns no weights: the policy itself acts."""
         return {}
 
     def close(self) -> None:

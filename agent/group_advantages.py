@@ -3,7 +3,7 @@
     rloo    its return less the mean of the others' (Ahmadian et al. 2024, arXiv:2402.14740)
     grpo    its return less the group's mean, over the group's deviation (Shao et al. 2024,
             arXiv:2402.03300)
-    gigpo   grpo's, and for each step the same among the group's steps that saw the same thing (Feng et al. 2025,
+    gigpo   grpo's, and for each step the same among the group's steps of the same observation (Feng et al. 2025,
             arXiv:2505.10978)
 
 Pure functions. Episodes that the rollout cut off have no return and take no part: their samples are marked, and nothing
@@ -20,7 +20,7 @@ EPSILON = 1e-6
 
 
 def group_mean_and_count(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each element the mean and the sum of squared deviations of its group, and the group's size.
+    """Returns for each element the mean and the sum of squared deviations of its group, and the group's size.
 
     Args:
         values: (M,).
@@ -39,7 +39,7 @@ def group_mean_and_count(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor
 
 
 def grpo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(R - mean of the group) / (standard deviation of the group + epsilon); 0 where all returns are equal.
+    """Returns (R - group mean) / (group standard deviation + epsilon); 0 where all returns are equal.
 
     Args:
         returns: (M,) of M episodes.
@@ -55,7 +55,7 @@ def grpo(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
-    """R - mean of the others in the group = (R - mean of the group) n / (n - 1); 0 for a group of one.
+    """Returns R - mean of the others in the group = (R - group mean) n / (n - 1); 0 for a group of one.
 
     Args:
         returns: (M,) of M episodes.
@@ -69,7 +69,7 @@ def rloo(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def returns_to_go(rewards: Tensor, ended: Tensor, gamma: float) -> Tensor:
-    """R_t = r_t + gamma R_{t+1} inside each episode.
+    """Returns R_t = r_t + gamma R_{t+1} inside each episode.
 
     Args:
         rewards: (T, N).
@@ -96,7 +96,7 @@ def group_advantages(
     gamma: float = 0.95,
     step_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages of a rollout in which every slot started its episodes at the first row.
+    """Returns advantages of a rollout in which every slot started its episodes at the first row.
 
     The e-th episode of a slot is compared with the e-th ones of its group's other slots, which have the same seed.
 
@@ -105,7 +105,7 @@ def group_advantages(
         rewards: (T, N).
         ended: (T, N) bool, terminated or truncated.
         groups: (N,) int64, the group of each slot.
-        states: (T, N) int64, equal where the policy saw the same; for gigpo.
+        states: (T, N) int64, equal where the observation is; for gigpo.
         gamma: discount of gigpo's returns to go.
         step_weight: omega of gigpo, the weight of the step's advantage beside the episode's.
 
@@ -142,7 +142,7 @@ def group_advantages(
     if method == "gigpo":
         assert states is not None
         togo = returns_to_go(rewards, ended, gamma).flatten()[mask]
-        # anchor states: the same sight in the same group and episode number
+        # anchor states: the same observation in the same group and episode number
         _, seen = torch.unique(torch.stack([group[place], states.flatten()], dim=1)[mask], dim=0, return_inverse=True)
         advantages[mask] += step_weight * grpo(togo, seen)
     return (advantages * mask).view(steps, slots), mask.view(steps, slots)

@@ -79,7 +79,7 @@ class VectorEnv(Protocol):
         """Brings every slot back to where it was."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes the environments."""
 
 
 class EvaluationEnv(VectorEnv, Protocol):

@@ -27,7 +27,7 @@ class LossSettings(Protocol):
 def ppo_loss(
     evaluated: Evaluated, samples: Samples, settings: LossSettings
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Clipped surrogate - ent_coef x entropy + vf_coef x value loss + kl_coef x KL(policy || reference).
+    """Returns clipped surrogate - ent_coef x entropy + vf_coef x value loss + kl_coef x KL(policy || reference).
 
     The policy's own losses are added; the group methods have no value loss.
 
@@ -69,7 +69,7 @@ def ppo_loss(
 
 
 def reference_kl(evaluated: Evaluated, reference: Tensor, mask: Tensor) -> Tensor:
-    """KL(policy || reference), (): exact where the set of actions is closed, else k3 over the sampled tokens.
+    """Returns KL(policy || reference), (): exact where the set of actions is closed, else k3 over the sampled tokens.
 
     Args:
         evaluated: of the policy.
@@ -78,13 +78,18 @@ def reference_kl(evaluated: Evaluated, reference: Tensor, mask: Tensor) -> Tenso
     """
     if evaluated.distribution is not None:
         return categorical_kl(evaluated.distribution, reference).mean()
-    log_ratio = reference - evaluated.logprobs  # k3 = (r - 1) - log r, r = reference / policy
-    return ((log_ratio.expm1() - log_ratio) * mask).sum(-1).mean()
+    log_ratio = of_sampled(reference - evaluated.logprobs, mask)  # k3 = (r - 1) - log r, r = reference / policy
+    return (log_ratio.expm1() - log_ratio).sum(-1).mean()
+
+
+def of_sampled(per_token: Tensor, mask: Tensor) -> Tensor:
+    """Returns (B, S) with 0 where the policy did not sample, also for what is infinite or NaN there."""
+    return per_token.masked_fill(~mask, 0.0)
 
 
 def step_means(per_token: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean over the sampled tokens of each answer, (B, S) and a mask (B, S) -> (B,)."""
-    return (per_token * mask).sum(-1) / mask.sum(-1).clamp_min(1)
+    return of_sampled(per_token, mask).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
 def policy_loss(
@@ -95,7 +100,7 @@ def policy_loss(
     clip_range: float,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7), to be minimised.
+    """Returns the clipped surrogate (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7), to be minimised.
 
     Each token has its own ratio and clip, and all of a step its one advantage (VL-DAC, https://arxiv.org/abs/2508.04280).
     The mean is over an answer's tokens and then over steps, so that a long answer counts as much as a short one and
@@ -111,9 +116,9 @@ def policy_loss(
             objective of Hilton et al. 2021 (https://arxiv.org/abs/2110.00641); None is 1.
 
     Returns:
-        The loss, (), and the ratio pi / pi_old, (B, S).
+        The loss, (), and the ratio pi / pi_old, (B, S), 1 where nothing was sampled.
     """
-    ratio = (logprobs - old_logprobs).exp()  # (B, S)
+    ratio = of_sampled(logprobs - old_logprobs, mask).exp()  # (B, S)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     # L^CLIP = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
     surrogate = step_means(torch.min(ratio * advantages[:, None], clipped * advantages[:, None]), mask)  # (B,)
@@ -121,7 +126,7 @@ def policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_vf: float | None) -> Tensor:
-    """Half the squared error, with OpenAI Baselines' clipping of how far the value may move from its old one.
+    """Returns half the squared error, clipped as in OpenAI Baselines by how far the value may move from its old one.
 
     Source: https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py
 
@@ -143,7 +148,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_v
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """KL(pi_old || pi) of whole answers, from the sampled tokens: k3 of http://joschu.net/blog/kl-approx.html.
+    """Returns KL(pi_old || pi) of whole answers, from the sampled tokens: k3 of http://joschu.net/blog/kl-approx.html.
 
     Args:
         logprobs: (B, S) of the policy being trained.
@@ -153,18 +158,18 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     Returns:
         The estimate in nats, (), never negative, without a gradient; by the chain rule the sum over an answer's tokens.
     """
-    log_ratio = (logprobs - old_logprobs).detach()
+    log_ratio = of_sampled((logprobs - old_logprobs).detach(), mask)
     # k3 = (r - 1) - log r
-    return ((log_ratio.expm1() - log_ratio) * mask).sum(-1).mean()
+    return (log_ratio.expm1() - log_ratio).sum(-1).mean()
 
 
 def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
-    """Share, in [0, 1], of the ratios (M,) that lie outside 1 ± `clip_range`; no gradient."""
+    """Returns the share, in [0, 1], of the ratios (M,) that lie outside 1 ± `clip_range`; no gradient."""
     return ((ratio.detach() - 1).abs() > clip_range).float().mean()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R): 1 is a perfect value function, 0 no better than a constant, below 0 worse than one.
+    """Returns 1 - Var(R - V) / Var(R): 1 for a perfect value function, 0 for one no better than a constant.
 
     Args:
         values: any shape, of the value function.
@@ -180,7 +185,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def categorical_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """Exact KL(p || q) of two closed sets of actions.
+    """Returns the exact KL(p || q) of two closed sets of actions.
 
     Args:
         logp: (B, A) normalised log-probabilities; -inf is an action that p never takes.

@@ -19,7 +19,7 @@ from torch import Tensor
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import RolloutSource
 from manako.agent.losses import ppo_loss
-from manako.agent.random_streams import SHUFFLES, make_rng
+from manako.agent.rng import SHUFFLES, make_rng
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples, recompute_logprobs, with_advantages, with_group_advantages
 from manako.policies.interface import Policy
@@ -54,7 +54,8 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
         samples = samples_of(rollout, policy, settings, lag=iteration - rollout.version)
         measured: list[dict[str, Tensor]] = []
         for minibatch in minibatches(samples, settings, iteration, num_minibatches):
-            evaluated = policy.evaluate_actions(minibatch.inputs.to(policy.device), minibatch.actions.to(policy.device))
+            minibatch = minibatch.to(policy.device)
+            evaluated = policy.evaluate_actions(minibatch.inputs, minibatch.actions)
             loss, parts, ratio = ppo_loss(evaluated, minibatch, settings)
             if not torch.isfinite(loss):
                 raise TrainingError(

@@ -124,7 +124,7 @@ class PPOTrainer(_BaseTrainer):
     # ---- one iteration -------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """A loader whose every pass is one PPO iteration."""
+        """Returns a loader whose every pass is one PPO iteration."""
         return DataLoader(_RolloutDataset(self), batch_size=None)
 
     def iterate(self) -> Iterator[Batch]:
@@ -163,7 +163,7 @@ class PPOTrainer(_BaseTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Returns the loss of `manako.agent.losses.ppo_loss`."""
-        samples = Samples(**inputs)
+        samples = Samples(**inputs).to(self.policy.device)  # the Trainer moves tensors, and no rows
         evaluated = model(samples.inputs, samples.actions)
         loss, measured, ratio = ppo_loss(evaluated, samples, self.args)
         self._check_and_keep({name: value.detach() for name, value in measured.items()}, ratio.detach())
@@ -196,7 +196,7 @@ class PPOTrainer(_BaseTrainer):
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent from here."""
+        """Sends nothing."""
 
     # ---- metrics and stops ---------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class _PPOStops(TrainerCallback):
         self._stopped = False
 
     def on_pre_optimizer_step(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called with the clipped gradients of one minibatch."""
+        """Checks the clipped gradients of one minibatch, and stops the update at the target KL."""
         trainer = self.trainer
         gradients = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
@@ -294,7 +294,7 @@ class _PPOStops(TrainerCallback):
             control.should_epoch_stop = True
 
     def on_epoch_end(self, args: PPOConfig, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        """One iteration is done, unless it failed before it learned anything."""
+        """Counts the iteration, unless it failed before it learned anything."""
         if self.trainer.failure is not None:
             control.should_training_stop = True
             return

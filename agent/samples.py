@@ -34,12 +34,19 @@ class Samples(NamedTuple):
         }
         return Samples(**parts)
 
+    def to(self, device: torch.device) -> "Samples":
+        """Returns the same on another device."""
+        parts: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in self._asdict().items()
+        }
+        return Samples(**parts)
+
 
 def recompute_logprobs(rollout: Rollout, policy: Policy, max_batch: int = 256) -> tuple[Rollout, Tensor]:
-    """Returns a rollout that older weights played as the present policy sees it.
+    """Returns a rollout that older weights played, with log-probabilities and values of the current policy.
 
     Its log-probabilities are those that the update starts from (the proximal policy of Hilton et al. 2021,
-    https://arxiv.org/abs/2110.00641), its values those of the present value head.
+    https://arxiv.org/abs/2110.00641), its values those of the current value head.
 
     Returns:
         The rollout with these, and (T, N) min(1, pi / pi_behaviour), the truncated importance weights of V-trace
@@ -64,7 +71,8 @@ def recompute_logprobs(rollout: Rollout, policy: Policy, max_batch: int = 256) -
     next_values = torch.cat([values[1:], beyond[None, : shape[1]]])
     steps, slots = rollout.bootstrap_at.unbind(1)
     next_values[steps, slots] = beyond[shape[1] :]
-    ratio = ((proximal - rollout.logprobs) * rollout.mask).sum(-1).exp()  # (T, N) of whole answers
+    log_ratio = (proximal - rollout.logprobs).masked_fill(~rollout.mask, 0.0)
+    ratio = log_ratio.sum(-1).exp()  # (T, N) of whole answers
     return rollout._replace(logprobs=proximal, values=values, next_values=next_values), ratio.clamp_max(1.0)
 
 

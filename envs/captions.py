@@ -1,4 +1,4 @@
-"""What a frame shows, in words, from the environment's own state: for training the alignment of eye and language.
+"""What a frame shows, in words, from the environment's own state: to align a vision encoder with a language model.
 
 An environment of your own offers it by a method `caption()`. Known here beside that: FrozenLake.
 """
@@ -14,7 +14,7 @@ LAKE = {b"S": "ice", b"F": "ice", b"H": "hole", b"G": "goal"}
 
 
 def place_name(row: int, column: int, rows: int, columns: int) -> str:
-    """A cell in words: 'top left', 'middle', 'row 2, column 5' on boards larger than 3 x 3."""
+    """Returns a cell in words: 'top left', 'middle', 'row 2, column 5' on boards larger than 3 x 3."""
     if rows > 3 or columns > 3:
         return f"row {row + 1}, column {column + 1}"
     vertical = {0: "top", rows - 1: "bottom"}.get(row, "middle")
@@ -23,7 +23,7 @@ def place_name(row: int, column: int, rows: int, columns: int) -> str:
 
 
 def caption_of(env: gym.Env, env_id: str) -> str:
-    """What the environment shows now.
+    """Returns what the environment shows now, in words.
 
     Raises:
         EnvError: nobody knows.

@@ -1,11 +1,11 @@
 """What is wrong with an environment, in sentences: all of it, not only the first thing.
 
-``check_vlm_env`` plays an environment from outside, without the wrapper that would stop at its first fault: a few
+`check_vlm_env` plays an environment from outside, without the wrapper that would stop at its first fault: a few
 hundred steps in which every action comes up, then the same seeds again, in the same object and in a new one. It comes
 back with sentences, whatever the environment raises. A sentence that starts with "warning: " describes something that
 works and is rarely meant.
 
-Command: ``python experiments/check_env.py ID``.
+Command: `python experiments/check_env.py ID`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from manako.envs.observation import (
     resolve_instruction,
     without_control_characters,
 )
-from manako.errors import in_one_line
+from manako.errors import type_and_text
 
 WARNING = "warning: "
 
@@ -44,10 +44,10 @@ def check_vlm_env(
     success_return: float | None = None,
     steps: int = 200,
 ) -> list[str]:
-    """List the faults of an environment.
+    """Returns the faults of an environment.
 
     Args:
-        env_id: See ``make_vlm_env``, as for the arguments up to ``success_return``.
+        env_id: See `make_vlm_env`, as for the arguments up to `success_return`.
         instruction: Replaces the environment's own.
         action_names: Replace the environment's own.
         env_kwargs: For the environment's constructor.
@@ -108,7 +108,7 @@ class _Faults:
 
 
 class _Closing:
-    """Closes an environment, and takes an error in its ``close()`` for a fault."""
+    """Closes an environment, and takes an error in its `close()` for a fault."""
 
     def __init__(self, env: gym.Env, faults: _Faults) -> None:
         self._env, self._faults = env, faults
@@ -117,7 +117,7 @@ class _Closing:
         try:
             self._env.close()
         except Exception as error:
-            self._faults.add("close", f"broke in close() with {in_one_line(error)}")
+            self._faults.add("close", f"broke in close() with {type_and_text(error)}")
 
 
 class _Moment(NamedTuple):
@@ -150,7 +150,7 @@ class _Player:
         self.stopped = False  # an exception ended the play early
 
     def play(self, env: gym.Env, steps: int) -> list[_Moment]:
-        """Play ``steps`` steps in episodes with the seeds 0, 1, 2, ..."""
+        """Plays `steps` steps in episodes with the seeds 0, 1, 2, ..."""
         draw = np.random.default_rng(0)
         deck: list[int] = []  # every action once, shuffled: none is left untried
         moments: list[_Moment] = []
@@ -173,11 +173,11 @@ class _Player:
         return moments
 
     def reset(self, env: gym.Env, seed: int) -> Any:
-        """Reset to a seed and return the observation; a fault in the result sets ``stopped``."""
+        """Resets to a seed and returns the observation; a fault in the result sets `stopped`."""
         try:
             result: Any = env.reset(seed=seed)
         except Exception as error:
-            self._stop(f"broke in reset(seed={seed}) with {in_one_line(error)}")
+            self._stop(f"broke in reset(seed={seed}) with {type_and_text(error)}")
             return None
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             self._stop(f"returns {_kind(result)} from reset(), expected (observation, info dict)")
@@ -193,7 +193,7 @@ class _Player:
             if raw is not None and (not isinstance(raw, tuple) or len(raw) != 5):
                 result = raw  # a wrapper of Gymnasium's stumbled over it
             else:
-                self._stop(f"broke in step(), action {name!r}, with {in_one_line(error)}")
+                self._stop(f"broke in step(), action {name!r}, with {type_and_text(error)}")
                 return None
         if not isinstance(result, tuple) or len(result) != 5:
             self._stop(
@@ -236,7 +236,7 @@ class _Player:
             self._faults.add("image", f"{error}, from {self._image_from}")
             return None
         except Exception as error:
-            self._faults.add("image raises", f"broke in its image from {self._image_from} with {in_one_line(error)}")
+            self._faults.add("image raises", f"broke in its image from {self._image_from} with {type_and_text(error)}")
             return None
         if self._frame_shape is None:
             height, width, _ = frame.shape
@@ -249,7 +249,7 @@ class _Player:
         try:
             text = self._instruction(env, observation)
         except Exception as error:
-            self._faults.add("instruction raises", f"broke in its instruction with {in_one_line(error)}")
+            self._faults.add("instruction raises", f"broke in its instruction with {type_and_text(error)}")
             return None
         if not isinstance(text, str):
             self._faults.add("instruction type", f"gives {text!r} as its instruction, expected a string")
@@ -279,7 +279,7 @@ def _prepare(
     image_source: ImageSource,
     faults: _Faults,
 ) -> _Player | None:
-    """Find the actions, the image and the instruction; None where the environment cannot even be played."""
+    """Finds the actions, the image and the instruction; None where the environment cannot even be played."""
     names, start, image_from = None, 0, None
     try:
         names, start, _ = resolve_actions(env, name, action_names)
@@ -316,7 +316,7 @@ def _prepare(
 
 
 def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:
-    """Warn of what an environment rarely means to do."""
+    """Warns of what an environment rarely means to do."""
     frames = [moment.frame for moment in moments if moment.frame is not None]
     blank = sum(bool((frame == frame[0, 0]).all()) for frame in frames)
     if blank:
@@ -338,7 +338,7 @@ def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:
 
 
 def _compare(first: list[_Moment], again: list[_Moment], how: str, faults: _Faults) -> bool:
-    """Hold a second play of the same seeds and actions against the first; False where they differ."""
+    """Compares a second play of the same seeds and actions with the first; False where they differ."""
     for old, new in zip(first, again, strict=False):
         for what, same in (
             ("frame", _same_frame(old.frame, new.frame)),
@@ -368,7 +368,7 @@ def _same_view(old: _Moment, new: _Moment) -> bool:
 
 
 def _raw_step(env: gym.Env, action: int) -> Any:
-    """What the unwrapped environment returns from a step after a reset, or None if it raises too."""
+    """Returns what the unwrapped environment's step returns after a reset, or None if it raises too."""
     try:
         env.unwrapped.reset(seed=0)
         return env.unwrapped.step(action)
@@ -377,7 +377,7 @@ def _raw_step(env: gym.Env, action: int) -> Any:
 
 
 def _sentence(name: str, what: str, error: Exception) -> str:
-    return str(error) if isinstance(error, EnvError) else f"{name} broke in {what} with {in_one_line(error)}"
+    return str(error) if isinstance(error, EnvError) else f"{name} broke in {what} with {type_and_text(error)}"
 
 
 def _kind(value: object) -> str:

@@ -1,4 +1,4 @@
-"""``manako/ColorMatch-v0``: name the colour of a square. One step, and no way to do it without looking.
+"""`manako/ColorMatch-v0`: name the colour of a square. One step, and no way to do it without looking.
 
 The square lies on a random cell of a dark board. The actions are the colours' names; the right one is worth 1, any
 other 0, and the episode ends. A blind policy scores 1 in K, so the frames are all that lifts it above that.
@@ -13,7 +13,7 @@ import numpy as np
 from manako.envs.captions import place_name
 from manako.envs.errors import EnvError
 from manako.envs.observation import InstructionText
-from manako.envs.tiles import COLORS, TILE, choose_colors
+from manako.envs.tiles import COLORS, TILE, resolve_colors
 
 
 class ColorMatch(gym.Env[dict[str, Any], Any]):
@@ -23,7 +23,7 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
     instruction = "name the colour of the square"
 
     def __init__(self, size: int = 3, colors: int | Sequence[str] = 4, render_mode: str | None = None) -> None:
-        """Make the environment.
+        """Makes the environment.
 
         Args:
             size: Cells a side; a cell is 8 pixels.
@@ -36,10 +36,10 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
         if isinstance(size, bool) or not isinstance(size, int) or size < 2:
             raise EnvError(f"size is {size!r}, expected a whole number of cells from 2 on")
         self.size = size
-        self.action_names = choose_colors(colors)
+        self.action_names = resolve_colors(colors)
         self.render_mode = render_mode
         self._rgb = np.array([COLORS[name] for name in self.action_names], np.uint8)  # (K, 3)
-        self._color = 0
+        self.color = 0
         side = size * TILE
         self._frame = np.zeros((side, side, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(
@@ -50,31 +50,31 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Draw a colour and a cell."""
+        """Draws a colour and a cell."""
         super().reset(seed=seed)
-        self._color, row, column = self.np_random.integers((len(self.action_names), self.size, self.size)).tolist()
+        self.color, row, column = self.np_random.integers((len(self.action_names), self.size, self.size)).tolist()
         top, left = row * TILE, column * TILE
         self._frame[:] = 0
-        self._frame[top : top + TILE, left : left + TILE] = self._rgb[self._color]
+        self._frame[top : top + TILE, left : left + TILE] = self._rgb[self.color]
         return self._observe(), {"success": False}
 
     def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Answer with a colour's number; the frame stays."""
-        success = int(action) == self._color
+        """Answers with a colour's number; the frame stays."""
+        success = int(action) == self.color
         return self._observe(), float(success), True, False, {"success": success}
 
     def caption(self) -> str:
-        """Colour and place of the square."""
+        """Returns colour and place of the square, in words."""
         rows, columns = np.nonzero(self._frame[::TILE, ::TILE].any(-1))
         where = place_name(int(rows[0]), int(columns[0]), self.size, self.size)
-        return f"{self.action_names[self._color]} square at {where}."
+        return f"{self.action_names[self.color]} square at {where}."
 
     def expert_action(self) -> int:
-        """The square's colour."""
-        return self._color
+        """Returns the square's colour."""
+        return self.color
 
     def render(self) -> np.ndarray:
-        """Return the frame of the observation."""
+        """Returns the frame of the observation."""
         return self._frame.copy()
 
     def _observe(self) -> dict[str, Any]:

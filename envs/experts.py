@@ -1,6 +1,6 @@
 """Scripted experts: what a perfect player would do now, for demonstrations.
 
-An environment of your own offers one by a method `expert_action()`, which returns the action for its present state (in
+An environment of your own offers one by a method `expert_action()`, which returns the action for its current state (in
 its own numbering). Known here beside that: Gymnasium's toy_text environments, whose transition table `P` is solved
 exactly, and MiniGrid's BabyAI levels by the bot that comes with them.
 """
@@ -13,14 +13,14 @@ import gymnasium as gym
 import numpy as np
 
 from manako.envs.errors import EnvError
-from manako.errors import in_one_line
+from manako.errors import type_and_text
 
 Expert = Callable[[int | None], int]  # the action before, in the env's own numbering, None at the start -> the next
 GAMMA, TOLERANCE = 0.99, 1e-9
 
 
 def make_expert(env: gym.Env, env_id: str) -> Expert:
-    """An expert from the present state to the end of the episode.
+    """Returns an expert from the current state to the end of the episode.
 
     Args:
         env: the environment, after its reset or later.
@@ -49,7 +49,7 @@ def _babyai(env: gym.Env, env_id: str) -> Expert:
     try:
         bot = BabyAIBot(env)
     except Exception as error:
-        raise EnvError(f"{env_id} is nothing for BabyAI's bot: {in_one_line(error)}") from error
+        raise EnvError(f"{env_id} is nothing for BabyAI's bot: {type_and_text(error)}") from error
 
     def act(before: int | None) -> int:
         return int(bot.replan(before))

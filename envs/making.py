@@ -1,6 +1,6 @@
-"""From an environment id to a ``VLMObservation``, with one clear sentence for whatever can go wrong on the way.
+"""From an environment id to a `VLMObservation`, with one clear sentence for whatever can go wrong on the way.
 
-A plugin is a module that calls ``gymnasium.register`` when it is imported, named ``module:EnvId-v0``. The module may
+A plugin is a module that calls `gymnasium.register` when it is imported, named `module:EnvId-v0`. The module may
 lie in the current folder. There is no registry beside Gymnasium's.
 """
 
@@ -18,7 +18,7 @@ from gymnasium.envs.registration import load_env_creator
 
 from manako.envs.errors import EnvError
 from manako.envs.observation import ImageSource, VLMObservation, missing_package
-from manako.errors import in_one_line
+from manako.errors import type_and_text
 
 # id prefix -> (module that registers such ids, extra that installs it)
 _BUNDLED = {
@@ -37,19 +37,19 @@ def make_vlm_env(
     image_source: ImageSource = "auto",
     success_return: float | None = None,
 ) -> VLMObservation:
-    """Make an environment that shows an image and an instruction.
+    """Makes an environment that shows an image and an instruction.
 
     Args:
-        env_id: A registered id, or ``module:EnvId-v0`` to import the plugin that registers it.
+        env_id: A registered id, or `module:EnvId-v0` to import the plugin that registers it.
         instruction: Replaces the environment's own.
         action_names: Replace the environment's own, one an action.
-        env_kwargs: Arguments of the environment's constructor, such as ``{"size": 4}`` or ``{"tile_size": 8}``, or of
-            ``gymnasium.make``, such as ``{"max_episode_steps": 50}``.
-        image_source: "observation", "render", or "auto" (the observation where it is a picture, else ``render()``).
+        env_kwargs: Arguments of the environment's constructor, such as `{"size": 4}` or `{"tile_size": 8}`, or of
+            `gymnasium.make`, such as `{"max_episode_steps": 50}`.
+        image_source: "observation", "render", or "auto" (the observation where it is a picture, else `render()`).
         success_return: The lowest return of a successful episode; replaces the environment's own verdict.
 
     Raises:
-        EnvError: It cannot be made, or breaks the contract of ``VLMObservation``.
+        EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
     """
     env = make_raw_env(env_id, env_kwargs)
     try:
@@ -66,12 +66,12 @@ def make_vlm_env(
         if isinstance(error, EnvError):
             raise
         raise EnvError(
-            f"{env_id} broke while it was asked for its actions, image and text: {in_one_line(error)}"
+            f"{env_id} broke while it was asked for its actions, image and text: {type_and_text(error)}"
         ) from error
 
 
 def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
-    """Make the environment as it is, rendering to arrays where it can.
+    """Makes the environment as it is, rendering to arrays where it can.
 
     Raises:
         EnvError: Its plugin cannot be imported, it is not registered, or its constructor refuses.
@@ -97,12 +97,12 @@ def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gy
                     "argument and set self.render_mode"
                 ) from error
             raise EnvError(f"{env_id} takes no argument {name!r}: got env_kwargs {given}") from error
-        message = in_one_line(error).split(" was raised from the environment creator for ")[0]
+        message = type_and_text(error).split(" was raised from the environment creator for ")[0]
         raise EnvError(f"{env_id} could not be made with env_kwargs {given}: {message}") from error
 
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """Look an id up in Gymnasium's registry, importing the plugin that it names.
+    """Looks an id up in Gymnasium's registry, importing the plugin that it names.
 
     Raises:
         EnvError: The id is malformed or unknown, or its plugin cannot be imported.
@@ -150,7 +150,7 @@ def _import_plugin(name: str) -> Any:
             ) from error
         raise EnvError(f"the plugin {name!r} needs the module {error.name!r}, which is not installed") from error
     except Exception as error:
-        raise EnvError(f"the plugin {name!r} broke while it was imported: {in_one_line(error)}") from error
+        raise EnvError(f"the plugin {name!r} broke while it was imported: {type_and_text(error)}") from error
 
 
 def _import_bundled(env_id: str, package: str, extra: str) -> None:

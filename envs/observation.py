@@ -1,20 +1,20 @@
 """Any Gymnasium environment as what a vision-language policy sees: an image and an instruction.
 
-``VLMObservation`` turns whatever the environment observes into ``{"image", "instruction"}`` and numbers the actions
+`VLMObservation` turns whatever the environment observes into `{"image", "instruction"}` and numbers the actions
 from 0. Where each part comes from, first match first:
 
-image         ``image_source="observation"`` or ``"render"`` if given. Else ("auto") the observation, or its ``image``
-              key, where that is a picture: a ``Box`` of uint8 with bounds 0 and 255, of shape (H, W, 3), (H, W, 1) or
-              (H, W), at least 16 pixels on each side. Else ``render()``, an rgb_array. The 16 pixels keep symbolic
+image         `image_source="observation"` or `"render"` if given. Else ("auto") the observation, or its `image`
+              key, where that is a picture: a `Box` of uint8 with bounds 0 and 255, of shape (H, W, 3), (H, W, 1) or
+              (H, W), at least 16 pixels on each side. Else `render()`, an rgb_array. The 16 pixels keep symbolic
               grids out: MiniGrid observes (7, 7, 3) uint8 object codes, which no encoder can see.
-instruction   the ``instruction`` argument; the observation's ``mission`` or ``instruction`` key; the attribute
-              ``mission`` or ``instruction`` of the unwrapped environment, read again after each reset and step; the
-              task description in ``envs/tasks.py``.
-action names  the ``action_names`` argument; ``get_action_meanings()``; an ``actions`` enum; an ``action_names``
+instruction   the `instruction` argument; the observation's `mission` or `instruction` key; the attribute
+              `mission` or `instruction` of the unwrapped environment, read again after each reset and step; the
+              task description in `envs/tasks.py`.
+action names  the `action_names` argument; `get_action_meanings()`; an `actions` enum; an `action_names`
               attribute; the task description.
 
-Left out: action spaces other than ``Discrete`` (policies choose from a closed set of names), several pictures in one
-observation, and channel-first pictures (use ``image_source="render"``, or transpose them in a wrapper of yours).
+Left out: action spaces other than `Discrete` (policies choose from a closed set of names), several pictures in one
+observation, and channel-first pictures (use `image_source="render"`, or transpose them in a wrapper of yours).
 """
 
 import enum
@@ -32,7 +32,7 @@ from manako.envs.captions import caption_of
 from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
 from manako.envs.tasks import TASKS, success_rule
-from manako.errors import in_one_line
+from manako.errors import type_and_text
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
@@ -44,63 +44,63 @@ MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, no
 class InstructionText(gym.spaces.Text):
     """The space of instructions: any Unicode text without control characters, newline and tab excepted.
 
-    ``gymnasium.spaces.Text`` lists its characters one by one and knows only letters and digits by default.
+    `gymnasium.spaces.Text` lists its characters one by one and knows only letters and digits by default.
     Samples are short printable ASCII.
     """
 
     def __init__(self, seed: int | np.random.Generator | None = None) -> None:
-        """Make the space; ``seed`` is for its samples."""
+        """Makes the space; `seed` is for its samples."""
         printable = "".join(chr(code) for code in range(32, 127))
         super().__init__(MAX_INSTRUCTION_LENGTH, min_length=0, charset=printable, seed=seed)
 
     def contains(self, x: Any) -> bool:
-        """Whether ``x`` is a clean text of an allowed length."""
+        """Returns whether `x` is a clean text of an allowed length."""
         return isinstance(x, str) and len(x) <= self.max_length and without_control_characters(x) == x
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
-        """Draw up to 64 characters of printable ASCII."""
+        """Samples up to 64 characters of printable ASCII."""
         if mask is not None or probability is not None:
             return super().sample(mask, probability)
         return super().sample(mask=(int(self.np_random.integers(0, 65)), None))
 
     def __eq__(self, other: object) -> bool:
-        """All instances are the same space."""
+        """Returns True for another instance: all are the same space."""
         return isinstance(other, InstructionText)
 
     __hash__ = None  # type: ignore[assignment]  # as gymnasium.spaces.Text
 
     def __repr__(self) -> str:
-        """Name the space without its characters."""
+        """Returns the space's name without its characters."""
         return f"InstructionText({self.max_length})"
 
 
 def without_control_characters(text: str) -> str:
-    r"""Drop control characters and lone surrogates, which no tokenizer should meet; ``\n`` and ``\t`` stay."""
+    r"""Drops control characters and lone surrogates, which no tokenizer should meet; `\n` and `\t` stay."""
     if text.isprintable():
         return text
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 def missing_package(error: Exception) -> str:
-    """Gymnasium's advice on a missing package; for pygame, ours (the maintained pygame-ce takes its place)."""
+    """Returns Gymnasium's advice on a missing package; for pygame, ours (the maintained pygame-ce replaces it)."""
     return 'pip install "manako[toy]"' if "pygame" in str(error) else str(error)
 
 
 def resolve_actions(
     env: gym.Env, env_id: str, action_names: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], int, str]:
-    """Find the names of a discrete environment's actions.
+    """Finds the names of a discrete environment's actions.
 
     Args:
         env: The environment; it need not have been reset.
-        env_id: Its id, for ``TASKS`` and for the messages.
+        env_id: Its id, for `TASKS` and for the messages.
         action_names: The caller's names, which go first.
 
     Returns:
-        The names, the number of the first action (``Discrete(n, start=k)`` starts at k) and where the names came from.
+        The names, the number of the first action (`Discrete(n, start=k)` starts at k) and where the names came from.
 
     Raises:
-        EnvError: The action space is not ``Discrete``, there are no names, not one an action, or two alike.
+        EnvError: The action space is not `Discrete`, there are no names, not one an action, or two alike.
     """
     space = env.action_space
     if not isinstance(space, gym.spaces.Discrete):
@@ -149,7 +149,7 @@ def resolve_actions(
 
 
 def is_picture(space: gym.Space) -> bool:
-    """Whether values of this space are pictures: uint8 from 0 to 255, (H, W), (H, W, 1) or (H, W, 3), 16 px or more."""
+    """Returns whether values of this space are pictures: uint8, (H, W), (H, W, 1) or (H, W, 3), 16 px or more."""
     if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8:
         return False
     if len(space.shape) not in (2, 3) or (len(space.shape) == 3 and space.shape[2] not in (1, 3)):
@@ -158,10 +158,10 @@ def is_picture(space: gym.Space) -> bool:
 
 
 def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto") -> str:
-    """Decide where the image comes from: ``"observation"``, ``"observation['image']"`` or ``"render()"``.
+    """Decides where the image comes from: `"observation"`, `"observation['image']"` or `"render()"`.
 
     Raises:
-        EnvError: Neither the observation nor ``render()`` gives one, or not the one asked for.
+        EnvError: Neither the observation nor `render()` gives one, or not the one asked for.
     """
     if image_source not in IMAGE_SOURCES:
         raise EnvError(f"image_source is {image_source!r}, expected one of {', '.join(IMAGE_SOURCES)}")
@@ -187,14 +187,14 @@ def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto")
 
 
 def read_picture(env: gym.Env, observation: Any, image_from: str) -> Any:
-    """Fetch the picture from where ``resolve_image`` found it."""
+    """Returns the picture from where `resolve_image` found it."""
     if image_from == "render()":
         return env.render()
     return observation["image"] if image_from == "observation['image']" else observation
 
 
 def as_frame(picture: Any, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """Copy a picture into a fresh frame (H, W, 3) uint8; grey values are repeated over the three channels.
+    """Copies a picture into a fresh frame (H, W, 3) uint8; grey values are repeated over the three channels.
 
     Args:
         picture: An array of uint8, (H, W, 3), (H, W, 1) or (H, W).
@@ -225,11 +225,11 @@ def as_frame(picture: Any, shape: tuple[int, int, int] | None = None) -> np.ndar
 def resolve_instruction(
     env: gym.Env, env_id: str, observation: Any, argument: str | None = None
 ) -> tuple[Callable[[Any], object], str]:
-    """Find out where the instruction is.
+    """Finds out where the instruction is.
 
     Args:
         env: The environment, after a reset.
-        env_id: Its id, for ``TASKS`` and for the messages.
+        env_id: Its id, for `TASKS` and for the messages.
         observation: What the reset returned.
         argument: The caller's instruction, which goes first.
 
@@ -264,19 +264,19 @@ def _read_attribute(env: gym.Env, name: str, _: Any) -> object:
 
 
 class VLMObservation(gym.Wrapper):
-    """Observe ``Dict(image=Box uint8 (H, W, 3), instruction=InstructionText)``, act with ``Discrete(A)`` from 0.
+    """Observes `Dict(image=Box uint8 (H, W, 3), instruction=InstructionText)`, acts with `Discrete(A)` from 0.
 
     The constructor resets the environment once, without a seed, to learn the size of its frames. Frames are always
     fresh arrays. Whatever the environment raises, and every frame, text or reward that breaks the contract, becomes
-    an ``EnvError`` that names the environment, the episode's seed, the step and the action.
+    an `EnvError` that names the environment, the episode's seed, the step and the action.
 
     Attributes:
         env_id: The registered id.
         action_names: One name an action, (A,).
         frame_shape: (H, W, 3).
-        success_return: The lowest return of a successful episode, or None (see ``success``).
+        success_return: The lowest return of a successful episode, or None (see `success`).
         success: The rule that judges an episode at its end.
-        image_from: Where the image comes from, in words; likewise ``instruction_from`` and ``action_names_from``.
+        image_from: Where the image comes from, in words; likewise `instruction_from` and `action_names_from`.
         slot: The number of this environment among several, for the messages; None for a single one.
     """
 
@@ -289,7 +289,7 @@ class VLMObservation(gym.Wrapper):
         image_source: ImageSource = "auto",
         success_return: float | None = None,
     ) -> None:
-        """Wrap ``env``; the arguments override what the environment says of itself.
+        """Wraps `env`; the arguments override what the environment says of itself.
 
         Raises:
             EnvError: It has no picture, no instruction, no action names or no discrete actions.
@@ -323,12 +323,12 @@ class VLMObservation(gym.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode."""
+        """Starts an episode."""
         observation, info = self._reset_env(seed, options)
         return self._observe(observation), info
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Take one of the actions 0 to A - 1."""
+        """Takes one of the actions 0 to A - 1."""
         number = int(action)
         self._step += 1
         self._action = number
@@ -344,7 +344,7 @@ class VLMObservation(gym.Wrapper):
         return self._observe(observation), value, bool(terminated), bool(truncated), info
 
     def expert(self) -> Callable[[int | None], int]:
-        """A scripted expert from here to the episode's end: action before (None at first) -> action, from 0 on.
+        """Returns a scripted expert from here to the episode's end: last action (None at first) -> action, from 0 on.
 
         Raises:
             EnvError: The environment has none.
@@ -360,7 +360,7 @@ class VLMObservation(gym.Wrapper):
         return act
 
     def caption(self) -> str:
-        """What the frame shows, in words.
+        """Returns what the frame shows, in words.
 
         Raises:
             EnvError: The environment does not say.
@@ -368,7 +368,7 @@ class VLMObservation(gym.Wrapper):
         return without_control_characters(caption_of(self.env, self.env_id))
 
     def alternative_instruction(self) -> str | None:
-        """Another instruction that would be valid now, from the environment's method of this name; None without one."""
+        """Returns another instruction valid now, from the environment's method of this name; None without one."""
         method = getattr(self.unwrapped, "alternative_instruction", None)
         if method is None:
             return None
@@ -379,7 +379,7 @@ class VLMObservation(gym.Wrapper):
         return None if text is None else without_control_characters(str(text))
 
     def close(self) -> None:
-        """Close the environment."""
+        """Closes the environment."""
         try:
             self.env.close()
         except Exception as error:
@@ -422,7 +422,7 @@ class VLMObservation(gym.Wrapper):
     def _broke(self, where: str, error: Exception) -> NoReturn:
         if isinstance(error, gym.error.DependencyNotInstalled):
             self._fail(f"needs a package that is not installed: {missing_package(error)}", error)
-        self._fail(f"broke in {where} with {in_one_line(error)}", error)
+        self._fail(f"broke in {where} with {type_and_text(error)}", error)
 
     def _fail(self, what: str, cause: Exception | None = None) -> NoReturn:
         place = [] if self.slot is None else [f"slot {self.slot}"]

@@ -1,9 +1,9 @@
 """What to tell a policy about environments that do not say it themselves, and when an episode counts as a success.
 
-Gymnasium's classic environments have numbered actions and no text. ``TASKS`` gives each an instruction and
+Gymnasium's classic environments have numbered actions and no text. `TASKS` gives each an instruction and
 action names, and a notion of success where "the return is above 0" is the wrong one. It is a table of data and
 nothing else: an environment of yours needs no row here, because an attribute of its own or the command line
-says the same (the order is in ``envs/observation.py``).
+says the same (the order is in `envs/observation.py`).
 """
 
 from collections.abc import Mapping
@@ -77,8 +77,8 @@ TASKS: dict[str, Task] = {
 class SuccessRule:
     """Decides at the end of an episode whether it was a success.
 
-    In this order: a threshold that the caller gave; the environment's own ``info["is_success"]`` or
-    ``info["success"]``; the task description; the registered ``reward_threshold``; a return above 0.
+    In this order: a threshold that the caller gave; the environment's own `info["is_success"]` or
+    `info["success"]`; the task description; the registered `reward_threshold`; a return above 0.
 
     Attributes:
         sentence: The rule in words.
@@ -94,7 +94,7 @@ class SuccessRule:
     trusts_info: bool
 
     def __call__(self, episode_return: float, terminated: bool, info: Mapping[str, Any]) -> bool:
-        """Judge one finished episode by its return, its last ``terminated`` and its last ``info``."""
+        """Judges one finished episode by its return, its last `terminated` and its last `info`."""
         if self.trusts_info:
             for key in ("is_success", "success"):
                 if key in info:
@@ -107,10 +107,10 @@ class SuccessRule:
 
 
 def success_rule(task: Task | None, reward_threshold: float | None, success_return: float | None) -> SuccessRule:
-    """Build the rule for one environment.
+    """Makes the rule for one environment.
 
     Args:
-        task: Its description in ``TASKS``, if it has one.
+        task: Its description in `TASKS`, if it has one.
         reward_threshold: The threshold it is registered with, if any.
         success_return: The caller's threshold, which overrides everything else.
     """

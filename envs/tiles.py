@@ -73,8 +73,8 @@ _MASKS: dict[str, tuple[str, ...]] = {
 SHAPES: tuple[str, ...] = ("ball", "box", "key")
 
 
-def choose_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
-    """Turn a number (the first so many) or names into colour names.
+def resolve_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
+    """Returns colour names for a number (the first so many) or for names, which are checked.
 
     Raises:
         EnvError: Fewer than 2, too many, unknown or repeated.
@@ -83,24 +83,24 @@ def choose_colors(colors: int | Sequence[str]) -> tuple[str, ...]:
         if not 2 <= colors <= len(COLORS):
             raise EnvError(f"colors is {colors}, expected 2 to {len(COLORS)}, or names from {', '.join(COLORS)}")
         return tuple(COLORS)[:colors]
-    return _choose("colors", colors, tuple(COLORS), at_least=2)
+    return _check_names("colors", colors, tuple(COLORS), at_least=2)
 
 
-def choose_shapes(shapes: Sequence[str]) -> tuple[str, ...]:
-    """Check the shapes' names.
+def resolve_shapes(shapes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the shapes' names, checked.
 
     Raises:
         EnvError: None, unknown or repeated.
     """
-    return _choose("shapes", shapes, SHAPES, at_least=1)
+    return _check_names("shapes", shapes, SHAPES, at_least=1)
 
 
 def paint_tiles(colors: Sequence[str], shapes: Sequence[str]) -> np.ndarray:
-    """Paint the floor, the agent, and every shape in every colour.
+    """Paints the floor, the agent, and every shape in every colour.
 
     Returns:
-        (2 + shapes x colours, 8, 8, 3) uint8; the object of shape s and colour c has the number ``FIRST_OBJECT + s *
-        len(colors) + c``.
+        (2 + shapes x colours, 8, 8, 3) uint8; the object of shape s and colour c has the number `FIRST_OBJECT + s *
+        len(colors) + c`.
     """
     floor = np.full((TILE, TILE, 3), _BACKGROUND, np.uint8)  # (8, 8, 3)
     floor[0], floor[:, 0] = _GRID, _GRID
@@ -110,7 +110,7 @@ def paint_tiles(colors: Sequence[str], shapes: Sequence[str]) -> np.ndarray:
 
 
 def draw(tiles: np.ndarray, board: np.ndarray) -> np.ndarray:
-    """Draw a board of tile numbers (rows, columns) as a fresh frame (8 rows, 8 columns, 3) uint8."""
+    """Draws a board of tile numbers (rows, columns) as a fresh frame (8 rows, 8 columns, 3) uint8."""
     rows, columns = board.shape
     return tiles[board].swapaxes(1, 2).reshape(rows * TILE, columns * TILE, 3)
 
@@ -121,8 +121,8 @@ def _paint(floor: np.ndarray, shape: str, color: tuple[int, int, int]) -> np.nda
     return tile
 
 
-def _choose(what: str, names: Sequence[str], known: Sequence[str], at_least: int) -> tuple[str, ...]:
-    chosen = (names,) if isinstance(names, str) else tuple(names)
-    if len(chosen) < at_least or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+def _check_names(what: str, names: Sequence[str], known: Sequence[str], at_least: int) -> tuple[str, ...]:
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    if len(listed) < at_least or len(set(listed)) < len(listed) or not set(listed) <= set(known):
         raise EnvError(f"{what} is {names!r}, expected at least {at_least} different names from {', '.join(known)}")
-    return chosen
+    return listed

@@ -1,16 +1,16 @@
 """N environments side by side, with every episode's seed ours, no dummy transitions and faults that name their place.
 
-Built on Gymnasium's ``SyncVectorEnv`` with ``AutoresetMode.DISABLED``: the observation that ends an episode is returned
-by ``step``, and the caller starts the next episode with ``reset_done``. Faults end the use of the object: after an
-``EnvError`` from ``reset``, ``reset_done`` or ``step`` some slots have moved and others have not, so close it, build
-it again and load the last ``state_dict``.
+Built on Gymnasium's `SyncVectorEnv` with `AutoresetMode.DISABLED`: the observation that ends an episode is returned
+by `step`, and the caller starts the next episode with `reset_done`. Faults end the use of the object: after an
+`EnvError` from `reset`, `reset_done` or `step` some slots have moved and others have not, so close it, build
+it again and load the last `state_dict`.
 
-Left out: ``AsyncVectorEnv``. In Gymnasium 1.4.0 it returns blank ``Text`` with shared memory, and a killed worker
+Left out: `AsyncVectorEnv`. In Gymnasium 1.4.0 it returns blank `Text` with shared memory, and a killed worker
 leaves it stuck.
 
-Seeds: slot k of a run's split s plays episode e with ``episode_seed(seed, s, k // group_size, e)``, and k counts over
+Seeds: slot k of a run's split s plays episode e with `episode_seed(seed, s, k // group_size, e)`, and k counts over
 all workers. So workers in any number play the same episodes, and no training episode has a held-out seed. Where
-recorded play is played again, ``seed_lists`` names each slot's seeds instead.
+recorded play is played again, `seed_lists` names each slot's seeds instead.
 """
 
 import functools
@@ -52,13 +52,13 @@ class StepResult(NamedTuple):
 
 
 def episode_seed(seed: int, split: int, slot: int, episode: int) -> int:
-    """The seed of one episode, below 2^31 (some environments take no larger one).
+    """Returns the seed of one episode, below 2^31 (some environments take no larger one).
 
     The lowest bit is 1 for the held-out split and 0 for any other, so the two never meet.
 
     Args:
         seed: The run's seed.
-        split: ``TRAINING``, ``HELD_OUT`` or a further number.
+        split: `TRAINING`, `HELD_OUT` or a further number.
         slot: The slot, counted over all workers.
         episode: How many episodes the slot has started before.
     """
@@ -75,8 +75,9 @@ class EpisodeVectorEnv:
         frame_shape: (H, W, 3).
         success_rule: How an episode's success is judged, in words.
         episode_returns: (N,) float64, the current episodes' rewards so far.
-        episode_lengths: (N,) int64, their steps so far. Both may be read between ``step`` and ``reset_done``.
+        episode_lengths: (N,) int64, their steps so far. Both may be read between `step` and `reset_done`.
         episode_seeds: The seeds of the current episodes, N.
+        observations: What every slot shows now; None before the first reset.
     """
 
     def __init__(
@@ -95,13 +96,13 @@ class EpisodeVectorEnv:
         image_source: ImageSource = "auto",
         success_return: float | None = None,
     ) -> None:
-        """Make the environments; nothing is started before ``reset``.
+        """Makes the environments; nothing is started before `reset`.
 
         Args:
-            env_id: See ``make_vlm_env``, as for the last five arguments.
+            env_id: See `make_vlm_env`, as for the last five arguments.
             num_envs: N.
             seed: The run's seed, from 0 on.
-            split: ``TRAINING`` or ``HELD_OUT``.
+            split: `TRAINING` or `HELD_OUT`.
             first_slot: The number of the first slot among those of all workers.
             group_size: How many neighbouring slots play episodes of the same seeds.
             seed_lists: The seeds of each slot's episodes, N lists, in place of drawn ones; after its last a slot begins
@@ -168,13 +169,13 @@ class EpisodeVectorEnv:
         self._episodes = [0] * num_envs  # episodes started
         self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # of the current episodes
         self._ended = np.zeros(num_envs, bool)
-        self._observations: Observations | None = None
+        self.observations: Observations | None = None
         self._known: dict[str, None] = {}  # instructions seen, oldest first
         self._replacements: list[str | None] = [None] * num_envs
         self._experts: list[Callable[[int | None], int] | None] = [None] * num_envs
 
     def reset(self, seeds: Sequence[int] | None = None) -> Observations:
-        """Start an episode in every slot.
+        """Starts an episode in every slot.
 
         Args:
             seeds: The N episodes' seeds; None takes each slot's next.
@@ -182,7 +183,7 @@ class EpisodeVectorEnv:
         return self._start(np.ones(self.num_envs, bool), seeds)
 
     def start_round(self, number: int) -> Observations:
-        """Start a new episode in every slot, the same one in all slots of a group, whatever they played before.
+        """Starts a new episode in every slot, the same one in all slots of a group, whatever they played before.
 
         Args:
             number: Which round; it selects the episodes.
@@ -191,10 +192,10 @@ class EpisodeVectorEnv:
         return self.reset()
 
     def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Observations:
-        """Start the next episode where ``mask`` (N,) is True; the other rows come back as they were.
+        """Starts the next episode where `mask` (N,) is True; the other rows come back as they were.
 
         Args:
-            mask: Usually ``terminated | truncated``.
+            mask: Usually `terminated | truncated`.
             seeds: One seed for each True in the mask, in slot order; None takes each slot's next.
         """
         mask = np.asarray(mask)
@@ -202,12 +203,12 @@ class EpisodeVectorEnv:
             raise EnvError(
                 f"got a mask of shape {mask.shape} and dtype {mask.dtype}, expected ({self.num_envs},) and bool"
             )
-        if self._observations is None and not mask.all():
+        if self.observations is None and not mask.all():
             raise EnvError("reset_done came before any episode was started: call reset first")
         return self._start(mask, seeds)
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Take one action (N,) of 0 to A - 1 in every slot.
+        """Takes one action (N,) of 0 to A - 1 in every slot.
 
         Raises:
             EnvError: An action is out of range, an episode has ended and was not restarted, or an environment broke.
@@ -217,7 +218,7 @@ class EpisodeVectorEnv:
             raise EnvError(
                 f"got actions of shape {actions.shape} and dtype {actions.dtype}, expected ({self.num_envs},) integers"
             )
-        if self._observations is None:
+        if self.observations is None:
             raise EnvError("step came before any episode was started: call reset first")
         if self._ended.any():
             slots = (np.flatnonzero(self._ended) + self.first_slot).tolist()
@@ -229,28 +230,28 @@ class EpisodeVectorEnv:
             past.append(action)
         self._ended = terminated | truncated
         success = infos["success"] if "success" in infos else np.zeros(self.num_envs, bool)
-        self._observations = Observations(seen["image"].copy(), seen["instruction"])
-        return StepResult(self._observations, rewards, terminated, truncated, success)
+        self.observations = Observations(seen["image"].copy(), seen["instruction"])
+        return StepResult(self.observations, rewards, terminated, truncated, success)
 
     def expert_actions(self) -> np.ndarray:
-        """For each slot the scripted expert's action now, (N,) int64.
+        """Returns for each slot the scripted expert's action now, (N,) int64.
 
         Raises:
             EnvError: The environment has no expert.
         """
-        if self._observations is None:
+        if self.observations is None:
             raise EnvError("there is no action to take before reset")
-        chosen = []
+        actions = []
         for slot, env in enumerate(self._envs):
             expert, before = self._experts[slot], self._actions[slot][-1] if self._actions[slot] else None
-            if expert is None:  # a new one plans from the present state
+            if expert is None:  # a new one plans from the current state
                 expert, before = env.expert(), None
                 self._experts[slot] = expert
-            chosen.append(expert(before))
-        return np.array(chosen, np.int64)
+            actions.append(expert(before))
+        return np.array(actions, np.int64)
 
     def captions(self) -> tuple[str, ...]:
-        """For each slot what it shows, in words.
+        """Returns for each slot what it shows, in words.
 
         Raises:
             EnvError: The environment does not say.
@@ -258,19 +259,19 @@ class EpisodeVectorEnv:
         return tuple(env.caption() for env in self._envs)
 
     def replaced_instructions(self) -> tuple[str, ...]:
-        """For each slot an instruction that is valid and not its own, to test whether a policy reads.
+        """Returns for each slot an instruction that is valid and not its own, to test whether a policy reads.
 
-        It is the environment's ``alternative_instruction()`` where it offers one (another object on the same board),
+        It is the environment's `alternative_instruction()` where it offers one (another object on the same board),
         else an instruction that this object has seen in another episode, the same throughout an episode as long as the
         slot's own does not become it. Where all episodes read the same, it is the empty string.
         """
-        if self._observations is None:
+        if self.observations is None:
             raise EnvError("there is no instruction to replace before reset")
         return tuple(self._replacement(slot) for slot in range(self.num_envs))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every slot, as JSON: its episode's seed and actions, and a digest of what it sees now."""
-        if self._observations is None:
+        """Returns the state of every slot, as JSON: its episode's seed and actions, and a digest of what it shows."""
+        if self.observations is None:
             return {**self._identity(), "episodes": list(self._episodes), "slots": None}
         slots = [
             {"seed": self.episode_seeds[slot], "actions": list(self._actions[slot]), "digest": self._digest(slot)}
@@ -285,7 +286,7 @@ class EpisodeVectorEnv:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Observations | None:
-        """Bring every slot back to where it was, by playing its actions again from its episode's seed.
+        """Brings every slot back to where it was, by playing its actions again from its episode's seed.
 
         Returns:
             What the slots see; None where the saved object had not been reset.
@@ -294,11 +295,11 @@ class EpisodeVectorEnv:
             EnvError: The state is of another environment or number of slots, or the environment does not play the
                 same way again.
         """
-        for key, mine in self._identity().items():
-            if state.get(key) != mine:
+        for key, expected in self._identity().items():
+            if state.get(key) != expected:
                 raise EnvError(
-                    f"the saved environment state has the {key} {state.get(key)!r}, expected {mine!r}: resume with the "
-                    "settings that the run was started with"
+                    f"the saved environment state has the {key} {state.get(key)!r}, expected {expected!r}: resume with "
+                    "the settings that the run was started with"
                 )
         if len(state["episodes"]) != self.num_envs:
             raise EnvError(
@@ -307,11 +308,11 @@ class EpisodeVectorEnv:
             )
         self._episodes = [int(episode) for episode in state["episodes"]]
         if state["slots"] is None:
-            self._observations = None
+            self.observations = None
             return None
         self._start(np.ones(self.num_envs, bool), [slot["seed"] for slot in state["slots"]], counted=False)
-        assert self._observations is not None
-        images, instructions = self._observations.images.copy(), list(self._observations.instructions)
+        assert self.observations is not None
+        images, instructions = self.observations.images.copy(), list(self.observations.instructions)
         for index, (env, slot) in enumerate(zip(self._vector.envs, state["slots"], strict=True)):
             self._actions[index] = [int(action) for action in slot["actions"]]
             for action in self._actions[index]:
@@ -322,20 +323,20 @@ class EpisodeVectorEnv:
                 self.episode_lengths[index] += 1
                 self._ended[index] = terminated or truncated
                 images[index], instructions[index] = seen["image"], seen["instruction"]
-        self._observations = Observations(images, tuple(instructions))
+        self.observations = Observations(images, tuple(instructions))
         self._known = dict.fromkeys(state["instructions"])
         self._replacements = list(state["replacements"])
         for index, slot in enumerate(state["slots"]):
             if self._digest(index) != slot["digest"]:
                 raise EnvError(self._replay_failure(index, "it shows another frame or instruction than was saved"))
-        return self._observations
+        return self.observations
 
     def close(self) -> None:
-        """Close the environments; a second call does nothing."""
+        """Closes the environments; a second call does nothing."""
         self._vector.close()
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same where a state is saved and where it is loaded."""
+        """Returns what must be the same where a state is saved and where it is loaded."""
         return {
             "format": STATE_FORMAT,
             "env_id": self.env_id,
@@ -349,18 +350,18 @@ class EpisodeVectorEnv:
         if seeds is not None and len(seeds) != len(slots):
             raise EnvError(f"got {len(seeds)} seeds for {len(slots)} episodes, expected one each")
         if not slots:
-            assert self._observations is not None
-            return self._observations
-        chosen: list[int | None] = [None] * self.num_envs
+            assert self.observations is not None
+            return self.observations
+        reset_seeds: list[int | None] = [None] * self.num_envs
         for index, slot in enumerate(slots):
             own = self._next_seed(slot) if seeds is None else int(seeds[index])
-            chosen[slot] = self.episode_seeds[slot] = own
+            reset_seeds[slot] = self.episode_seeds[slot] = own
             self._episodes[slot] += counted
             self._actions[slot] = []
             self._replacements[slot] = None
             self._experts[slot] = None
-        before = self._observations
-        seen, _ = self._vector.reset(seed=chosen, options={"reset_mask": mask})
+        before = self.observations
+        seen, _ = self._vector.reset(seed=reset_seeds, options={"reset_mask": mask})
         self.episode_returns = np.where(mask, 0.0, self.episode_returns)
         self.episode_lengths = np.where(mask, 0, self.episode_lengths)
         self._ended = self._ended & ~mask
@@ -375,8 +376,8 @@ class EpisodeVectorEnv:
         for slot in slots:
             if len(self._known) < _MAX_REMEMBERED:
                 self._known[instructions[slot]] = None
-        self._observations = Observations(images, tuple(instructions))
-        return self._observations
+        self.observations = Observations(images, tuple(instructions))
+        return self.observations
 
     def _next_seed(self, slot: int) -> int:
         if self._seed_lists is not None:
@@ -385,8 +386,8 @@ class EpisodeVectorEnv:
         return episode_seed(self.seed, self.split, group, self._episodes[slot])
 
     def _replacement(self, slot: int) -> str:
-        assert self._observations is not None
-        own = self._observations.instructions[slot]
+        assert self.observations is not None
+        own = self.observations.instructions[slot]
         offered = self._envs[slot].alternative_instruction()
         if offered is not None and offered != own:
             return offered
@@ -398,9 +399,9 @@ class EpisodeVectorEnv:
         return self._replacements[slot] or ""
 
     def _digest(self, slot: int) -> str:
-        assert self._observations is not None
-        digest = hashlib.sha256(np.ascontiguousarray(self._observations.images[slot]).tobytes())
-        digest.update(json.dumps(self._observations.instructions[slot]).encode())
+        assert self.observations is not None
+        digest = hashlib.sha256(np.ascontiguousarray(self.observations.images[slot]).tobytes())
+        digest.update(json.dumps(self.observations.instructions[slot]).encode())
         return digest.hexdigest()
 
     def _replay_failure(self, slot: int, what: str) -> str:
@@ -412,9 +413,9 @@ class EpisodeVectorEnv:
 
 
 class _SuccessInInfo(gym.Wrapper):
-    """Reduces ``info`` to ``{"success": bool}`` at the end of an episode.
+    """Reduces `info` to `{"success": bool}` at the end of an episode.
 
-    ``SyncVectorEnv`` merges every key of every ``info`` into arrays: that fails where an array changes its shape, and
+    `SyncVectorEnv` merges every key of every `info` into arrays: that fails where an array changes its shape, and
     takes time for keys that nobody reads.
     """
 
@@ -464,18 +465,18 @@ def make_env(
     """Makes environments to train on, or to evaluate on.
 
     Args:
-        env_id: A registered id, or ``module:EnvId-v0`` to import the plugin that registers it.
+        env_id: A registered id, or `module:EnvId-v0` to import the plugin that registers it.
         num_envs: How many are played side by side.
         seed: The run's seed, from which each episode's follows.
         held_out: Whether the episodes are those that training never plays.
-        instruction: See ``make_vlm_env``, as for the others.
+        instruction: See `make_vlm_env`, as for the others.
         action_names: See there.
         env_kwargs: See there.
         image_source: See there.
         success_return: See there.
 
     Raises:
-        EnvError: It cannot be made, or breaks the contract of ``VLMObservation``.
+        EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
     """
     return EpisodeVectorEnv(
         env_id,

@@ -34,7 +34,7 @@ from manako.experiments.common.settings import CollectCommand, check_workers  # 
 
 
 def main() -> int:
-    """One recording; returns the exit code."""
+    """Makes one recording; returns the exit code."""
     started = time.perf_counter()
     command = read_line()
     show("recording", f"{command.run.player} on {command.environment.env}, to {command.run.output}")
@@ -71,7 +71,7 @@ def read_line(arguments: Sequence[str] | None = None) -> CollectCommand:
 
 
 def _check_recorded(command: CollectCommand) -> None:
-    """What holds between the settings of recorded play."""
+    """Checks what holds between the settings of recorded play."""
     run, backend = command.run, command.workers.rollout_backend
     if run.recording is None:
         raise UsageError("--recording is missing: give the file that --player recorded plays again.")

@@ -39,7 +39,7 @@ from manako.policies import PolicySource  # noqa: E402
 
 
 def main() -> int:
-    """One evaluation; returns the exit code."""
+    """Runs one evaluation; returns the exit code."""
     line = read_line()
     command = with_the_runs(line)
     show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")

@@ -51,7 +51,7 @@ class ExportCommand:
 
 
 def main() -> int:
-    """One export; returns the exit code."""
+    """Runs one export; returns the exit code."""
     given = read_line()
     dataset_folder, output = str(given.dataset), Path(str(given.output))
     show("export", f"{dataset_folder} to {output}")
@@ -86,8 +86,9 @@ def read_line(arguments: Sequence[str] | None = None) -> ExportSettings:
 
 
 def render_fps(about: dict[str, Any]) -> int | None:
-    """Returns the frames per second in the metadata of the trajectories' environment., None where it has
-    none, has no whole number, or cannot be made on this machine.
+    """Returns the frames per second in the metadata of the trajectories' environment.
+
+    None where it has none, has no whole number, or cannot be made on this machine.
     """
     try:
         with contextlib.closing(make_raw_env(about["env_id"], json.loads(about.get("env_kwargs") or "{}"))) as env:

@@ -106,7 +106,7 @@ class Window:
         pygame.display.flip()
 
     def wait(self) -> int | None:
-        """The next key that is pressed; None for Escape, or a closed window."""
+        """Returns the next key that is pressed; None for Escape, or a closed window."""
         pygame = self.pygame
         while True:
             event = pygame.event.wait(200)  # not for ever: Ctrl-C is seen in between
@@ -142,7 +142,7 @@ class Window:
 
 
 def play(env: EpisodeVectorEnv, window: Window, seeds: Iterator[int], record: Callable[[Recording], None]) -> int:
-    """Episodes until Escape.
+    """Plays episodes until Escape.
 
     Args:
         env: one environment.
@@ -183,7 +183,7 @@ def _score(env: EpisodeVectorEnv) -> str:
 
 
 def main() -> int:
-    """One sitting; returns the exit code."""
+    """Runs one sitting; returns the exit code."""
     command = read_line()
     played, output = command.environment, str(command.run.output)
     path = Path(output)

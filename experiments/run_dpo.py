@@ -4,7 +4,7 @@
     python experiments/run_dpo.py --policy runs/.../final --rounds 3 --pairs return --method kto
 
 A round: trajectories (the dataset in the first one if given, else the policy's own, sampled), pairs, training against
-the policy as it was, evaluation. See agent/tuning/preferences.py for the ways to make pairs.
+the policy as it was, evaluation. See agent/tuning/preferences.py for how pairs are made.
 """
 
 import os
@@ -27,7 +27,7 @@ from manako.experiments.common.settings import DPOCommand  # noqa: E402
 
 
 def main() -> int:
-    """All rounds; returns the exit code."""
+    """Runs all rounds; returns the exit code."""
     started = time.perf_counter()
     command = read_line()
     run_dir = new_run_dir(command)

@@ -8,8 +8,8 @@ each with a name, a runner (collect, sft, dpo or ppo) and sections of its own. A
 it wrote (`dataset: demos`, `policy: align`, `vision_encoder: see`); without `policy` a step starts from the training
 before it, and `policy: start` is where the ladder starts. Every policy is then evaluated on the same held-out seeds:
 success with its interval, paired tests between all steps, time, how many parameters were trained, and what the language
-model has forgotten: report.json. With `--sample true` the policies draw their actions instead of taking the likeliest:
-report_sampled.json.
+model has forgotten: report.json. With `--sample true` the policies sample their actions instead of taking the greedy
+ones: report_sampled.json.
 """
 
 import json
@@ -68,7 +68,7 @@ class LadderSettings:
     output_dir: str | None = setting(None, "folder of the ladder, must not exist")
     resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept")
     eval_episodes: int = setting(500, "held-out episodes of the comparison", ge=1)
-    sample: bool = setting(False, "in the comparison, draw actions from the policies' probabilities")
+    sample: bool = setting(False, "in the comparison, sample actions from the policies' probabilities")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LadderCommand:
 
 
 def main() -> int:
-    """One ladder; returns the exit code."""
+    """Runs one ladder; returns the exit code."""
     given = read_line()
     folder, ladder = _place(given)
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))
@@ -93,9 +93,9 @@ def main() -> int:
         done[step["name"]] = run_step(step, ladder.get("common", {}), folder, done)
         if trains:
             before = step["name"]
-    from manako.experiments.common.ladder_report import report  # torch and all
+    from manako.experiments.common.ladder_report import evaluate_ladder  # torch and all
 
-    report(folder, settings_of("ppo", {}, ladder.get("common", {})), done, given.eval_episodes, given.sample)
+    evaluate_ladder(folder, settings_of("ppo", {}, ladder.get("common", {})), done, given.eval_episodes, given.sample)
     return 0
 
 

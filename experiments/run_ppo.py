@@ -42,7 +42,7 @@ from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand,
 
 
 def main() -> int:
-    """One run, new or resumed; returns the exit code."""
+    """Runs one run, new or resumed; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.

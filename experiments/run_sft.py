@@ -36,7 +36,7 @@ LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says oth
 
 
 def main() -> int:
-    """One stage; returns the exit code."""
+    """Runs one stage; returns the exit code."""
     started = time.perf_counter()
     command = read_line()
     run_dir = new_run_dir(command)

@@ -81,7 +81,7 @@ class JobCommand(PPOCommand):
 
 
 def main() -> int:
-    """One submission; returns the job's exit code."""
+    """Submits one job; returns its exit code."""
     line = read_line()
     given = line.settings
     if not given.run.resume:

@@ -23,7 +23,7 @@ _FRONT = {
 
 
 def __getattr__(name: str) -> Any:
-    """The few names that a script of one's own starts from, each imported when it is asked for."""
+    """Returns one of the few names that a script of one's own starts from, imported when it is asked for."""
     if name in _FRONT:
         return getattr(import_module(_FRONT[name]), name)
     raise AttributeError(f"module 'manako' has no attribute {name!r}: expected one of {', '.join(_FRONT)}")

@@ -5,23 +5,16 @@ class ManakoError(ValueError):
     """Bad input or a broken part of the user's own, in one sentence: what came, what was expected, what to do."""
 
 
-def first_line(error: BaseException, longest: int = 160) -> str:
+def first_line(error: BaseException, longest: int | None = 160) -> str:
     """Returns the first line of an error's text, or its type where it has none, without a full stop at the end."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:longest]
 
 
-def text_of(error: BaseException) -> str:
-    """Returns an error's whole text without its line breaks, or its type where it has none."""
+def full_text(error: BaseException) -> str:
+    """Returns an error's whole text in one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def in_one_line(error: BaseException) -> str:
-    """Returns the type and the whole text of somebody else's error, without its line breaks."""
+def type_and_text(error: BaseException) -> str:
+    """Returns the type and the whole text of somebody else's error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def told(error: BaseException) -> str:
-    """Returns the sentence of an error of ours as it is, and the type and the first line of any other."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].rstrip(".") if lines else type(error).__name__
-    return text if isinstance(error, ManakoError) else f"{type(error).__name__}: {text}"

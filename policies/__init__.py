@@ -30,7 +30,7 @@ __all__ = ["PolicyError", "PolicySource", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
-    """The heavy names."""
+    """Returns one of the heavy names, imported when it is asked for."""
     if name in _WHERE:
         return getattr(import_module(f"manako.policies.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'manako.policies' has no attribute {name!r}")

@@ -1,10 +1,9 @@
-"""The door: all that `agent/` knows of a policy. PPO, rollouts, workers, evaluation, datasets and TRL's
-trainers speak it.
+"""The interface: all that `agent/` knows of a policy, for PPO, rollouts, workers, evaluation, datasets and TRL.
 
 Legend: B samples, S tokens of an answer (1 for a closed set whose actions are one choice), A actions, (H, W, 3) frames.
 
 A policy is asked in this order: `prepare` turns frames and instructions into rows, which rollouts store as they are;
-`act` draws actions from them; `evaluate_actions` computes the log-probabilities of those actions again, by the same
+`act` samples actions from them; `evaluate_actions` computes the log-probabilities of those actions again, by the same
 forward, with gradients. Players that cannot learn (scripted, random, recorded) are policies too: `can_learn` is False.
 """
 
@@ -88,7 +87,7 @@ class Rows:
         return torch.tensor(digests, dtype=torch.int64)
 
     def __reduce__(self) -> tuple:
-        """Between processes rows travel as NumPy arrays, which need no copy on the way."""
+        """Pickles rows as NumPy arrays, which need no copy on the way between processes."""
         return _unpickled, ({name: column.cpu().numpy() for name, column in self.columns.items()}, self.fillers)
 
 
@@ -200,7 +199,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns B actions: drawn with the numbers of `draws`, or the likeliest ones; no gradient, on the CPU."""
+        """Returns B actions: sampled with the numbers of `draws`, or the greedy ones; no gradient, on the CPU."""
 
     def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
         """Returns what the policy now says of these actions, by the forward of `act`; gradients flow.
@@ -213,7 +212,7 @@ class Policy(nn.Module, ABC):
         )
 
     def forward(self, inputs: Rows, actions: Rows) -> Evaluated:
-        """`evaluate_actions`, which is what mixed precision and data parallelism wrap."""
+        """Returns what `evaluate_actions` does; mixed precision and data parallelism wrap this method."""
         return self.evaluate_actions(inputs, actions)
 
     def predict_values(self, inputs: Rows) -> Tensor:
@@ -221,7 +220,7 @@ class Policy(nn.Module, ABC):
         return torch.zeros(len(inputs))
 
     def frozen_weights(self) -> AbstractContextManager[None]:
-        """Inside: no gradients, and no weight changes."""
+        """Keeps the weights as they are, without gradients, inside the block."""
         return torch.no_grad()
 
     @property
@@ -230,7 +229,7 @@ class Policy(nn.Module, ABC):
         return False
 
     def as_reference(self) -> AbstractContextManager[None]:
-        """Inside: the policy is what it was when training started.
+        """Makes the policy what it was when training started, inside the block.
 
         Raises:
             PolicyError: it does not keep what it was.
@@ -298,7 +297,7 @@ class Policy(nn.Module, ABC):
 
 
 def sample_categorical(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
-    """Draws actions by inverting the distribution function.
+    """Samples actions by inverting the distribution function.
 
     Args:
         logprobs: (B, A).
@@ -317,10 +316,10 @@ def entropy(logp: Tensor) -> Tensor:
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
-def acted_by_choice(logprobs: Tensor, values: Tensor, draws: Draws, greedy: bool) -> Acted:
+def act_categorical(logprobs: Tensor, values: Tensor, draws: Draws, greedy: bool) -> Acted:
     """Returns one action of a closed set for each row of log-probabilities (B, A), with S = 1.
 
-    A greedy choice asks for no random number.
+    A greedy action takes no random number.
     """
     logprobs, values = logprobs.cpu(), values.cpu()
     index = logprobs.argmax(-1) if greedy else sample_categorical(logprobs, draws.next())  # (B,)

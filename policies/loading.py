@@ -1,6 +1,6 @@
 """Where policies come from: presets, folders of ours, LoRA on a base, and any VLM that transformers loads.
 
-Each way gives a `Model` that names its parts; `load_policy` then marks what learns and puts a policy around it.
+Each source gives a `Model` that names its parts; `load_policy` then marks what learns and puts a policy around it.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ from manako.policies.saving import (
     LORA_CONFIG_FILE,
     POLICY_FILE,
     VALUE_HEAD_FILE,
-    detail,
     digest,
     fill,
     frozen_of,
     learned_of,
     read_description,
     read_tensors,
+    weight_fault,
 )
 from manako.policies.source import SYSTEM, PolicySource
 from manako.policies.trainable import parts_of, set_trainable
@@ -178,7 +178,7 @@ def _load_own(folder: Path, saved: PolicySource, description: dict[str, Any]) ->
                 model = model._replace(vlm=PeftModel.from_pretrained(model.vlm, str(folder), is_trainable=True))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise PolicyError(
-                f"The LoRA weights in {folder} cannot be read ({detail(error)}): use another checkpoint."
+                f"The LoRA weights in {folder} cannot be read ({weight_fault(error)}): use another checkpoint."
             ) from error
     else:
         model = set_trainable(_load_any(str(folder), DTYPES[saved.dtype]), saved.trainable)

@@ -46,7 +46,7 @@ class PixelPipeline:
         return self.table is not None
 
     def resize(self, images: np.ndarray) -> torch.Tensor:
-        """Frames (B, H, W, 3) uint8 -> resized and cropped frames (B, h, w, 3) uint8, what rollouts store."""
+        """Returns frames (B, H, W, 3) uint8 resized and cropped to (B, h, w, 3) uint8, what rollouts store."""
         if not self.is_table or not self._resizes:
             return torch.from_numpy(np.ascontiguousarray(images))
         resized = self.image_processor(
@@ -59,7 +59,7 @@ class PixelPipeline:
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(resized), 1, -1).astype(np.uint8)))
 
     def pixels(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Stored frames (B, h, w, 3) uint8 -> model inputs, `pixel_values` (B, 3, h, w) float32 among them."""
+        """Returns the model inputs of stored frames (B, h, w, 3) uint8: `pixel_values` (B, 3, h, w) float32, ..."""
         if self.table is None:
             inputs = self.image_processor(
                 images=[[frame] for frame in frames.cpu().numpy()],

@@ -15,7 +15,7 @@ LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)  
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Inside: transformers and PEFT show neither warnings nor progress bars; what matters in them the caller checks."""
+    """Silences warnings and progress bars of transformers and PEFT; what matters in them the caller checks."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -19,7 +19,7 @@ MAX_INSTRUCTION_CHARS = 2000
 
 
 def as_plain_line(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
-    """Text of an env as plain data: one line, no special tokens or control characters, at most `max_chars` characters.
+    """Returns text of an env as plain data: one line of `max_chars` characters at most, no special tokens in it.
 
     Removal is repeated until nothing changes, since removing one token, or a second space, can join the halves of
     another.
@@ -66,14 +66,14 @@ class PromptBuilder:
         self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id}
         self._ids: dict[str, tuple[int, ...]] = {}
         self.lead = " " if re.search(r"[\w:,.]\Z", self.render("x")) else ""
-        self._special_count = self._count_special(self._tokenize("x"))
+        self._special_count = self._count_special(self.tokenize("x"))
 
     def clean(self, instruction: str) -> str:
-        """The instruction as plain data."""
+        """Returns the instruction as plain data."""
         return as_plain_line(instruction, self.special_tokens)
 
     def render(self, instruction: str) -> str:
-        """The whole prompt as text, one image placeholder in it unless the processor writes it."""
+        """Returns the whole prompt as text, one image placeholder in it unless the processor writes it."""
         system = self.system.replace("{actions}", self.legend)
         if self.model.render is not None:
             return self.model.render(system, instruction)
@@ -81,7 +81,7 @@ class PromptBuilder:
         return found[1] if found else f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
 
     def messages(self, instruction: str) -> list[dict[str, Any]]:
-        """The prompt as chat messages, which the processor's template renders to the text of `render`.
+        """Returns the prompt as chat messages, which the processor's template renders to the text of `render`.
 
         Raises:
             PolicyError: the processor has no chat template that takes them.
@@ -117,7 +117,7 @@ class PromptBuilder:
         return None
 
     def encode(self, instruction: str) -> tuple[int, ...]:
-        """Token ids of the prompt with this (cleaned) instruction, image placeholders expanded.
+        """Returns the token ids of the prompt with this (cleaned) instruction, image placeholders expanded.
 
         Raises:
             PolicyError: the tokenizer makes a special token of the instruction.
@@ -126,7 +126,7 @@ class PromptBuilder:
             if len(self._ids) > 50_000:
                 self._ids.clear()
             cleaned = self.clean(instruction)
-            ids = self._tokenize(cleaned)
+            ids = self.tokenize(cleaned)
             if self._count_special(ids) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
@@ -135,7 +135,8 @@ class PromptBuilder:
             self._ids[instruction] = ids
         return self._ids[instruction]
 
-    def _tokenize(self, instruction: str) -> tuple[int, ...]:
+    def tokenize(self, instruction: str) -> tuple[int, ...]:
+        """Returns the token ids of the prompt with this text as it is, image placeholders expanded."""
         text = self.render(instruction)
         bos = self.processor.tokenizer.bos_token
         # a template that writes the first token itself must not get a second one

@@ -73,7 +73,8 @@ def load_weights(policy: "VLMPolicy", folder: Path) -> None:
             unexpected = set_peft_model_state_dict(policy.vlm, lora).unexpected_keys
         except (RuntimeError, KeyError, ValueError) as error:
             raise PolicyError(
-                f"The LoRA weights in {folder} do not fit this policy ({detail(error)}): use the settings of its run."
+                f"The LoRA weights in {folder} do not fit this policy ({weight_fault(error)}): use the settings of its "
+                "run."
             ) from error
         if unexpected:
             raise PolicyError(
@@ -163,11 +164,11 @@ def fill(module: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) 
         module.load_state_dict(state)
     except RuntimeError as error:
         raise PolicyError(
-            f"The weights in {folder} do not fit this policy ({detail(error)}): use the settings of its run."
+            f"The weights in {folder} do not fit this policy ({weight_fault(error)}): use the settings of its run."
         ) from error
 
 
-def detail(error: Exception) -> str:
+def weight_fault(error: Exception) -> str:
     """Returns the part of an error's message that says which weight: torch and PEFT put it into the second line."""
     if isinstance(error, KeyError):
         return f"{error.args[0]} is missing"

@@ -142,11 +142,11 @@ def parameter_groups(
         PolicyError: a rate for an adapter that is not known.
     """
     learning = [p for module in (model.vlm, value_head) for p in module.parameters() if p.requires_grad]
-    own = adapter_parameters(model) if adapter_learning_rate is not None else []
-    mine = set(own)
+    of_adapter = adapter_parameters(model) if adapter_learning_rate is not None else []
+    separate = set(of_adapter)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in learning if p not in mine], "lr": learning_rate},
-        {"params": own, "lr": adapter_learning_rate},
+        {"params": [p for p in learning if p not in separate], "lr": learning_rate},
+        {"params": of_adapter, "lr": adapter_learning_rate},
     ]
     return [group for group in groups if group["params"]]
 

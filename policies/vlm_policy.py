@@ -20,7 +20,7 @@ from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
-from manako.policies.interface import Acted, Draws, Evaluated, Policy, PolicySpec, Rows, acted_by_choice, entropy
+from manako.policies.interface import Acted, Draws, Evaluated, Policy, PolicySpec, Rows, act_categorical, entropy
 from manako.policies.pixels import PixelPipeline
 from manako.policies.prompts import PromptBuilder
 from manako.policies.reading import Reading, SharedPrefix, WholePrompt
@@ -40,7 +40,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, D) -> values (B,)."""
+        """Returns values (B,) of hidden states (B, D)."""
         return self.out(self.norm(hidden.float())).squeeze(-1)
 
 
@@ -59,7 +59,7 @@ class VLMPolicy(Policy):
         vlm: the model, with PEFT around it where there is LoRA.
         parts: what stands where in it.
         reading: how it is run.
-        why_whole: why it reads whole prompts although its architecture names a faster way; None where it does not.
+        why_whole: why it reads whole prompts although its architecture names a faster reading; None where it does not.
         origin: where the model came from; loading.py fills it, saving.py writes it.
     """
 
@@ -82,7 +82,7 @@ class VLMPolicy(Policy):
         self.why_whole: str | None = None
         self.eval()
         self.reading: Reading
-        self.reading = self._choose_reading(check)
+        self.reading = self._select_reading(check)
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 
@@ -147,16 +147,16 @@ class VLMPolicy(Policy):
 
         Args:
             inputs: of `prepare`, on the policy's device.
-            reading: another way than the policy's own, to compare the two.
+            reading: another reading than the policy's own, to compare the two.
         """
         hidden, logits = (reading or self.reading).read(inputs)
         return self.codec.action_logprobs(logits), self.value_head(hidden)
 
     @torch.no_grad()
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns B actions with S = 1: drawn, or the likeliest."""
+        """Returns B actions with S = 1: sampled, or the greedy ones."""
         logprobs, values = self.distribution(inputs.to(self.device))
-        return acted_by_choice(logprobs, values, draws, greedy)
+        return act_categorical(logprobs, values, draws, greedy)
 
     def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
         """Returns log-probabilities and entropy (B, 1), values (B,) and the distribution (B, A)."""
@@ -173,7 +173,7 @@ class VLMPolicy(Policy):
 
     @contextmanager
     def frozen_weights(self) -> Iterator[None]:
-        """Inside: no gradients, and what the prompts share is computed once, since no weight changes."""
+        """Computes what the prompts share once inside the block, without gradients, since no weight changes."""
         with self.reading.frozen_weights():
             yield
 
@@ -210,7 +210,7 @@ class VLMPolicy(Policy):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside: LoRA is off and the adapter is the original one, as the policy was when training started.
+        """Switches LoRA off and the original adapter on inside the block: the policy as it was when training started.
 
         Raises:
             PolicyError: the policy has no LoRA to switch off.
@@ -270,7 +270,7 @@ class VLMPolicy(Policy):
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
-    def _choose_reading(self, check: bool) -> Reading:
+    def _select_reading(self, check: bool) -> Reading:
         """The reading that the architecture names where it holds here, else whole prompts."""
         rest = (self.codec, self.pipeline, self.pad_id)
         whole = WholePrompt(self.parts, *rest)

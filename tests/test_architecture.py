@@ -2,7 +2,9 @@
 
     experiments -> agent -> policies        experiments -> policies, envs
 
-The sources are parsed, not imported: an import inside a function counts as much as one at the top of a file.
+`agent` reaches `policies` through its door alone. The sources are parsed, not imported: an import inside a function or
+for type checkers counts as much as one at the top of a file, and so does a string with a module's name, for
+import_module.
 """
 
 import ast
@@ -22,34 +24,41 @@ PACKAGES = ("agent", "envs", "policies", "experiments")
 FORBIDDEN = {
     "envs": {"torch", "transformers", "peft", "trl", "ray", "agent", "policies", "experiments"},
     "policies": {"agent", "envs", "experiments"},
-    "agent": {"experiments"},
+    "agent": {"envs", "experiments"},
     "experiments": set(),
+    "manako": {"experiments"},
 }
+# All that agent/ may know of policies/: the door, its error, and the folder that a policy is read from and written to.
+DOOR = ("manako.policies.interface", "manako.policies.errors", "manako.policies.loading", "manako.policies.saving")
+DOOR_NAMES = ("manako.policies.PolicyError", "manako.policies.load_policy", "manako.policies.save_policy")
 RAY_FOLDER = "agent/workers"
 
 
 class Import(NamedTuple):
     line: int
-    package: str  # the first part of the dotted name
+    name: str  # dotted, with what is imported from it
     in_function: bool
+
+    @property
+    def package(self) -> str:
+        """The first part of the dotted name, `manako.agent.x` as `agent`."""
+        return self.name.removeprefix("manako.").split(".")[0]
 
 
 def imports_of(source: str, package: str) -> list[Import]:
-    """Every import statement in `source`, `manako.agent.x` as `agent`; a relative one counts as of `package`."""
+    """Every import, and every string that names a module of manako; a relative one counts as of `package`."""
     found = []
-
-    def first(name: str) -> str:
-        return name.removeprefix("manako.").split(".")[0]
 
     def visit(node: ast.AST, in_function: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(node.lineno, first(alias.name), in_function) for alias in node.names)
+            found.extend(Import(node.lineno, alias.name, in_function) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.module == "manako":
-                found.extend(Import(node.lineno, alias.name, in_function) for alias in node.names)
-            else:
-                name = package if node.level else first(str(node.module))
-                found.append(Import(node.lineno, name, in_function))
+            module = f"manako.{package}" + (f".{node.module}" if node.module else "") if node.level else node.module
+            found.extend(Import(node.lineno, f"{module}.{alias.name}", in_function) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            first, _, rest = node.value.partition(".")
+            if first == "manako" and rest.split(".")[0] in PACKAGES and not any(map(str.isspace, rest)):
+                found.append(Import(node.lineno, node.value, in_function))
         inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
@@ -64,18 +73,41 @@ def sources(package: str) -> list[Path]:
 
 def test_the_import_reader_sees_every_form():
     source = "import torch.nn as nn\nfrom trl import X\nfrom . import y\ndef f():\n    import ray\n"
-    source += "from manako import envs\nfrom manako.policies.x import y\n"
-    assert imports_of(source, "agent") == [
-        Import(1, "torch", False),
-        Import(2, "trl", False),
-        Import(3, "agent", False),
+    source += "from manako import envs\nfrom manako.policies.x import y, z\n"
+    source += "if TYPE_CHECKING:\n    from manako.experiments import collect\n"
+    source += "import_module('manako.envs.tiles')\nimport_module(f'manako.policies.{row}')\n"
+    source += "'manako.envs is a package'\n'manako.prompt'\nfrom ..data import w\n"
+    imports = imports_of(source, "agent")
+    assert imports == [
+        Import(1, "torch.nn", False),
+        Import(2, "trl.X", False),
+        Import(3, "manako.agent.y", False),
         Import(5, "ray", True),
-        Import(6, "envs", False),
-        Import(7, "policies", False),
+        Import(6, "manako.envs", False),
+        Import(7, "manako.policies.x.y", False),
+        Import(7, "manako.policies.x.z", False),
+        Import(9, "manako.experiments.collect", False),
+        Import(10, "manako.envs.tiles", False),
+        Import(11, "manako.policies.", False),
+        Import(14, "manako.agent.data.w", False),
     ]
+    packages = [
+        "torch",
+        "trl",
+        "agent",
+        "ray",
+        "envs",
+        "policies",
+        "policies",
+        "experiments",
+        "envs",
+        "policies",
+        "agent",
+    ]
+    assert [found.package for found in imports] == packages
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", FORBIDDEN)
 def test_arrows(package):
     assert sources(package), f"{package}/ has no Python file"
     wrong = [
@@ -83,6 +115,43 @@ def test_arrows(package):
         for path in sources(package)
         for found in imports_of(path.read_text(), package)
         if found.package in FORBIDDEN[package]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def through_the_door(name: str) -> bool:
+    """Whether agent/ may import this of policies/."""
+    return name in DOOR_NAMES or any(name == module or name.startswith(f"{module}.") for module in DOOR)
+
+
+def test_the_rule_of_the_door():
+    assert through_the_door("manako.policies.interface.Policy") and through_the_door("manako.policies.interface")
+    assert through_the_door("manako.policies.load_policy") and through_the_door("manako.policies.saving.save_policy")
+    for name in ("", ".VLMPolicy", ".vlm_policy.VLMPolicy", ".PolicySource", ".interface_of_mine.X", ".load_policy2"):
+        assert not through_the_door(f"manako.policies{name}")
+
+
+def test_agent_reaches_policies_through_the_door_alone():
+    """Whatever policy there will be, agent/ plays and trains it."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{found.line} imports {found.name}"
+        for path in sources("agent")
+        for found in imports_of(path.read_text(), "agent")
+        if found.package == "policies" and not through_the_door(found.name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_front_is_for_users():
+    """Inside, a name is imported from where it stands: `from manako import load_policy` would hide an arrow."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{found.line} imports {found.name}"
+        for package in PACKAGES
+        for path in sources(package)
+        for found in imports_of(path.read_text(), package)
+        if found.name.startswith("manako.")
+        and found.package not in PACKAGES
+        and not (ROOT / "manako" / f"{found.package}.py").is_file()
     ]
     assert not wrong, "\n".join(wrong)
 

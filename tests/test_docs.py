@@ -342,7 +342,7 @@ def added(monkeypatch):
 def test_there_is_an_example_for_each_kind_of_file():
     assert [table for _, table, _, _ in files().values()] == ["ADAPTERS", "ENCODERS", "ROWS", "KINDS", "BACKENDS"]
     for path, (source, *_) in files().items():
-        assert len(source.splitlines()) <= (40 if "workers" in path else 30), path
+        assert len(source.splitlines()) <= (42 if "workers" in path else 30), path
 
 
 @torch.no_grad()

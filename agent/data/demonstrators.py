@@ -9,7 +9,7 @@ random numbers. One of your own, here one that asks a service, frame by frame:
             return Rows({"index": torch.tensor([self.spec.action_names.index(name) for name in asked])})
 
         def act(self, inputs, draws, greedy=False):
-            return self.certain(inputs["index"])
+            return self.deterministic(inputs["index"])
 
     collector = RolloutCollector(env, Remote(policy.spec), num_steps, seed, record=True)
     to_dataset([collector.collect(0)], policy, env_id, "remote", {})
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from manako.agent.data.recordings import Recording
 from manako.agent.errors import TrainingError
-from manako.policies.interface import Acted, Draws, Policy, PolicySpec, Rows, acted_by_choice
+from manako.policies.interface import Acted, Draws, Policy, PolicySpec, Rows, act_categorical
 
 
 class Player(Policy):
@@ -43,18 +43,18 @@ class Player(Policy):
     def prepare(
         self, images: np.ndarray, instructions: Sequence[str], told: Mapping[str, np.ndarray] | None = None
     ) -> Rows:
-        """Returns what it was told, (B, ...) each, and `slot` (B,)."""
+        """Returns rows of what it was told, (B, ...) each, and `slot` (B,)."""
         columns = {name: torch.from_numpy(np.array(values)) for name, values in (told or {}).items()}
         return Rows({"slot": torch.arange(len(images)), **columns})
 
-    def drawn_from(self, probabilities: Tensor, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns actions drawn from probabilities (B, A), or the likeliest ones; values are 0."""
-        return acted_by_choice(probabilities.log(), torch.zeros(len(probabilities)), draws, greedy)
+    def sample_from(self, probabilities: Tensor, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns actions sampled from probabilities (B, A), or the greedy ones; values are 0."""
+        return act_categorical(probabilities.log(), torch.zeros(len(probabilities)), draws, greedy)
 
-    def certain(self, actions: Tensor) -> Acted:
+    def deterministic(self, actions: Tensor) -> Acted:
         """Returns these actions (B,) int64, at log-probability 0."""
         one = torch.nn.functional.one_hot(actions, len(self.spec.action_names)).float()  # (B, A)
-        return self.drawn_from(one, Draws([]), greedy=True)
+        return self.sample_from(one, Draws([]), greedy=True)
 
 
 class ScriptedPlayer(Player):
@@ -78,16 +78,16 @@ class ScriptedPlayer(Player):
         experts, count = inputs["expert_actions"], len(self.spec.action_names)
         probabilities = torch.full((len(experts), count), self.error_rate / (count - 1))
         probabilities.scatter_(1, experts[:, None], 1 - self.error_rate)
-        return self.drawn_from(probabilities, draws, greedy)
+        return self.sample_from(probabilities, draws, greedy)
 
 
 class RandomPlayer(Player):
     """Every action alike."""
 
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
-        """Returns uniform actions; a likeliest one there is not, so `greedy` draws as well."""
+        """Returns uniform actions; there is no greedy one, so `greedy` samples as well."""
         count = len(self.spec.action_names)
-        return self.drawn_from(torch.full((len(inputs), count), 1 / count), draws)
+        return self.sample_from(torch.full((len(inputs), count), 1 / count), draws)
 
 
 class RecordedPlayer(Player):
@@ -98,7 +98,7 @@ class RecordedPlayer(Player):
 
     Args:
         spec: see `Player`.
-        queues: the recordings of each slot, N; see `in_slots`.
+        queues: the recordings of each slot, N; see `split_over_slots`.
 
     Attributes:
         seed_lists: the seeds of the same, N.
@@ -116,7 +116,7 @@ class RecordedPlayer(Player):
         self.quota = [len(queue) for queue in queues]
         self.num_steps = 1 + max(sum(len(recording.actions) for recording in queue) for queue in queues)
         self._started = [0] * len(queues)  # episodes
-        self._played = [0] * len(queues)  # steps of the present ones
+        self._played = [0] * len(queues)  # steps of the current ones
 
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
         """Returns the recorded actions.
@@ -126,19 +126,19 @@ class RecordedPlayer(Player):
         """
         steps, seeds = inputs["episode_steps"].tolist(), inputs["episode_seeds"].tolist()
         actions = [self._next(slot, *now) for slot, now in enumerate(zip(steps, seeds, strict=True))]
-        return self.certain(torch.tensor(actions))
+        return self.deterministic(torch.tensor(actions))
 
     def _next(self, slot: int, step: int, seed: int) -> int:
         if step == 0:
-            if self._started[slot] and self._played[slot] < len(self._present(slot).actions):
-                recording, last = self._present(slot), self._played[slot] - 1
+            if self._started[slot] and self._played[slot] < len(self._current(slot).actions):
+                recording, last = self._current(slot), self._played[slot] - 1
                 raise TrainingError(
                     f"The recording in {recording.place} (seed {recording.seed}) goes on for {len(recording.actions)} "
                     f"actions, and the episode has ended with step {last}: expected the environment and env_kwargs "
                     "that it was played in, and no action after the end."
                 )
             self._started[slot] += 1
-        recording = self._present(slot)
+        recording = self._current(slot)
         if seed != recording.seed:
             raise TrainingError(
                 f"Slot {slot} plays an episode of seed {seed}, and the recording in {recording.place} is of "
@@ -152,5 +152,5 @@ class RecordedPlayer(Player):
         self._played[slot] = step + 1
         return recording.actions[step]
 
-    def _present(self, slot: int) -> Recording:
+    def _current(self, slot: int) -> Recording:
         return self.queues[slot][(self._started[slot] - 1) % len(self.queues[slot])]

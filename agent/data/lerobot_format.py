@@ -45,8 +45,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Picture
 
+from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
 
 CODEBASE_VERSION = "v3.0"
@@ -73,7 +78,7 @@ def export_lerobot(dataset: Dataset, about: dict[str, Any], folder: Path | str, 
     """Writes trajectories as a LeRobot dataset; the folder is whole or not there.
 
     Args:
-        dataset: of `agent.trajectories`.
+        dataset: of `agent.data.trajectories`.
         about: what `load_trajectories` gave with it.
         folder: must not exist.
         fps: frames per second; an env step lasts 1 / fps seconds.
@@ -81,8 +86,6 @@ def export_lerobot(dataset: Dataset, about: dict[str, Any], folder: Path | str, 
     Raises:
         TrainingError: fps is below 1, the rows are no whole episodes, the frames differ in shape, or the folder exists.
     """
-    from manako.agent.checkpoint import write_folder
-
     if fps < 1:
         raise TrainingError(f"fps is {fps}: expected a whole number of frames per second from 1 on.")
     episodes = _episodes(dataset)
@@ -92,7 +95,7 @@ def export_lerobot(dataset: Dataset, about: dict[str, Any], folder: Path | str, 
 
 
 def vector_statistics(values: np.ndarray) -> Statistics:
-    """Statistics (K,) of a feature.
+    """Returns the statistics (K,) of a feature.
 
     Args:
         values: (N, K), numbers or booleans.
@@ -110,7 +113,7 @@ def vector_statistics(values: np.ndarray) -> Statistics:
 
 
 def pixel_statistics(histogram: np.ndarray, num_frames: int) -> Statistics:
-    """Statistics (3, 1, 1) of the pixels, which go from 0 to 1; `count` is of frames.
+    """Returns the statistics (3, 1, 1) of the pixels, which go from 0 to 1; `count` is of frames.
 
     Args:
         histogram: (3, 256), how often each channel has each value.
@@ -140,10 +143,6 @@ def pixel_statistics(histogram: np.ndarray, num_frames: int) -> Statistics:
 def _write(
     dataset: Dataset, about: dict[str, Any], place: Path, fps: int, episodes: list[range], tasks: list[str]
 ) -> None:
-    import pandas
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     columns = _columns(dataset, about, fps, episodes, tasks)
     encoded = dataset.cast_column("image", Image(decode=False))
     shape = _pixels(encoded[0]["image"]).shape
@@ -216,8 +215,6 @@ class _DataFiles:
         return divmod(self.number, CHUNK_SIZE)
 
     def _next(self) -> None:
-        import pyarrow.parquet as pq
-
         self.close()
         self.number, self.size = self.number + 1, 0
         chunk, file = divmod(self.number, CHUNK_SIZE)
@@ -312,8 +309,6 @@ def _arrow_features(features: dict[str, dict[str, Any]]) -> Features:
 
 def _table(batch: dict[str, Any], part: dict[str, np.ndarray], schema: Any) -> Any:
     """The arrow table of an episode: its undecoded rows of the trajectories and its numbers, (n, K) each."""
-    import pyarrow as pa
-
     arrays = {}
     for name, values in part.items():
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
@@ -347,8 +342,6 @@ def _histogram(cells: Sequence[dict[str, Any]], rows: range, shape: tuple[int, .
 
 def _pixels(cell: dict[str, Any]) -> np.ndarray:
     """The frame (H, W, 3) uint8 in an undecoded cell of an image column."""
-    from PIL import Image as Picture
-
     return np.asarray(Picture.open(io.BytesIO(_png(cell))))
 
 

@@ -12,7 +12,7 @@ are all actions from there to the episode's end, each by its name or by its numb
 There are no other keys, and empty lines count for nothing.
 
 The frames are not stored: they come from playing the episodes again, which is also the proof that the recording is one
-of this env. A folder of trajectories (`agent.trajectories`) is a recording too, by its seeds and actions. No torch
+of this env. A folder of trajectories (`agent.data.trajectories`) is a recording too, by its seeds and actions. No torch
 here, so that a window to play in opens at once.
 """
 
@@ -48,7 +48,7 @@ class Recording:
 def read_recordings(
     path: str, env_id: str, action_names: Sequence[str], env_kwargs: Mapping[str, Any] | None = None
 ) -> list[Recording]:
-    """The episodes of a file of JSON lines, or of a folder of trajectories, in their order.
+    """Returns the episodes of a file of JSON lines, or of a folder of trajectories, in their order.
 
     Args:
         path: the file or folder.
@@ -100,8 +100,8 @@ def append_recording(
         elif not before.endswith(b"\n"):  # an editor left the last line open
             line = "\n" + line
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(line)
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(line)
     except OSError as error:
         raise TrainingError(
             f"The recording {path!r} cannot be written ({error.strerror or error}): expected a file on a disk that "
@@ -109,8 +109,8 @@ def append_recording(
         ) from error
 
 
-def in_slots(recordings: Sequence[Recording], num_slots: int) -> list[Sequence[Recording]]:
-    """Neighbouring recordings for each slot, as many for each but the last; fewer slots where there are too few."""
+def split_over_slots(recordings: Sequence[Recording], num_slots: int) -> list[Sequence[Recording]]:
+    """Returns neighbouring recordings for each slot, as many for each but the last; fewer slots for too few of them."""
     size = -(-len(recordings) // num_slots)
     return [recordings[first : first + size] for first in range(0, len(recordings), size)]
 
@@ -155,14 +155,14 @@ def _check_keys(values: Mapping[str, Any], known: Sequence[str], place: str) -> 
 
 
 def _check_env(values: Mapping[str, Any], env_id: str, env_kwargs: Mapping[str, Any] | None, named: str) -> None:
-    theirs = values.get("env_id", env_id)
-    if theirs != env_id:
-        raise TrainingError(f"{named} is of {theirs}: expected one of {env_id}, or give --env {theirs}.")
-    mine = dict(env_kwargs or {})
-    arguments = values.get("env_kwargs", mine)
-    if (arguments or {}) != mine:
+    recorded_id = values.get("env_id", env_id)
+    if recorded_id != env_id:
+        raise TrainingError(f"{named} is of {recorded_id}: expected one of {env_id}, or give --env {recorded_id}.")
+    expected = dict(env_kwargs or {})
+    arguments = values.get("env_kwargs", expected)
+    if (arguments or {}) != expected:
         raise TrainingError(
-            f"{named} was played with env_kwargs {json.dumps(arguments)}: expected {json.dumps(mine)}, or give "
+            f"{named} was played with env_kwargs {json.dumps(arguments)}: expected {json.dumps(expected)}, or give "
             f"--env_kwargs '{json.dumps(arguments)}'."
         )
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
+from PIL import Image as Picture
 
+from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
 from manako.agent.rollout import Record, Rollout
-from manako.errors import text_of
+from manako.errors import full_text
 from manako.policies.interface import Policy
 
 FORMAT = 1
@@ -54,13 +56,13 @@ def to_dataset(
     about: dict[str, Any],
     quota: Sequence[int] | None = None,
 ) -> Dataset:
-    """The whole episodes in consecutive rollouts of the same slots.
+    """Returns the whole episodes in consecutive rollouts of the same slots, a row a step.
 
     Args:
         rollouts: with their records, one after another.
         policy: whose prompts and tokens the rows get; a player that cannot learn has none.
         env_id: the environment.
-        player: who chose the actions.
+        player: who took the actions.
         about: what else holds for all rows, for JSON.
         quota: how many episodes to take of each slot, its first ones; all by default.
 
@@ -136,7 +138,7 @@ def _row(
         "action": action,
         "action_name": policy.spec.action_names[action],
         "action_tokens": tokens[flat],
-        "logprob": float((rollout.logprobs[t, slot] * rollout.mask[t, slot]).sum()),
+        "logprob": float(rollout.logprobs[t, slot][rollout.mask[t, slot]].sum()),
         "value": float(rollout.values[t, slot]),
         "reward": float(rollout.rewards[t, slot]),
         "terminated": bool(rollout.terminated[t, slot]),
@@ -148,22 +150,18 @@ def _row(
 
 
 def _png(frame: np.ndarray) -> bytes:
-    from PIL import Image as Picture
-
     buffer = io.BytesIO()
     Picture.fromarray(frame).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def episode_success(dataset: Dataset) -> list[bool]:
-    """Of each episode, in order."""
+    """Returns whether each episode was a success, in order."""
     return [won for won, step in zip(dataset["success"], dataset["step"], strict=True) if step == 0]
 
 
 def save_trajectories(dataset: Dataset, folder: Path) -> None:
     """Writes the dataset to a folder that must not exist; it is whole or not there."""
-    from manako.agent.checkpoint import write_folder
-
     write_folder(folder, lambda place: dataset.save_to_disk(str(place)))
 
 
@@ -173,7 +171,7 @@ def load_trajectories(
     action_names: Sequence[str] | None = None,
     frame_shape: Sequence[int] | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """A dataset of `save_trajectories`, and what holds for all its rows.
+    """Returns a dataset of `save_trajectories`, and what holds for all its rows.
 
     Args:
         folder: where it lies.
@@ -193,7 +191,7 @@ def load_trajectories(
         dataset = load_from_disk(folder)
         about = json.loads(dataset.info.description) if isinstance(dataset, Dataset) else None
     except Exception as error:  # whatever pyarrow and datasets raise
-        reason = text_of(error)[:200]
+        reason = full_text(error)[:200]
         raise TrainingError(
             f"{folder!r} holds no trajectories ({reason}): expected a dataset of experiments/collect.py."
         ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from manako.agent.checkpoint import finalize_folder
@@ -32,14 +33,12 @@ class MetricsCallback(TrainerCallback):
     """
 
     def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = run_dir / METRICS_FILE
         rows = read_metrics(run_dir)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=rows[-1]["env_steps"] + 1 if rows else None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """One iteration's metrics."""
+        """Appends one iteration's metrics."""
         if not logs or "iteration" not in logs:
             return
         row = {key: _finite(value) for key, value in logs.items() if key != "epoch"}
@@ -60,7 +59,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
+    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out."""
     path, rows = run_dir / METRICS_FILE, []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -79,7 +78,7 @@ def cut_metrics(run_dir: Path, iteration: int) -> None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, in the order of their iterations."""
+    """Returns the checkpoints of a run, whole or not, in the order of their iterations."""
     found = [
         path for path in (run_dir / CHECKPOINTS).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
     ]
@@ -126,7 +125,7 @@ class CheckpointCallback(TrainerCallback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on a signal is answered at the end of the iteration."""
+        """Takes over the signals: from here on one is answered at the end of the iteration."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._interrupt)
 

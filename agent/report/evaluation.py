@@ -14,9 +14,9 @@ import numpy as np
 
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import EvaluationEnv, Shown, ask
-from manako.agent.random_streams import RANDOM_ACTIONS, make_rng
 from manako.agent.report.figures import RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
+from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.agent.rollout import Episode
 from manako.policies.interface import Draws, Policy
 
@@ -31,7 +31,7 @@ class Evaluation:
 
     Attributes:
         episodes: in the order of their seeds.
-        starts: how many different first sights (frame and instruction) they have; where it is 1, a deterministic
+        starts: how many different first observations (frame and instruction) they have; where it is 1, a deterministic
             environment plays the same episode over and over, and an interval over episodes says little.
     """
 
@@ -39,7 +39,7 @@ class Evaluation:
     starts: int
 
     def summary(self) -> dict[str, Any]:
-        """Success with its Wilson interval, mean return with its bootstrap interval, mean length, episodes, starts."""
+        """Returns success and mean return with their 95 % intervals, mean length, episodes, starts."""
         success = [episode.success for episode in self.episodes]
         returns = [episode.episode_return for episode in self.episodes]
         return {
@@ -68,8 +68,8 @@ def evaluate(
         env: N environments; their own seeds are not used.
         seeds: held-out episode seeds.
         condition: what the policy sees, or `random` for uniform actions.
-        sample: draw actions from the policy's probabilities instead of taking the most probable one.
-        seed: of drawn actions.
+        sample: sample actions from the policy's probabilities instead of taking the greedy ones.
+        seed: of sampled actions.
 
     Raises:
         TrainingError: no seeds, an unknown condition, or an episode that does not end.
@@ -85,7 +85,7 @@ def evaluate(
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
     # slots beyond the last seed play its episodes again, uncounted, since all slots step together
     observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
-    starts = {_sight(observations, slot) for slot in range(n)}
+    starts = {_observation_digest(observations, slot) for slot in range(n)}
     with policy.frozen_weights():
         while any(index is not None for index in playing):
             result = env.step(_act(policy, env, observations, condition, sample, draws))
@@ -108,12 +108,12 @@ def evaluate(
                 playing[slot] = index = waiting.pop() if waiting else None
                 following.append(seeds[-1 if index is None else index])
             observations = env.reset_done(ended, seeds=following)
-            starts |= {_sight(observations, slot) for slot in np.flatnonzero(ended).tolist()}
+            starts |= {_observation_digest(observations, slot) for slot in np.flatnonzero(ended).tolist()}
     return Evaluation([episode for episode in results if episode is not None], len(starts))
 
 
-def _sight(observations: Any, slot: int) -> bytes:
-    """Equal where frame and instruction are."""
+def _observation_digest(observations: Any, slot: int) -> bytes:
+    """Returns a digest, equal where frame and instruction are."""
     text = observations.instructions[slot].encode()
     return hashlib.blake2b(observations.images[slot].tobytes() + text, digest_size=16).digest()
 
@@ -138,7 +138,7 @@ def evaluate_all(
     sample: bool = False,
     done: Callable[[Condition, Evaluation], None] | None = None,
 ) -> dict[Condition, Evaluation]:
-    """The policy, a random policy and the two controls on the same episodes; `done` hears of each."""
+    """Evaluates the policy, a random policy and the two controls on the same episodes; `done` hears of each."""
     evaluations: dict[Condition, Evaluation] = {}
     for condition in CONDITIONS:
         evaluations[condition] = evaluate(policy, env, seeds, condition, sample)
@@ -150,7 +150,7 @@ def evaluate_all(
 def record_episodes(
     policy: Policy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 60
 ) -> list[RecordedEpisode]:
-    """Greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
+    """Returns greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
 
     Args:
         policy: the policy.

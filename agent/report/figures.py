@@ -1,4 +1,4 @@
-"""Pictures of a run: the learning curve (PNG) and what the policy saw and chose in whole episodes (GIF).
+"""Pictures of a run: the learning curve (PNG) and what the policy saw and did in whole episodes (GIF).
 
 Both are drawn from numbers that the run stored anyway: the rows of `metrics.jsonl`, and the frames, probabilities and
 rewards of an episode. Nothing is rendered or evaluated again. matplotlib and Pillow are imported when a picture is
@@ -41,7 +41,7 @@ class RecordedEpisode(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------- learning curve
 
-_COLORS = {
+COLORS = {
     "success_rate": "#1f6f54",
     "episode_return": "#2b5f9e",
     "entropy": "#8a5a9e",
@@ -58,7 +58,7 @@ def learning_curve(
     title: str,
     baselines: Mapping[str, tuple[float, Interval]] | None = None,
 ) -> None:
-    """Draw success, return and the health of the updates over env steps.
+    """Draws success, return and the health of the updates over env steps.
 
     Args:
         rows: with `env_steps` and any of `success_rate` (in [0, 1]), `episode_return`, `entropy` (nats), `approx_kl`
@@ -80,7 +80,7 @@ def learning_curve(
             f"No row of {len(rows)} has env_steps: expected at least one row of metrics.jsonl with that number, "
             "so draw the curve after the first iteration."
         )
-    drawn = [key for key in _COLORS if _series(rows, key)[0]]
+    drawn = [key for key in COLORS if _series(rows, key)[0]]
     has_return = "episode_return" in drawn
     health = [key for key in ("entropy", "explained_variance", "approx_kl") if key in drawn]
     panels = ["success", *(["return"] if has_return else []), *(["updates"] if health else [])]
@@ -101,7 +101,7 @@ def learning_curve(
     ax.set_ylabel("successful episodes (%)")
     ax.set_ylim(-0.03, 1.03)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    _draw(ax, rows, "success_rate", "policy")
+    draw_series(ax, rows, "success_rate", "policy")
     for index, (name, (rate, (low, high))) in enumerate((baselines or {}).items()):
         color = _BASELINE_COLORS[index % len(_BASELINE_COLORS)]
         ax.axhspan(low, high, color=color, alpha=0.15, linewidth=0)
@@ -110,30 +110,30 @@ def learning_curve(
 
     if has_return:
         axes["return"].set_ylabel("mean episode return (reward units)")
-        _draw(axes["return"], rows, "episode_return", "policy")
+        draw_series(axes["return"], rows, "episode_return", "policy")
 
     if health:
         ax = axes["updates"]
         units = {"entropy": "entropy (nats)", "explained_variance": "explained variance (share)"}
         left = [key for key in health if key != "approx_kl"]
         for key in left:
-            _draw(ax, rows, key, key.replace("_", " "))
+            draw_series(ax, rows, key, key.replace("_", " "))
         ax.set_ylabel("\n".join(units[key] for key in left))
         ax.yaxis.set_visible(bool(left))
         ax.set_ylim(bottom=max(ax.get_ylim()[0], -1.1))  # an untrained value function explains anything down to -100
         if "approx_kl" in health:  # some hundred times smaller than the others: an axis of its own, on the right
             right = ax.twinx()
             right.spines["top"].set_visible(False)
-            right.set_ylabel("KL of an update (nats)", color=_COLORS["approx_kl"])
-            right.tick_params(axis="y", colors=_COLORS["approx_kl"])
-            _draw(right, rows, "approx_kl", "KL (right)")
+            right.set_ylabel("KL of an update (nats)", color=COLORS["approx_kl"])
+            right.tick_params(axis="y", colors=COLORS["approx_kl"])
+            draw_series(right, rows, "approx_kl", "KL (right)")
             right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))
-            ax.plot([], [], color=_COLORS["approx_kl"], linewidth=1.8, label="KL (right)")  # for the legend
+            ax.plot([], [], color=COLORS["approx_kl"], linewidth=1.8, label="KL (right)")  # for the legend
         _legend(ax)
 
     for ax in axes.values():
         ax.set_xlim(left=0)
-    smoothed = max(_window(len(_series(rows, key)[0])) for key in _COLORS)
+    smoothed = max(_window(len(_series(rows, key)[0])) for key in COLORS)
     if smoothed:
         figure.supxlabel(f"bold: mean of the last {smoothed} iterations", fontsize=8, color="#6b6b6b")
     picture = BytesIO()
@@ -158,18 +158,18 @@ def _window(points: int) -> int:
     return max(5, points // 20) if points >= _SMOOTH_FROM else 0
 
 
-def _draw(ax: Axes, rows: Sequence[Row], key: str, label: str) -> None:
-    """One series: its points joined; a long one faintly, under its running mean."""
+def draw_series(ax: Axes, rows: Sequence[Row], key: str, label: str) -> None:
+    """Draws one series: its points joined; a long one faintly, under its running mean."""
     x, y = _series(rows, key)
     window = _window(len(x))
     if window:
         sums = np.cumsum(np.concatenate([[0.0], y]))
         ends = np.arange(1, len(y) + 1)
         starts = np.maximum(0, ends - window)
-        ax.plot(x, y, color=_COLORS[key], linewidth=0.8, alpha=0.3)
-        ax.plot(x, (sums[ends] - sums[starts]) / (ends - starts), color=_COLORS[key], linewidth=1.8, label=label)
+        ax.plot(x, y, color=COLORS[key], linewidth=0.8, alpha=0.3)
+        ax.plot(x, (sums[ends] - sums[starts]) / (ends - starts), color=COLORS[key], linewidth=1.8, label=label)
     elif x:
-        ax.plot(x, y, color=_COLORS[key], linewidth=1.6, marker="o", markersize=3, label=label)
+        ax.plot(x, y, color=COLORS[key], linewidth=1.6, marker="o", markersize=3, label=label)
 
 
 def _legend(ax: Axes) -> None:
@@ -181,7 +181,7 @@ def _legend(ax: Axes) -> None:
 # ---------------------------------------------------------------------------------------------------- episode GIF
 
 _FRAME = 320  # px, what the longer side of a frame is scaled to, or near it
-_PANEL = 320  # px, width of the text and bars
+PANEL = 320  # px, width of the text and bars
 _MARGIN = 14
 _LINE = 20  # px, of the instruction
 _MOST_LINES = 4
@@ -191,18 +191,18 @@ _BANNER = 44  # px, the label at an episode's end
 _SMALL, _NORMAL, _LARGE = 12, 14, 26  # px, sizes of the font that ships with Pillow
 _HOLD = 3  # the last frame stays this many times as long
 _PAPER, _INK, _FAINT, _TRACK = "#ffffff", "#1b1f24", "#6a737d", "#edf0f3"
-_BAR_COLOR, _CHOSEN_COLOR = "#9db4cc", "#e07a1f"
+_BAR_COLOR, _TAKEN_COLOR = "#9db4cc", "#e07a1f"
 _SUCCESS_COLOR, _FAILURE_COLOR = "#1f7a4d", "#b3362b"
 
 
 def episode_gif(
     episodes: Sequence[RecordedEpisode], action_names: Sequence[str], path: Path | str, fps: float = 2
 ) -> None:
-    """Draw whole episodes: the frame, the instruction, the action probabilities, the choice and what it paid.
+    """Draws whole episodes: the frame, the instruction, the action probabilities, the action and its reward.
 
-    One picture a step, with the frame that the action was chosen on and the reward that followed; then the episode's
+    One picture a step, with the frame that the action was taken on and the reward that followed; then the episode's
     last frame, held for longer and labelled success or failure. With more than twelve actions the twelve most probable
-    ones are shown, the chosen one always among them.
+    ones are shown, the one taken always among them.
 
     Args:
         episodes: at least one, all with the same set of actions.
@@ -220,17 +220,17 @@ def episode_gif(
     for index, episode in enumerate(episodes):
         _check(index, episode, len(action_names))
     # every picture of the file has one size, with the same places for the frame and the bars
-    sizes = [_scaled_size(np.shape(frame)) for episode in episodes for frame in episode.frames]
+    sizes = [scaled_size(np.shape(frame)) for episode in episodes for frame in episode.frames]
     frame_box = max(width for width, _ in sizes), max(height for _, height in sizes)
-    wrapped = {text: _wrapped(text, _PANEL) for episode in episodes for text in episode.instructions}
-    lines = max(len(text) for text in wrapped.values())
+    texts = {text: wrapped(text, PANEL) for episode in episodes for text in episode.instructions}
+    lines = max(len(text) for text in texts.values())
     pictures, durations = [], []
     for index, episode in enumerate(episodes):
         name = f"episode {index + 1} of {len(episodes)}" if len(episodes) > 1 else "episode"
         steps = len(episode.actions)
         for t in range(steps + 1):
             head = f"{name}  ·  step {min(t + 1, steps)} of {steps}"
-            instruction = wrapped[episode.instructions[min(t, len(episode.instructions) - 1)]]
+            instruction = texts[episode.instructions[min(t, len(episode.instructions) - 1)]]
             instruction = instruction + [""] * (lines - len(instruction))
             pictures.append(_picture(episode, t, head, instruction, action_names, frame_box))
             durations.append(round(1000 / fps) * (_HOLD if t == steps else 1))
@@ -260,8 +260,8 @@ def _check(index: int, episode: RecordedEpisode, num_actions: int) -> None:
         )
 
 
-def _scaled_size(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(width, height) of a shown frame: a whole multiple where it is small, so that its pixels stay square."""
+def scaled_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns (width, height) of a shown frame: a whole multiple where it is small, so that its pixels stay square."""
     height, width = shape[:2]
     longer = max(height, width)
     scale = max(1, round(_FRAME / longer)) if longer <= _FRAME else _FRAME / longer
@@ -282,13 +282,13 @@ def _picture(
     small, normal, large = (ImageFont.load_default(size) for size in (_SMALL, _NORMAL, _LARGE))
     bars_top = _MARGIN + 22 + _LINE * len(instruction) + 14
     bars_height = max(_BANNER, _BAR * min(len(action_names), _MOST_BARS))
-    width = _MARGIN + frame_box[0] + _MARGIN + _PANEL + _MARGIN
+    width = _MARGIN + frame_box[0] + _MARGIN + PANEL + _MARGIN
     height = max(_MARGIN + frame_box[1] + _MARGIN, bars_top + bars_height + 44)
     picture = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(picture)
 
     frame = Image.fromarray(np.ascontiguousarray(episode.frames[t]))
-    shown_width, shown_height = _scaled_size(np.shape(episode.frames[t]))
+    shown_width, shown_height = scaled_size(np.shape(episode.frames[t]))
     enlarged = shown_width >= frame.width
     frame = frame.resize(
         (shown_width, shown_height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
@@ -316,12 +316,12 @@ def _picture(
     return picture
 
 
-def _shown_actions(probabilities: np.ndarray, chosen: int) -> list[int]:
-    """All actions in their order, or the twelve most probable ones, `chosen` among them, the likeliest first."""
+def shown_actions(probabilities: np.ndarray, taken: int) -> list[int]:
+    """Returns all actions in their order, or the twelve most probable, `taken` among them, by probability."""
     actions = list(range(len(probabilities)))
     if len(actions) <= _MOST_BARS:
         return actions
-    kept = sorted(actions, key=lambda a: (a != chosen, -probabilities[a]))[:_MOST_BARS]
+    kept = sorted(actions, key=lambda a: (a != taken, -probabilities[a]))[:_MOST_BARS]
     return sorted(kept, key=lambda a: -probabilities[a])
 
 
@@ -329,20 +329,20 @@ def _draw_bars(
     draw: ImageDraw.ImageDraw,
     place: tuple[int, int, int],
     probabilities: np.ndarray,
-    chosen: int,
+    taken: int,
     action_names: Sequence[str],
     font: Font,
 ) -> None:
     """A row an action: name, bar, percent. `place` is (left, top, right)."""
     left, top, right = place
-    shown = _shown_actions(probabilities, chosen)
+    shown = shown_actions(probabilities, taken)
     names = [_shortened(action_names[a], font, 110) for a in shown]
     # the names' column is as wide for every step, whichever of them are shown
     column = max(int(font.getlength(_shortened(name, font, 110))) for name in action_names)
     bar_left, bar_right = left + column + 10, right - 46
     for row, (a, name) in enumerate(zip(shown, names, strict=True)):
         middle = top + _BAR * row + _BAR // 2
-        color, ink = (_CHOSEN_COLOR, _INK) if a == chosen else (_BAR_COLOR, _FAINT)
+        color, ink = (_TAKEN_COLOR, _INK) if a == taken else (_BAR_COLOR, _FAINT)
         filled = bar_left + round((bar_right - bar_left) * float(np.clip(probabilities[a], 0, 1)))
         draw.text((left + column, middle), name, fill=ink, font=font, anchor="rm")
         draw.rectangle((bar_left, middle - 6, bar_right, middle + 6), fill=_TRACK)
@@ -351,8 +351,8 @@ def _draw_bars(
         draw.text((right, middle), f"{100 * probabilities[a]:.1f}%", fill=ink, font=font, anchor="rm")
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """At most `_MOST_LINES` lines that fit; the last one ends in "…" where text was left out."""
+def wrapped(text: str, width: int) -> list[str]:
+    """Returns at most `_MOST_LINES` lines that fit; the last one ends in "…" where text was left out."""
     from PIL import ImageFont
 
     font = ImageFont.load_default(_NORMAL)
@@ -377,7 +377,7 @@ def _shortened(text: str, font: Font, width: int) -> str:
 
 
 def _replace(path: Path | str, content: bytes) -> None:
-    """Write beside `path` and rename: whoever looks sees the former picture or this one."""
+    """Writes beside `path` and renames: whoever looks sees the former picture or this one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")

@@ -20,7 +20,7 @@ _BLOCK = 1_000_000  # resampled values held at a time
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Score interval of a success rate (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+    """Returns the score interval of a success rate (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
 
     Args:
         successes: episodes that succeeded, 0 to `n`.
@@ -46,7 +46,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def bootstrap_interval(values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the mean (Efron 1979, https://doi.org/10.1214/aos/1176344552).
+    """Returns the percentile bootstrap interval of the mean (Efron 1979, https://doi.org/10.1214/aos/1176344552).
 
     Args:
         values: (n,) one number an episode, n >= 1.
@@ -77,7 +77,7 @@ def bootstrap_interval(values: ArrayLike, confidence: float = 0.95, resamples: i
 def paired_bootstrap_difference(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, Interval]:
-    """Mean of a - b over episodes that both played, with its bootstrap interval.
+    """Returns the mean of a - b over episodes that both played, with its bootstrap interval.
 
     Args:
         a: (n,) one number an episode.
@@ -118,7 +118,7 @@ def _sample(name: str, values: ArrayLike) -> np.ndarray:
 
 
 def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """Exact two-sided McNemar test of two policies on the same episodes: the p-value of equal success.
+    """Returns the p-value of equal success: the exact two-sided McNemar test of two policies on the same episodes.
 
     Only episodes that one of the two solved count: under equality each falls to either side like a fair coin
     (McNemar 1947; the exact binomial form).

@@ -50,25 +50,25 @@ PROBES = (
 
 
 @dataclass(frozen=True)
-class Memory:
+class Retention:
     """What the language model still knows.
 
     Attributes:
         perplexity: of the texts, per token.
-        probes: share of the questions whose right answer is the likeliest of four, in [0, 1].
+        probes: share of the questions whose right answer is the most probable of four, in [0, 1].
     """
 
     perplexity: float
     probes: float
 
     def summary(self) -> dict[str, float]:
-        """For JSON."""
+        """Returns it for JSON."""
         return asdict(self)
 
 
 @torch.no_grad()
-def remember(policy: Policy) -> Memory:
-    """Asks the language model inside the policy, with its LoRA on."""
+def measure_retention(policy: Policy) -> Retention:
+    """Returns what the language model inside the policy still knows, with its LoRA on."""
     model, tokenizer = policy.model, policy.processor.tokenizer
     was_training = model.training
     model.eval()
@@ -83,7 +83,7 @@ def remember(policy: Policy) -> Memory:
         scores = [_score(model, tokenizer, start, ending, policy.device) for ending in (answer, *others)]
         right += scores[0] > max(scores[1:])
     model.train(was_training)
-    return Memory(perplexity=float(torch.tensor(loss / tokens).exp()), probes=right / len(PROBES))
+    return Retention(perplexity=float(torch.tensor(loss / tokens).exp()), probes=right / len(PROBES))
 
 
 def _logprobs(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Preference pairs from trajectories, in the form that TRL's DPO and KTO trainers take.
 
     expert    at each step where the player did something else than the expert: the expert's action over the player's
-    state     of the actions taken where the same frame and instruction were seen: the one after which most was paid on
-              average, over the others
+    state     of the actions taken on the same observation (frame and instruction): the one with the highest mean
+              return to go, over the others
     return    of two episodes from the same seed: where they first part, the action of the one with the higher return
     branch    at a step, other actions are tried: the seed is played again to that step, another action taken, and the
               policy goes on from there; the action with the higher return is preferred
@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.supervised import MESSAGES, questions, spoken_actions, stored_frames
+from manako.agent.tuning.supervised import MESSAGES, answer_messages, prompt_columns, stored_frames
 from manako.policies.interface import Policy
 
 METHODS = ("expert", "state", "return", "branch")
@@ -29,7 +29,7 @@ Pair = tuple[int, int, int]  # row of the trajectories, chosen action, rejected 
 
 
 def expert_pairs(trajectories: Dataset) -> list[Pair]:
-    """The expert's action over the player's, wherever they differ.
+    """Returns the expert's action over the player's, wherever they differ.
 
     Raises:
         TrainingError: the trajectories do not say what the expert would have done.
@@ -43,7 +43,7 @@ def expert_pairs(trajectories: Dataset) -> list[Pair]:
 
 
 def state_pairs(trajectories: Dataset) -> list[Pair]:
-    """At each step whose action was not the best known at its state: that action over the one taken.
+    """Returns the best action known in a state over the one taken, at each step that took another.
 
     A state is a frame and an instruction. Its actions are ranked by the mean of the rewards from there to the end of
     the episode, over all steps that took them; of equal ones the lowest is the best, and they make no pair.
@@ -71,7 +71,7 @@ def state_pairs(trajectories: Dataset) -> list[Pair]:
 
 
 def return_pairs(trajectories: Dataset) -> list[Pair]:
-    """Where two episodes from the same seed first part, the action of the one with the higher return."""
+    """Returns the action of the episode with the higher return, where two episodes of the same seed first part."""
     starts: dict[int, list[int]] = defaultdict(list)  # seed -> first rows of its episodes
     for row, (seed, step) in enumerate(zip(trajectories["seed"], trajectories["step"], strict=True)):
         if step == 0:
@@ -100,14 +100,14 @@ def _inside(episodes: list[int], first: int, step: int) -> bool:
 def branch_pairs(
     trajectories: Dataset, env: Any, act: Callable[[Any], np.ndarray], steps_per_episode: int, seed: int
 ) -> list[Pair]:
-    """At some steps of each episode, every action tried: the best over the worst.
+    """Returns the best action over the worst at some steps of each episode, where every action is tried.
 
     Args:
         trajectories: of an env that plays the same again from a seed.
         env: A environments, one for each action; they are reset to the episode's seed and brought to the step.
         act: actions (A,) for what these environments show, to go on to the end.
-        steps_per_episode: steps to branch at, chosen at random.
-        seed: of that choice.
+        steps_per_episode: steps to branch at, sampled.
+        seed: of that sample.
     """
     generator = np.random.default_rng(seed)
     actions, seeds, numbers = trajectories["action"], trajectories["seed"], trajectories["step"]
@@ -132,9 +132,9 @@ def _branch(env: Any, seed: int, before: list[int], act: Callable[[Any], np.ndar
     for action in before:
         observations = env.step(np.full(count, action)).observations
     returns, going = np.zeros(count), np.ones(count, bool)
-    chosen = np.arange(count)
+    actions = np.arange(count)
     while True:
-        result = env.step(chosen)
+        result = env.step(actions)
         returns = np.where(going, env.episode_returns, returns)
         ended = result.terminated | result.truncated
         going &= ~ended
@@ -142,11 +142,11 @@ def _branch(env: Any, seed: int, before: list[int], act: Callable[[Any], np.ndar
             return returns
         # those that have ended start again and are not looked at
         observations = env.reset_done(ended, seeds=[seed] * int(ended.sum())) if ended.any() else result.observations
-        chosen = act(observations)
+        actions = act(observations)
 
 
 def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Dataset:
-    """For DPO.
+    """Returns the pairs as a dataset for DPO.
 
     Raises:
         TrainingError: there are no pairs.
@@ -157,10 +157,10 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Da
             "so collect with --group_size, with a weaker player, or choose other --pairs."
         )
     rows = trajectories.select([row for row, _, _ in pairs])
-    answers = spoken_actions(policy)
+    answers = answer_messages(policy)
     return Dataset.from_dict(
         {
-            **questions(rows, policy),
+            **prompt_columns(rows, policy),
             "chosen": [answers[chosen] for _, chosen, _ in pairs],
             "rejected": [answers[rejected] for _, _, rejected in pairs],
         },
@@ -169,7 +169,7 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Da
 
 
 def unpaired(pairs: Dataset) -> Dataset:
-    """The same for KTO: each answer by itself, with a label."""
+    """Returns the same for KTO: each answer by itself, with a label."""
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
         return {

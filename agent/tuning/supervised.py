@@ -21,7 +21,7 @@ MESSAGES = List({"role": Value("string"), "content": List(TEXT_OR_IMAGE)})
 FEATURES = Features({"prompt": MESSAGES, "completion": MESSAGES, "images": List(Image())})
 
 
-def say(text: str) -> list[dict[str, Any]]:
+def assistant_message(text: str) -> list[dict[str, Any]]:
     """Returns an answer as messages."""
     return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
@@ -31,27 +31,27 @@ def every_action(policy: Policy) -> Rows:
     return policy.actions_from_env(np.arange(len(policy.spec.action_names)))
 
 
-def spoken_actions(policy: Policy) -> list[list[dict[str, Any]]]:
+def answer_messages(policy: Policy) -> list[list[dict[str, Any]]]:
     """Returns the answer of each of the A actions as messages."""
-    return [say(answer) for answer in policy.answers(every_action(policy))]
+    return [assistant_message(answer) for answer in policy.answers(every_action(policy))]
 
 
 def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = False) -> Dataset:
-    """Each step of the trajectories as prompt and answer.
+    """Returns each step of the trajectories as prompt and answer.
 
     Args:
-        trajectories: of `agent.trajectories`.
+        trajectories: of `agent.data.trajectories`.
         policy: whose prompts and answers these become.
         only_success: leave out episodes without success.
 
     Raises:
         TrainingError: nothing is left.
     """
-    rows = _chosen(trajectories, only_success)
-    answers = spoken_actions(policy)
+    rows = _successful(trajectories, only_success)
+    answers = answer_messages(policy)
     return Dataset.from_dict(
         {
-            **questions(rows, policy),
+            **prompt_columns(rows, policy),
             "completion": [answers[action] for action in rows["action"]],
         },
         features=FEATURES,
@@ -59,28 +59,28 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
 
 
 def demonstrated_actions(trajectories: Dataset, only_success: bool = False) -> Dataset:
-    """Each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
+    """Returns each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
 
     Args:
-        trajectories: of `agent.trajectories`.
+        trajectories: of `agent.data.trajectories`.
         only_success: leave out episodes without success.
 
     Raises:
         TrainingError: nothing is left.
     """
-    columns = _chosen(trajectories, only_success).select_columns(["image", "instruction", "action"])
+    columns = _successful(trajectories, only_success).select_columns(["image", "instruction", "action"])
     return columns.cast_column("image", Image(decode=False))
 
 
-def _chosen(trajectories: Dataset, only_success: bool) -> Dataset:
+def _successful(trajectories: Dataset, only_success: bool) -> Dataset:
     rows = trajectories.filter(lambda success: success, input_columns="success") if only_success else trajectories
     if len(rows) == 0:
         raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
     return rows
 
 
-def questions(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
-    """The columns `prompt` and `images` of these steps, as the policy is asked."""
+def prompt_columns(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
+    """Returns the columns `prompt` and `images` of these steps, as the policy is asked."""
     prompts = {text: policy.messages(text) for text in set(rows["instruction"])}
     return {
         "prompt": [prompts[text] for text in rows["instruction"]],
@@ -89,28 +89,28 @@ def questions(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
 
 
 def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:
-    """The frames as they are stored: PNG bytes, which a dataset takes without drawing them again."""
+    """Returns the frames as they are stored: PNG bytes, which a dataset takes without encoding them again."""
     return list(trajectories.cast_column("image", Image(decode=False))["image"])
 
 
 def sample_frames(trajectories: Dataset, count: int) -> list[np.ndarray]:
-    """Frames (H, W, 3) uint8 of up to `count` steps, evenly spread."""
+    """Returns frames (H, W, 3) uint8 of up to `count` steps, evenly spread."""
     rows = np.unique(np.linspace(0, len(trajectories) - 1, count).astype(int))
     return [np.asarray(frame.convert("RGB")) for frame in trajectories.select(rows)["image"]]
 
 
 def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
-    """Frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model."""
+    """Returns frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model."""
     pictures = [[Picture.fromarray(frame)] for frame in frames]
     prompt = [{"role": "user", "content": [{"type": "text", "text": CAPTION_PROMPT}, {"type": "image"}]}]
-    answers = [say(text) for text in texts]
+    answers = [assistant_message(text) for text in texts]
     return Dataset.from_dict(
         {"prompt": [prompt] * len(answers), "completion": answers, "images": pictures}, features=FEATURES
     )
 
 
 def check_tokens(batch: dict[str, Any], policy: Policy, row: dict[str, Any], instruction: str) -> None:
-    """That TRL's batch of one row holds the policy's own prompt, and behind it one of its answers.
+    """Raises where TRL's batch of one row does not hold the policy's own prompt, and behind it one of its answers.
 
     Args:
         batch: of TRL's collator.
@@ -121,12 +121,12 @@ def check_tokens(batch: dict[str, Any], policy: Policy, row: dict[str, Any], ins
     Raises:
         TrainingError: they differ, so training would be on other tokens than acting.
     """
-    mine = policy.prompt_tokens(instruction)
-    theirs = [int(token) for token, kept in zip(batch["input_ids"][0], batch["attention_mask"][0], strict=True) if kept]
+    prompt = policy.prompt_tokens(instruction)
+    rendered = [int(id) for id, kept in zip(batch["input_ids"][0], batch["attention_mask"][0], strict=True) if kept]
     answers = policy.answer_tokens(every_action(policy))
-    starts = any(theirs[len(mine) : len(mine) + len(answer)] == answer for answer in answers)
-    if theirs[: len(mine)] != mine or not starts:
-        text = policy.processor.tokenizer.decode(theirs[max(0, len(mine) - 4) : len(mine) + 4])
+    starts = any(rendered[len(prompt) : len(prompt) + len(answer)] == answer for answer in answers)
+    if rendered[: len(prompt)] != prompt or not starts:
+        text = policy.processor.tokenizer.decode(rendered[max(0, len(prompt) - 4) : len(prompt) + 4])
         raise TrainingError(
             f"TRL renders the answer {row['completion'][0]['content'][0]['text']!r} as {text!r}, which is not what "
             "this policy acts on: expected a chat template that puts the answer right behind the prompt."

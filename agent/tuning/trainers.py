@@ -1,4 +1,4 @@
-"""TRL's own trainers around a policy: what they need said, and nothing of theirs replaced but, for cloning, the loss.
+"""TRL's own trainers around a policy: what they have to be given; of their code only cloning's loss is replaced.
 
 SFT, DPO and KTO with the policy's model and processor, the adapter's own learning rate, a metrics file, and a stop at a
 loss that is not finite. Without Triton, TRL's LM head scores every position of a prompt against the whole vocabulary
@@ -45,7 +45,7 @@ class Metrics(TrainerCallback):
         self.path, self.rows = run_dir / "metrics.jsonl", rows
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """One optimizer step."""
+        """Appends one optimizer step."""
         if not logs or "loss" not in logs:
             return
         row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"}}
@@ -68,7 +68,7 @@ class _OfPolicy:
     Args:
         policy: its model learns where it requires gradients.
         args: TRL's settings.
-        data: rows of `agent.supervised` or `agent.preferences`.
+        data: rows of `agent.tuning.supervised` or `agent.tuning.preferences`.
         run_dir: for metrics.jsonl.
         adapter_learning_rate: of the adapter, if another.
         others: further arguments of TRL's trainer.
@@ -97,7 +97,7 @@ class _OfPolicy:
         trainer.add_callback(Metrics(run_dir, self.rows))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with a group of its own for the adapter where it has its own learning rate."""
+        """Returns the Trainer's optimizer with the policy's groups of parameters."""
         trainer: Any = super()
         is_new = self.optimizer is None  # type: ignore[attr-defined]
         optimizer: torch.optim.Optimizer = trainer.create_optimizer(model)
@@ -119,7 +119,7 @@ class _OfPolicy:
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # type: ignore[attr-defined]
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent from here."""
+        """Sends nothing."""
 
 
 class PolicySFTTrainer(_OfPolicy, SFTTrainer):
@@ -137,7 +137,7 @@ class PolicyCloningTrainer(PolicySFTTrainer):
     Args:
         policy: its model learns where it requires gradients.
         args: TRL's settings.
-        data: of `agent.supervised.demonstrated_actions`.
+        data: of `agent.tuning.supervised.demonstrated_actions`.
         run_dir: for metrics.jsonl.
         others: as of PolicySFTTrainer.
 
@@ -173,7 +173,7 @@ class PolicyCloningTrainer(PolicySFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean of -log pi(a | s) over the batch."""
+        """Returns the mean of -log pi(a | s) over the batch."""
         # every action of an observation is read by one forward, so it is asked for any one of them
         first = self.policy.actions_from_env(np.zeros(len(inputs["inputs"]), dtype=np.int64)).to(self.policy.device)
         with self.accelerator.autocast():
@@ -234,7 +234,7 @@ def plain_model(policy: Policy) -> Any:
 
 
 def frozen_copy(policy: Policy) -> Any:
-    """The policy's model as it is now, LoRA merged, without gradients: a reference."""
+    """Returns the policy's model as it is now, LoRA merged, without gradients: a reference."""
     model = copy.deepcopy(policy.model)
     if hasattr(model, "peft_config"):
         model = model.merge_and_unload()

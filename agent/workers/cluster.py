@@ -10,12 +10,12 @@ from typing import Any
 
 import manako
 from manako.agent.errors import WorkersError
-from manako.errors import told
+from manako.errors import ManakoError, first_line
 
 
 @contextlib.contextmanager
 def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int | None = None) -> Iterator[None]:
-    """Inside: connected to the Ray cluster at `address`, else to that of RAY_ADDRESS, else to one of our own.
+    """Connects to the Ray cluster at `address`, else to that of RAY_ADDRESS, else to one of our own.
 
     One of our own has no dashboard, sends no usage statistics and ends with the block.
 
@@ -83,12 +83,12 @@ def prepare_environment() -> None:
 
 
 def in_job() -> bool:
-    """Whether this process was started by `ray job submit`."""
+    """Returns whether this process was started by `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def job_client(address: str | None) -> Any:
-    """Ray's JobSubmissionClient for the cluster whose dashboard is at `address`.
+    """Returns Ray's JobSubmissionClient for the cluster whose dashboard is at `address`.
 
     Raises:
         WorkersError: nobody answers.
@@ -144,7 +144,8 @@ def reason_of(why: BaseException | str) -> str:
     if isinstance(why, str):
         return why
     if not isinstance(why, RayError):
-        return told(why)
+        line = first_line(why, longest=None)
+        return line if isinstance(why, ManakoError) else f"{type(why).__name__}: {line}"
     # Ray's errors go on for lines, and end with the cause where a constructor failed
     lines = [line.strip() for line in str(why).splitlines() if line.strip()] or [type(why).__name__]
     return lines[-1 if "creation task" in lines[0] else 0].rstrip(".")

@@ -36,7 +36,7 @@ class _Held:
             self.step(actions)
 
     def step(self, actions: np.ndarray) -> Any:
-        """One step and the start of new episodes: the step's result; returns, lengths and seeds of its episodes."""
+        """Steps and starts new episodes; returns the step's result, and returns, lengths and seeds of its episodes."""
         result = self.env.step(actions)
         returns, lengths = self.env.episode_returns, self.env.episode_lengths
         seeds = np.array(self.env.episode_seeds)
@@ -60,18 +60,18 @@ class EnvWorker:
         self.held: dict[Segment, _Held] = {}
 
     def ready(self) -> dict[str, Any]:
-        """That it runs, and as which process."""
+        """Returns the worker's process id, once it runs."""
         return {"pid": os.getpid()}
 
     def observe(self, segment: Segment, history: History) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Takes the segment over from its history: images and instructions now."""
+        """Takes the segment over from its history; returns its images and instructions now."""
         held = self._take(segment, history)
         return held.observations.images, held.observations.instructions
 
     def step(
         self, segment: Segment, position: int, actions: np.ndarray, history: History | None, want_state: bool
     ) -> Played:
-        """One step of a segment.
+        """Takes one step of a segment.
 
         Args:
             segment: which.
@@ -109,12 +109,12 @@ class EnvWorker:
         )
 
     def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray:
-        """What the env's expert would do now, (n,); arguments and errors as of `step`."""
+        """Returns what the env's expert would do now, (n,); arguments and errors as of `step`."""
         held = self._at(segment, position, history)
         return held.env.expert_actions()
 
     def state(self, segment: Segment, history: History) -> State:
-        """The segment's state, from which positions are counted now.
+        """Returns the segment's state, from which positions are counted now.
 
         The history is for a worker that does not hold the segment at its end.
         """

@@ -55,7 +55,7 @@ class RayVectorEnv:
         return self._observe()
 
     def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Shown:
-        """The next episodes, which the workers have started with the step that ended the last ones."""
+        """Returns the next episodes, which the workers have started with the step that ended the last ones."""
         if seeds is not None or not np.array_equal(mask, self._ended) or self._upcoming is None:
             raise TrainingError("Workers start the next episode in every slot whose episode has ended, and no other.")
         return self._upcoming
@@ -66,7 +66,7 @@ class RayVectorEnv:
         return self._observe()
 
     def expert_actions(self) -> np.ndarray:
-        """What the env's scripted expert would do now, (N,)."""
+        """Returns what the env's scripted expert would do now, (N,)."""
 
         def submit(actor: Any, segment: int, failures: int) -> Any:
             history = self._histories[segment]
@@ -76,8 +76,8 @@ class RayVectorEnv:
 
         return np.concatenate(self.supervisor.run(submit))
 
-    def step(self, actions: np.ndarray) -> "_Whole":
-        """One action (N,) in every slot."""
+    def step(self, actions: np.ndarray) -> "_JoinedStep":
+        """Takes one action (N,) in every slot."""
         parts = [actions[first : first + size] for first, size in self.segments]
         snapshot = [len(history.actions) + 1 >= SNAPSHOT_EVERY for history in self._histories]
 
@@ -105,11 +105,11 @@ class RayVectorEnv:
         self.episode_returns, self.episode_lengths = whole.returns, whole.lengths
         self.episode_seeds = whole.seeds.tolist()
         self._ended = whole.terminated | whole.truncated
-        self._upcoming = _Seen(whole.next_images, whole.next_instructions)
+        self._upcoming = _Shown(whole.next_images, whole.next_instructions)
         return whole
 
     def state_dict(self) -> State:
-        """As the local vector env would write it."""
+        """Returns the state as the local vector env would write it."""
 
         def submit(actor: Any, segment: int, failures: int) -> Any:
             history = self._histories[segment]
@@ -135,7 +135,8 @@ class RayVectorEnv:
             return actor.observe.remote(self.segments[segment], self._histories[segment])
 
         seen = self.supervisor.run(submit)
-        return _Seen(np.concatenate([images for images, _ in seen]), tuple(text for _, texts in seen for text in texts))
+        images = np.concatenate([images for images, _ in seen])
+        return _Shown(images, tuple(text for _, texts in seen for text in texts))
 
 
 class CentralRollouts(RolloutCollector):
@@ -151,7 +152,7 @@ class CentralRollouts(RolloutCollector):
         return rollout
 
     def state_dict(self) -> State:
-        """Where the environments were after the last rollout."""
+        """Returns where the environments were after the last rollout."""
         return self.env.state_dict() if self._state is None else self._state
 
     def load_state_dict(self, state: State, tensors: dict[str, torch.Tensor] | None = None) -> None:
@@ -160,30 +161,30 @@ class CentralRollouts(RolloutCollector):
         self._state = state
 
     def metrics(self) -> dict[str, float]:
-        """Replaced workers so far."""
+        """Returns the number of workers replaced so far."""
         return {"restarts": self.env.supervisor.restarts}
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Shown:
     images: Any  # (N, H, W, 3)
     instructions: tuple[str, ...]
 
 
-class _Whole(Played):
+class _JoinedStep(Played):
     """A step of all slots, with the name that the learner reads its observations under."""
 
     @property
-    def observations(self) -> _Seen:
-        return _Seen(self.images, self.instructions)
+    def observations(self) -> _Shown:
+        return _Shown(self.images, self.instructions)
 
 
-def _join(parts: Sequence[Played]) -> _Whole:
+def _join(parts: Sequence[Played]) -> _JoinedStep:
     arrays = ("images", "rewards", "terminated", "truncated", "success", "returns", "lengths", "seeds")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
     upcoming = joined["images"].copy()
     upcoming[joined["terminated"] | joined["truncated"]] = np.concatenate([part.next_images for part in parts])
-    return _Whole(
+    return _JoinedStep(
         **joined,
         instructions=tuple(text for part in parts for text in part.instructions),
         next_images=upcoming,
@@ -209,7 +210,7 @@ def make_rollouts(plan: RolloutPlan) -> CentralRollouts:
 
 
 def call_seconds(calls: int = 200) -> float:
-    """Median seconds of a call to a worker that answers at once."""
+    """Returns the median seconds of a call to a worker that answers at once."""
     import ray
 
     worker: Any = ray.remote(EnvWorker).options(num_cpus=0.5).remote(None)

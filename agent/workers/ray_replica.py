@@ -93,7 +93,7 @@ class ReplicaRollouts:
         return rollout if self.asynchronous else rollout._replace(seconds=self._waited)
 
     def metrics(self) -> dict[str, float]:
-        """Replaced workers so far, bytes of the last broadcast, seconds that the learner waited."""
+        """Returns the workers replaced so far, bytes of the last broadcast, seconds that the learner waited."""
         return {
             "restarts": self.supervisor.restarts,
             "broadcast_bytes": self.broadcast_bytes,
@@ -101,7 +101,7 @@ class ReplicaRollouts:
         }
 
     def state_dict(self) -> State:
-        """Where the environments are after the last rollout that was learned from."""
+        """Returns where the environments are after the last rollout that was learned from."""
         states = [state for state in self._states if state is not None]
         if len(states) < len(self.segments):
             raise TrainingError("There is no state before the first rollout: collect one first.")
@@ -113,7 +113,7 @@ class ReplicaRollouts:
         self._behaviour = as_arrays(tensors or {})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The weights of the rollout under way, if there is one."""
+        """Returns the weights of the rollout under way, if there is one."""
         import ray
 
         if self.launched is None:
@@ -140,13 +140,13 @@ class ReplicaRollouts:
         self.supervisor.begin(submit)
 
     def _check_workers(self) -> None:
-        mine = frozen_digest(self.policy)
+        expected = frozen_digest(self.policy)
 
         def submit(actor: Any, segment: int, failures: int) -> Any:
             return actor.prepare.remote(self.segments[segment])
 
-        for segment, theirs in enumerate(self.supervisor.run(submit)):
-            if theirs != mine:
+        for segment, loaded in enumerate(self.supervisor.run(submit)):
+            if loaded != expected:
                 raise TrainingError(
                     f"Worker {segment} loaded other frozen weights than the learner: expected the same model files and "
                     "versions on every node."

@@ -69,11 +69,11 @@ class ReplicaWorker:
         self.held: dict[Segment, tuple[int, Any]] = {}  # the iteration that comes next, and its RolloutCollector
 
     def ready(self) -> dict[str, Any]:
-        """That it runs, and as which process."""
+        """Returns the worker's process id, once it runs."""
         return {"pid": os.getpid()}
 
     def prepare(self, segment: Segment) -> str:
-        """Makes policy and environments, so that a fault shows before the run; a digest of the frozen weights."""
+        """Makes policy and environments, so that a fault shows before the run; returns the frozen weights' digest."""
         policy = self._policy()
         self.settings.make_env(*segment).close()
         return frozen_digest(policy)

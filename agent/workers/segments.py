@@ -48,7 +48,7 @@ class History(NamedTuple):
 
 
 def segments_of(num_envs: int, num_workers: int) -> list[Segment]:
-    """N slots in equal neighbouring ranges, one a worker.
+    """Returns N slots in equal neighbouring ranges, one a worker.
 
     Raises:
         TrainingError: they do not divide.
@@ -63,7 +63,7 @@ def segments_of(num_envs: int, num_workers: int) -> list[Segment]:
 
 
 def split_state(state: State, segments: Sequence[Segment]) -> list[State]:
-    """The state of all slots -> that of each segment."""
+    """Returns the state of each segment, from that of all slots."""
     parts = []
     for first, size in segments:
         rows = slice(first, first + size)
@@ -75,7 +75,7 @@ def split_state(state: State, segments: Sequence[Segment]) -> list[State]:
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """The states of neighbouring segments -> that of all their slots: what one process would have saved."""
+    """Returns the state of all slots, from those of neighbouring segments: what one process would have saved."""
     merged = {**states[0], "episodes": [episode for state in states for episode in state["episodes"]]}
     if states[0]["slots"] is not None:
         merged |= {

@@ -70,13 +70,13 @@ class Supervisor:
             raise
 
     def pids(self) -> list[int]:
-        """The workers' processes."""
+        """Returns the workers' process ids."""
         import ray
 
         return [ray.get(worker.actor.ready.remote())["pid"] for worker in self._workers]
 
     def run(self, submit: Submit) -> list[Any]:
-        """One round: the results of all segments."""
+        """Plays one round and returns the results of all segments."""
         self.begin(submit)
         return self.finish()
 
@@ -169,9 +169,9 @@ class Supervisor:
         for worker in self._workers:
             if worker.starting or worker.job:
                 continue
-            mine = [segment for segment in self._pending if self._owner[segment] == worker.number]
+            owned = [segment for segment in self._pending if self._owner[segment] == worker.number]
             orphans = [segment for segment in self._pending if self._owner[segment] in gone]
-            for segment in (mine or orphans)[:1]:
+            for segment in (owned or orphans)[:1]:
                 self._pending.remove(segment)
                 self._owner[segment] = worker.number
                 worker.segment, worker.since = segment, time.monotonic()

@@ -1,9 +1,12 @@
 """The weights that learn, as they travel from the learner to the workers, and a digest of the others."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from manako.agent.errors import TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -12,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def trainable_tensors(policy: "Policy") -> dict[str, "torch.Tensor"]:
-    """The parameters that learn, by name."""
+    """Returns the parameters that learn, by name."""
     return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def as_arrays(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, np.ndarray]:
-    """Tensors as numpy arrays; bfloat16, which numpy does not know, as its bits."""
+    """Returns tensors as NumPy arrays; bfloat16, which numpy does not know, as its bits."""
     import torch
 
     return {
@@ -34,24 +37,20 @@ def load_trainable(policy: "Policy", arrays: Mapping[str, np.ndarray]) -> None:
     """
     import torch
 
-    from manako.agent.errors import TrainingError
-
-    mine = trainable_tensors(policy)
-    if mine.keys() != arrays.keys():
-        names = sorted(mine.keys() ^ arrays.keys())
+    expected = trainable_tensors(policy)
+    if expected.keys() != arrays.keys():
+        names = sorted(expected.keys() ^ arrays.keys())
         raise TrainingError(
             f"The weights that came are not those that learn here ({len(names)} differ, such as {names[0]!r}): "
             "expected the learner's policy and settings on every worker."
         )
-    for name, tensor in mine.items():
+    for name, tensor in expected.items():
         array = torch.from_numpy(np.array(arrays[name]))  # a copy: the shared memory is read-only
         tensor.copy_(array.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 else array)
 
 
 def frozen_digest(policy: "Policy") -> str:
-    """A digest of the weights that do not learn: learner and workers must have the same."""
-    import hashlib
-
+    """Returns a digest of the frozen weights, which learner and workers must share."""
     frozen = {name: tensor for name, tensor in policy.named_parameters() if not tensor.requires_grad}
     digest = hashlib.sha256()
     for name, array in sorted(as_arrays({name: tensor.detach() for name, tensor in frozen.items()}).items()):

@@ -1,9 +1,9 @@
-"""The ways of one rollout step: ours and the two that it stands beside.
+"""The variants of one rollout step: ours and the two that it stands beside.
 
 ours               RolloutCollector: all envs in one forward, shared prefix, action rows, pixels by table
 whole batch        all envs in one forward of the whole model: the library's processor, whole prompts, all V logits
 generate per env   one env after the other: the processor, `generate`, and a second forward over prompt and answer
-for the answer's log-probability and the value, as in https://github.com/RL4VLM/RL4VLM
+                   for the answer's log-probability and the value, as in https://github.com/RL4VLM/RL4VLM
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from manako.agent.collector import RolloutCollector
-from manako.agent.random_streams import make_rng
+from manako.agent.rng import make_rng
 from manako.agent.samples import Samples
 from manako.envs import EpisodeVectorEnv, Observations
 from manako.experiments.benchmarks.timing import Work
@@ -39,20 +39,20 @@ class Bench:
         self.iteration = 0
 
     def collect(self) -> float:
-        """One rollout, our way; returns its env steps."""
+        """Plays one rollout of ours; returns its env steps."""
         self.collector.collect(self.iteration)
         self.iteration += 1
         return self.workload.num_envs * self.workload.num_steps
 
     def inputs(self, batch: int) -> Rows:
-        """The first observations of `batch` environments as the policy sees them."""
+        """Returns the first observations of `batch` environments as the policy sees them."""
         env = EpisodeVectorEnv(self.workload.env, batch, seed=self.workload.seed)
         seen = env.reset()
         env.close()
         return self.policy.prepare(seen.images, seen.instructions)
 
     def samples(self) -> Samples:
-        """B samples whose actions, advantages and returns are drawn at random."""
+        """Returns B samples whose actions, advantages and returns are drawn at random."""
         batch, rng = self.workload.minibatch_size, np.random.default_rng(self.workload.seed)
         inputs = self.inputs(batch)
         actions = rng.integers(0, len(self.env.action_names), batch)  # (B,)
@@ -68,7 +68,7 @@ class Bench:
         )
 
     def rollout_forward(self) -> Work:
-        """The policy's forwards of one rollout without the envs; returns samples."""
+        """Returns work: the policy's forwards of one rollout without the envs, in samples."""
         inputs = self.inputs(self.workload.num_envs)
         draws = Draws([make_rng(self.workload.seed)] * self.workload.num_envs)
 
@@ -102,7 +102,7 @@ class WholeBatch:
 
     @torch.no_grad()
     def forward(self, seen: Observations) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (B, A) and values (B,)."""
+        """Returns log-probabilities (B, A) and values (B,)."""
         inputs = _library_inputs(self.policy, seen)
         output = self.policy.base_vlm(**inputs, output_hidden_states=True, use_cache=False)  # logits (B, L, V)
         rows, last = torch.arange(len(seen.images)), inputs["attention_mask"].sum(1) - 1  # (B,)
@@ -113,7 +113,7 @@ class WholeBatch:
         )
 
     def __call__(self) -> float:
-        """One step of every env; returns N."""
+        """Takes one step of every env; returns N."""
         logprobs, _ = self.forward(self.seen)
         self.seen = _play(self.env, sample_categorical(logprobs, self.rng.random(self.env.num_envs)).numpy())
         return self.env.num_envs
@@ -140,7 +140,7 @@ class GeneratePerEnv:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """One step; returns 1."""
+        """Takes one step; returns 1."""
         policy = self.policy
         inputs = _library_inputs(policy, self.seen)
         prompt = inputs["input_ids"].shape[1]
@@ -173,7 +173,7 @@ def _play(env: EpisodeVectorEnv, actions: np.ndarray) -> Observations:
 
 
 def preprocessing(bench: Bench) -> tuple[dict[str, Work], bool]:
-    """N frames to pixels by the library's processor and by ours, and whether both give the same numbers."""
+    """Returns work, N frames to pixels by the library's processor and by ours, and whether their numbers are equal."""
     pipeline, count = bench.policy.pipeline, bench.workload.num_envs
     env = EpisodeVectorEnv(bench.workload.env, count, seed=bench.workload.seed)
     frames = env.reset().images  # (N, H, W, 3)

@@ -30,7 +30,7 @@ from manako.experiments.common.command_line import UsageError, check_new_file, p
 
 
 def main() -> int:
-    """One comparison; returns the exit code."""
+    """Runs one comparison; returns the exit code."""
     given = read_line()
     if importlib.util.find_spec("stable_baselines3") is None:
         raise UsageError('The comparison needs stable-baselines3, which is not installed: pip install -e ".[compare]"')

@@ -93,13 +93,13 @@ def count_flops(work: Work) -> tuple[FlopCounter, float]:
 
 
 def best_gemm_size(sizes: Sequence[int], seconds: float) -> tuple[int, dict[int, float]]:
-    """The side of the square float32 matrices that multiply fastest, and the FLOP/s of each side."""
+    """Returns the side of the square float32 matrices that multiply fastest, and the FLOP/s of each side."""
     rates = {size: max(rate(gemm(size), seconds) for _ in range(2)) for size in sizes}
     return max(rates, key=lambda size: rates[size]), rates
 
 
 def gemm(size: int) -> Work:
-    """One product of two square matrices; returns its FLOPs."""
+    """Returns work: one product of two square matrices, in FLOPs."""
     a, b = torch.randn(size, size), torch.randn(size, size)
 
     def work() -> float:
@@ -110,7 +110,7 @@ def gemm(size: int) -> Work:
 
 
 def gemms(shapes: Counter[tuple[int, int, int]]) -> Work:
-    """Products of the given shapes and nothing else; returns their FLOPs."""
+    """Returns work: products of the given shapes and nothing else, in FLOPs."""
     operands = {(m, k, n): (torch.randn(m, k), torch.randn(n, k)) for m, k, n in shapes}
 
     def work() -> float:
@@ -124,7 +124,7 @@ def gemms(shapes: Counter[tuple[int, int, int]]) -> Work:
 
 
 def in_flops(work: Work, flops_per_unit: float) -> Work:
-    """The same work, in FLOPs."""
+    """Returns the same work, in FLOPs."""
     return lambda: work() * flops_per_unit
 
 
@@ -140,7 +140,7 @@ KINDS = ("matmul", "attention", "elementwise and norms", "copies", "optimizer", 
 
 
 def kind_of(operation: str) -> str:
-    """Where an operation of the profiler belongs, one of `KINDS`."""
+    """Returns the kind of a profiler's operation, one of `KINDS`."""
     if operation in MATMUL:
         return "matmul"
     if "scaled_dot_product" in operation or "flash_attention" in operation:
@@ -155,7 +155,7 @@ def kind_of(operation: str) -> str:
 
 
 def breakdown(work: Work) -> dict[str, float]:
-    """Shares of one run's time by kind of operation; they add up to 1.
+    """Returns shares of one run's time by kind of operation; they add up to 1.
 
     What no operation accounts for is Python and torch's bookkeeping (views, autograd's graph); the profiler's own cost
     is in there too, so that share is an upper bound.

@@ -1,4 +1,4 @@
-"""Peak memory of each way, in a fresh process: a process inherits its parent's peak, so torch is imported in there."""
+"""Peak memory of each variant in a fresh process: a process inherits its parent's peak, so torch is imported there."""
 
 import multiprocessing
 import resource
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from manako.experiments.benchmarks.workload import Workload
 
-MEMORY = ("rollout", "ours", "whole prompts", "batch 1")  # a rollout, and the three ways of an update
+MEMORY = ("rollout", "ours", "whole prompts", "batch 1")  # a rollout, and the three variants of an update
 
 
 def peak_memory(workload: Workload) -> dict[str, float]:
@@ -21,7 +21,7 @@ def peak_memory(workload: Workload) -> dict[str, float]:
 
 
 def _peak_of(workload: Workload, name: str) -> tuple[float, float]:
-    """In a process of its own: the peak after loading, and after one rollout or update."""
+    """Returns the peak in MiB after loading, and after one rollout or update, of a process of its own."""
     from manako.experiments.benchmarks.acting import Bench
     from manako.experiments.benchmarks.updating import Learner, trainer_args, update_work
     from manako.experiments.common.building import quiet_libraries

@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[Backend, int | None]] = {
 
 
 def measure(given: RayBenchmarkSettings) -> tuple[dict[str, list[float]], Terms, str]:
-    """Plays and updates in turns.
+    """Measures rollouts and updates in turns.
 
     Args:
         given: what is played.

@@ -25,19 +25,19 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
     del sys.path[0]
 
 from manako.experiments.benchmarks.settings import RayBenchmarkCommand, RayBenchmarkSettings  # noqa: E402
-from manako.experiments.benchmarks.throughput import report  # noqa: E402
+from manako.experiments.benchmarks.throughput import print_throughput  # noqa: E402
 from manako.experiments.common.command_line import UsageError, check_new_file, parse, run_main, show  # noqa: E402
 
 
 def main() -> int:
-    """One benchmark; returns the exit code."""
+    """Runs one benchmark; returns the exit code."""
     given = read_line()
     show("benchmark", f"{given.policy} on {given.env}, {given.num_envs} environments, {given.repeats} turns")
     from manako.experiments.benchmarks.ray_measuring import measure  # torch, ray and all
 
     load = os.getloadavg()
     seconds, terms, torch_version = measure(given)
-    report(given, seconds, terms, load)
+    print_throughput(given, seconds, terms, load)
     if given.output:
         results: dict[str, Any] = {"settings": vars(given), "seconds": seconds, "terms": vars(terms)}
         results |= {"load_average": [load, os.getloadavg()], "torch": torch_version}

@@ -50,7 +50,7 @@ class NamedColor(gym.Wrapper):
         self._seed, self._slot, self._episode = seed, slot, 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Seen, dict[str, Any]]:
-        """The next episode of this slot, or that of `seed`."""
+        """Starts the next episode of this slot, or that of `seed`."""
         if seed is None:
             seed = episode_seed(self._seed, TRAINING, self._slot, self._episode)
             self._episode += 1
@@ -58,7 +58,7 @@ class NamedColor(gym.Wrapper):
         return self._translate(observation), info
 
     def step(self, action: Any) -> tuple[Seen, float, bool, bool, dict[str, Any]]:
-        """As the environment's."""
+        """Takes one step of the environment."""
         observation, reward, terminated, truncated, info = self.env.step(int(action))
         return self._translate(observation), float(reward), terminated, truncated, info
 
@@ -87,12 +87,12 @@ class ImageAndColor(BaseFeaturesExtractor):
         self.joined = nn.Sequential(nn.Linear(width + len(COLORS), FEATURES), nn.ReLU())
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
-        """{"image": (B, 3, H, W) in [0, 1], "color": (B, colours)} -> (B, 128)."""
+        """Returns features (B, 128) of {"image": (B, 3, H, W) in [0, 1], "color": (B, colours)}."""
         return self.joined(torch.cat([self.convolutions(observations["image"]), observations["color"]], dim=1))
 
 
 def success_rate(model: PPO, envs: Sequence[NamedColor], seeds: Sequence[int]) -> float:
-    """Share of the episodes, one an environment, that the greedy policy ends with success."""
+    """Returns the share of the episodes, one an environment, that the greedy policy ends with success."""
     seen = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
     playing, successes = list(range(len(seeds))), 0
     while playing:
@@ -122,7 +122,7 @@ class _EvaluateEvery(BaseCallback):
             self.look()
 
     def look(self) -> None:
-        """One evaluation."""
+        """Evaluates once."""
         self._seconds += time.perf_counter() - self._resumed
         assert isinstance(self.model, PPO)
         self._enough = self.judge(self.num_timesteps, self._seconds, self.evaluate(self.model))
@@ -173,13 +173,13 @@ def train(command: PPOCommand, seeds: Sequence[int], every: int, judge: Judge) -
 
 
 def compare(given: CompareSettings) -> dict[str, list[dict[str, Any]]]:
-    """Trains both ways with every seed and prints the table.
+    """Trains both with every seed and prints the table.
 
     Args:
         given: what is compared.
 
     Returns:
-        The results of each way, one a seed.
+        The results of each method, one a seed.
     """
     threads = given.torch_threads or torch.get_num_threads()
     runs: dict[str, list[dict[str, Any]]] = {OURS: [], SB3: []}
@@ -189,13 +189,13 @@ def compare(given: CompareSettings) -> dict[str, list[dict[str, Any]]]:
         command = dataclasses.replace(RUN, environment=environment, run=run)
         longer = dataclasses.replace(command, run=dataclasses.replace(run, total_steps=given.total_steps_sb3))
         episodes = held_out_seeds(given.episodes, seed)
-        ours, theirs = Curve(given.success), Curve(given.success)
+        ours, sb3 = Curve(given.success), Curve(given.success)
         train_ours(command, episodes, given.eval_every, ours)
         print(f"{OURS}, seed {seed}: {ours}", flush=True)
         torch.set_num_threads(threads)
-        train(longer, episodes, given.eval_every, theirs)
-        print(f"{SB3}, seed {seed}: {theirs}", flush=True)
+        train(longer, episodes, given.eval_every, sb3)
+        print(f"{SB3}, seed {seed}: {sb3}", flush=True)
         runs[OURS].append(ours.result(seed))
-        runs[SB3].append(theirs.result(seed))
+        runs[SB3].append(sb3.result(seed))
     print_table(Console(soft_wrap=True, highlight=False), runs, given.success, given.episodes)
     return runs

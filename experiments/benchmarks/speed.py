@@ -3,10 +3,10 @@
     python experiments/benchmarks/speed.py --policy tiny
     python experiments/benchmarks/speed.py --policy smollm2 --output smollm2.json
 
-Everything is measured in turns (ours, theirs, ours, theirs, ...) and compared within a turn; tables and the JSON file
-give the median and the range over the turns. What stands beside our way is in acting.py and updating.py, how FLOPs are
-counted in flops.py. Peak memory is that of a fresh process for each way (memory.py), started before torch is imported
-here. Numbers are of the machine and of the moment: the JSON file holds the load average before and after.
+Everything is measured in turns (ours, the other, ours, the other, ...) and compared within a turn; tables and the JSON
+file give the median and the range over the turns. What stands beside ours is in acting.py and updating.py, how FLOPs
+are counted in flops.py. Peak memory is that of a fresh process for each variant (memory.py), started before torch is
+imported here. Numbers are of the machine and of the moment: the JSON file holds the load average before and after.
 """
 
 import json
@@ -31,7 +31,7 @@ from manako.experiments.common.command_line import check_new_file, parse, run_ma
 
 
 def main() -> int:
-    """One benchmark; returns the exit code."""
+    """Runs one benchmark; returns the exit code."""
     given = read_line()
     workload = make_workload(given)
     load = os.getloadavg()

@@ -43,30 +43,30 @@ def measure(workload: Workload, memory: dict[str, float], load: tuple[float, flo
     results: dict[str, Any] = {"settings": asdict(workload), "machine": {}, "memory_mib": dict(memory)}
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_args(workload, folder)
-        results["rollout"] = rollouts(bench)
+        results["rollout"] = measure_rollouts(bench)
         print_rates(console, f"rollout, env steps/s ({workload.num_envs} envs)", results["rollout"])
-        results["update"] = updates(bench, args)
+        results["update"] = measure_updates(bench, args)
         print_rates(console, f"update, samples/s (minibatches of {workload.minibatch_size})", results["update"])
-        results["trainer"] = overhead(bench, args)
-        results["preprocessing"] = frames(bench)
+        results["trainer"] = measure_overhead(bench, args)
+        results["preprocessing"] = measure_preprocessing(bench)
         print_rates(console, "preprocessing, frames/s", results["preprocessing"])
-        results["share"] = share(bench, args)
-        results["breakdown"] = where_time_goes(bench, args)
+        results["share"] = measure_flops(bench, args)
+        results["breakdown"] = measure_breakdown(bench, args)
     results["memory_mib"]["this run"] = peak_mib()
-    results["machine"] = machine(load)
+    results["machine"] = describe_machine(load)
     results["seconds"] = time.perf_counter() - started
     print_rest(console, results)
     return results
 
 
-def rollouts(bench: Bench) -> dict[str, Any]:
-    """Env steps a second: ours, the whole model over the batch, `generate` for each env."""
+def measure_rollouts(bench: Bench) -> dict[str, Any]:
+    """Measures env steps a second: ours, the whole model over the batch, `generate` for each env."""
     whole, generate = WholeBatch(bench), GeneratePerEnv(bench)
     seen = bench.env.reset()
     logprobs, values = whole.forward(seen)
     with bench.policy.frozen_weights():
-        mine, mine_values = bench.policy.distribution(bench.policy.prepare(seen.images, seen.instructions))
-    difference = max(float((mine - logprobs).abs().max()), float((mine_values - values).abs().max()))
+        ours, our_values = bench.policy.distribution(bench.policy.prepare(seen.images, seen.instructions))
+    difference = max(float((ours - logprobs).abs().max()), float((our_values - values).abs().max()))
     works: dict[str, Work] = {"ours": bench.collect, "whole batch": whole, "generate per env": generate}
     rates = in_turns(works, bench.workload.repeats, bench.workload.seconds)
     return _compared(rates) | {
@@ -75,8 +75,8 @@ def rollouts(bench: Bench) -> dict[str, Any]:
     }
 
 
-def updates(bench: Bench, args: PPOConfig) -> dict[str, Any]:
-    """Samples a second: ours, without the shared prefix, and one sample at a time."""
+def measure_updates(bench: Bench, args: PPOConfig) -> dict[str, Any]:
+    """Measures samples a second: ours, without the shared prefix, and one sample at a time."""
     learner = Learner(bench, args)
     norms: dict[str, float] = {}
     works = {name: update_work(learner, name, norms) for name in UPDATES}
@@ -84,8 +84,8 @@ def updates(bench: Bench, args: PPOConfig) -> dict[str, Any]:
     return _compared(rates) | {"gradient_norm": norms}
 
 
-def overhead(bench: Bench, args: PPOConfig) -> dict[str, Any]:
-    """The trainer's update beside a bare loop over the same minibatches."""
+def measure_overhead(bench: Bench, args: PPOConfig) -> dict[str, Any]:
+    """Measures the trainer's update beside a bare loop over the same minibatches."""
     measured = trainer_overhead(bench, args)
     return {
         "percent": _dict(measured.percent),
@@ -96,15 +96,15 @@ def overhead(bench: Bench, args: PPOConfig) -> dict[str, Any]:
     }
 
 
-def frames(bench: Bench) -> dict[str, Any]:
-    """Frames a second from uint8 to pixels."""
+def measure_preprocessing(bench: Bench) -> dict[str, Any]:
+    """Measures frames a second from uint8 to pixels."""
     works, equal = preprocessing(bench)
     rates = in_turns(works, bench.workload.repeats, min(0.3, bench.workload.seconds))
     return _compared(rates) | {"equal_pixels": equal}
 
 
-def share(bench: Bench, args: PPOConfig) -> dict[str, Any]:
-    """FLOP/s of forward, rollout and update, and their share of what this machine's matrix products reach."""
+def measure_flops(bench: Bench, args: PPOConfig) -> dict[str, Any]:
+    """Measures FLOP/s of forward, rollout and update, and their share of what this machine's matrix products reach."""
     size, by_size = best_gemm_size(bench.workload.gemm_sizes, min(0.5, bench.workload.seconds))
     works = {
         "policy forward": bench.rollout_forward(),
@@ -135,16 +135,16 @@ def share(bench: Bench, args: PPOConfig) -> dict[str, Any]:
     }
 
 
-def where_time_goes(bench: Bench, args: PPOConfig) -> dict[str, dict[str, float]]:
-    """Shares of the time of a rollout's forwards and of an update, by kind of operation."""
+def measure_breakdown(bench: Bench, args: PPOConfig) -> dict[str, dict[str, float]]:
+    """Measures shares of the time of a rollout's forwards and of an update, by kind of operation."""
     return {
         "policy forward": breakdown(bench.rollout_forward()),
         "update": breakdown(update_work(Learner(bench, args), "ours", {})),
     }
 
 
-def machine(load_before: tuple[float, float, float]) -> dict[str, Any]:
-    """What the numbers were measured on, and how busy it was."""
+def describe_machine(load_before: tuple[float, float, float]) -> dict[str, Any]:
+    """Returns what the numbers were measured on, and how busy it was."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": os.cpu_count(),
@@ -185,7 +185,7 @@ def _range(values: dict[str, float], form: str) -> str:
 
 
 def print_rates(console: Console, title: str, result: dict[str, Any]) -> None:
-    """One row a way: its rate, and how many times faster ours is."""
+    """Prints one row a variant: its rate, and how many times faster ours is."""
     rows = [
         (name, _range(values, ",.1f"), _range(result["ours_is_times"][name], ".1f") if name != "ours" else "")
         for name, values in result["per_second"].items()
@@ -194,7 +194,7 @@ def print_rates(console: Console, title: str, result: dict[str, Any]) -> None:
 
 
 def print_rest(console: Console, results: dict[str, Any]) -> None:
-    """Agreement, trainer overhead, memory, shares and breakdown."""
+    """Prints agreement, trainer overhead, memory, shares and breakdown."""
     norms = ", ".join(f"{name} {norm:.5g}" for name, norm in results["update"]["gradient_norm"].items())
     console.print(
         "same numbers: log-probabilities and values of ours and whole batch differ by "

@@ -38,14 +38,14 @@ class Curve:
         return f"{last['success']:.1%} after {last['steps']:,} steps, {last['seconds']:.0f} s"
 
     def __call__(self, steps: int, seconds: float, success: float) -> bool:
-        """Notes an evaluation; True once the target is reached."""
+        """Notes an evaluation; returns True once the target is reached."""
         self.evaluations.append({"steps": steps, "seconds": seconds, "success": success})
         if self.reached is None and success >= self.target:
             self.reached = self.evaluations[-1]
         return self.reached is not None
 
     def result(self, seed: int) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the run for JSON."""
         return {"seed": seed, "reached": self.reached, "evaluations": self.evaluations}
 
 
@@ -93,7 +93,7 @@ def train_ours(command: PPOCommand, seeds: list[int], every: int, judge: Judge) 
 
 
 def print_table(console: Console, runs: dict[str, list[dict[str, Any]]], success: float, episodes: int) -> None:
-    """One row a method: medians and ranges over the seeds that reached the target."""
+    """Prints one row a method: medians and ranges over the seeds that reached the target."""
     table = Table(title=f"{success:.0%} success on {episodes} held-out episodes", title_justify="left")
     for column in ("", "reached", "env steps (range)", "seconds (range)", "steps/s"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)

@@ -36,7 +36,7 @@ class Terms:
 
 
 def throughput(terms: Terms, backend: str, workers: int, envs_per_worker: int, num_steps: int) -> dict[str, float]:
-    """Env steps a second of the whole loop, rollout and update in turn, and where its time goes.
+    """Returns env steps a second of the whole loop, rollout and update in turn, and where its time goes.
 
     local        one process does everything
     ray-env      T times: the workers step side by side, then the learner acts for all of them
@@ -74,7 +74,7 @@ def throughput(terms: Terms, backend: str, workers: int, envs_per_worker: int, n
     }
 
 
-def report(
+def print_throughput(
     given: RayBenchmarkSettings, seconds: dict[str, list[float]], terms: Terms, load: tuple[float, float, float]
 ) -> None:
     """Prints what was measured, as ratios within each turn, and the model's table."""
@@ -101,14 +101,14 @@ def report(
     print(f"model: steps/s of rollout and update together, {given.num_envs} envs a worker, an update as measured")
     print("in brackets the price of a million steps; the last column has a learner that updates 100 times as fast")
     print(f"{'workers':>8}{'ray-env':>20}{'ray-replica':>20}{'ray-replica, fast':>20}")
-    for workers, row in table(terms, given.num_envs, given.num_steps, given.core_price, given.learner_price):
+    for workers, row in throughput_table(terms, given.num_envs, given.num_steps, given.core_price, given.learner_price):
         print(f"{workers:>8}" + "".join(f"{f'{rate:,.0f} ({price:.2f})':>20}" for rate, price in row))
 
 
-def table(
+def throughput_table(
     terms: Terms, envs_per_worker: int, num_steps: int, core_price: float, learner_price: float
 ) -> list[tuple[int, list[tuple[float, float]]]]:
-    """For each number of workers: (steps/s, price of a million steps) of ray-env, ray-replica, and a fast learner."""
+    """Returns, by number of workers, (steps/s, price of a million steps) of ray-env, ray-replica, a fast learner."""
     fast = replace(terms, update=terms.update / 100)
     rows = []
     for workers in WORKERS:

@@ -17,17 +17,17 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, smallest and largest."""
+    """Returns median, smallest and largest."""
     return Spread(statistics.median(values), min(values), max(values))
 
 
 def ratio(rates: dict[str, list[float]], of: str, to: str) -> Spread:
-    """The ratio of two rates within each round."""
+    """Returns the ratio of two rates within each round."""
     return spread([a / b for a, b in zip(rates[of], rates[to], strict=True)])
 
 
 def rate(work: Work, seconds: float) -> float:
-    """Units a second. A first run that is shorter than `seconds` only warms up; a longer one is the measurement."""
+    """Returns units a second. A first run shorter than `seconds` only warms up; a longer one is the measurement."""
     start = time.perf_counter()
     units = work()
     took = time.perf_counter() - start
@@ -40,7 +40,7 @@ def rate(work: Work, seconds: float) -> float:
 
 
 def in_turns(works: dict[str, Work], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Rates of each work, one a round; a round runs them one after the other."""
+    """Returns rates of each work, one a round; a round runs them one after the other."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
@@ -56,11 +56,11 @@ class Clocks(NamedTuple):
 
 
 def clocks() -> Clocks:
-    """What they show now."""
+    """Returns what they show now."""
     return Clocks(time.perf_counter(), time.process_time())
 
 
 def since(start: Clocks) -> Clocks:
-    """What has passed."""
+    """Returns what has passed since."""
     now = clocks()
     return Clocks(now.wall - start.wall, now.cpu - start.cpu)

@@ -1,6 +1,8 @@
-"""The ways of one update step, and what the trainer costs beside the plain loop.
+"""The variants of one update step, and what the trainer costs beside the plain loop.
 
-ours, whole prompts, batch 1    shared prefix; whole prompts; whole prompts one sample at a time, gradients added up
+ours             shared prefix
+whole prompts    every prompt by the model's own forward
+batch 1          the same, one sample at a time, gradients added up
 """
 
 import copy
@@ -24,7 +26,7 @@ from manako.policies.reading import Reading, WholePrompt
 
 
 class Learner:
-    """Optimizer steps on one minibatch, at learning rate 0: the same arithmetic, and all ways see the same weights."""
+    """Optimizer steps on one minibatch at learning rate 0: the same arithmetic, the same weights for all variants."""
 
     def __init__(self, bench: Bench, args: PPOConfig) -> None:
         self.policy, self.args, self.samples = bench.policy, args, bench.samples()
@@ -33,7 +35,7 @@ class Learner:
         self.gradient_norm = 0.0
 
     def step(self, reading: Reading, part: int) -> float:
-        """Forward, backward and AdamW over the minibatch in parts of `part` samples; returns B."""
+        """Runs forward, backward and AdamW over the minibatch in parts of `part` samples; returns B."""
         batch = len(self.samples.values)
         for rows in torch.arange(batch).split(part):
             samples = self.samples.select(rows)
@@ -52,7 +54,7 @@ UPDATES = ("ours", "whole prompts", "batch 1")
 
 
 def update_work(learner: Learner, name: str, norms: dict[str, float]) -> Work:
-    """One of the three ways of an update; notes the gradient's norm."""
+    """Returns work: one of the three variants of an update, which notes the gradient's norm."""
     batch, policy = len(learner.samples.values), learner.policy
     whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
     reading = policy.reading if name == "ours" else whole
@@ -110,8 +112,8 @@ class _InTurns(RolloutCollector):
             self.loop.update(self._last)
             self.bare_clocks.append(since(start))
             self.weight_difference = max(
-                float((mine - theirs).detach().abs().max())
-                for mine, theirs in zip(self.policy.parameters(), self.loop.policy.parameters(), strict=True)
+                float((ours - bare).detach().abs().max())
+                for ours, bare in zip(self.policy.parameters(), self.loop.policy.parameters(), strict=True)
             )
         self._last = super().collect(iteration)
         self._left = clocks()
@@ -140,18 +142,18 @@ def trainer_overhead(bench: Bench, args: PPOConfig) -> Overhead:
     collector = _InTurns(env, policy, args, LoopUpdates(policy, args, env.num_envs))
     PPOTrainer(policy, args, rollouts=collector).train()
     env.close()
-    mine, bare = collector.trainer_clocks[1:], collector.bare_clocks[1:]
+    ours, bare = collector.trainer_clocks[1:], collector.bare_clocks[1:]
     return Overhead(
-        percent=spread([100 * (a.wall / b.wall - 1) for a, b in zip(mine, bare, strict=True)]),
-        cpu_percent=spread([100 * (a.cpu / b.cpu - 1) for a, b in zip(mine, bare, strict=True)]),
-        trainer_seconds=spread([a.wall for a in mine]),
+        percent=spread([100 * (a.wall / b.wall - 1) for a, b in zip(ours, bare, strict=True)]),
+        cpu_percent=spread([100 * (a.cpu / b.cpu - 1) for a, b in zip(ours, bare, strict=True)]),
+        trainer_seconds=spread([a.wall for a in ours]),
         bare_seconds=spread([b.wall for b in bare]),
         weight_difference=collector.weight_difference,
     )
 
 
 def trainer_args(workload: Workload, folder: str) -> PPOConfig:
-    """Settings of the trainer for the overhead's measurement."""
+    """Returns settings of the trainer for the overhead's measurement."""
     return PPOConfig(
         output_dir=folder,
         num_iterations=workload.repeats + 2,

@@ -36,7 +36,7 @@ Arguments = TypeVar("Arguments")
 
 
 def quiet_libraries() -> None:
-    """No progress bars and warnings of libraries between our lines."""
+    """Silences libraries' progress bars and warnings between our lines."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -95,7 +95,7 @@ def policy_of_run(
 
 
 def check_instruction(instruction: str | None, policy: VLMPolicy) -> None:
-    """A replaced instruction has to reach the policy as it was given.
+    """Raises where a replaced instruction would not reach the policy as it was given.
 
     Raises:
         UsageError: it holds what is taken out of every text that an environment gives.
@@ -216,7 +216,7 @@ def copy_maker(source: PolicySource, policy: Policy, seed: int, torch_threads: i
 
 
 def connected(workers: WorkerSettings) -> AbstractContextManager[None]:
-    """Returns a block that is connected to Ray where workers play; they import the user's modules, then these."""
+    """Connects to Ray for a block, where workers play; they import the user's modules, then these."""
     if workers.rollout_backend == "local":
         return nullcontext()
     return cluster(workers.ray_address, paths=[os.getcwd(), str(ROOT)])

@@ -13,7 +13,7 @@ from datasets import Dataset
 from manako.agent.backends import make_rollouts
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
-from manako.agent.data.recordings import Recording, in_slots
+from manako.agent.data.recordings import Recording, split_over_slots
 from manako.agent.data.trajectories import episode_success, save_trajectories, to_dataset
 from manako.agent.interfaces import Rollouts
 from manako.agent.rollout import Rollout
@@ -102,7 +102,7 @@ def _replay(
 ) -> tuple[list[Rollout], list[int]]:
     """Rollouts in which every recording is played to its end, and how many of them each slot has played."""
     environment, run = command.environment, command.run
-    player = RecordedPlayer(policy.spec, in_slots(recordings, environment.num_envs))
+    player = RecordedPlayer(policy.spec, split_over_slots(recordings, environment.num_envs))
     env = make_vector_env(environment, len(player.queues), run.seed, seed_lists=player.seed_lists)
     collector = RolloutCollector(env, player, run.num_steps, run.seed, record=True, ask_expert=has_expert)
     with contextlib.closing(collector):

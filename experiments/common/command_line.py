@@ -24,10 +24,9 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
 
-from manako.errors import ManakoError, text_of
+from manako.errors import ManakoError, full_text
 
 Command = TypeVar("Command")
-Section = TypeVar("Section")
 EXAMPLE = "expected sections with settings, such as 'environment:' and below it '  num_envs: 64'"
 
 
@@ -278,7 +277,7 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
 
 
 def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) -> None:
-    """Types and limits of the given values.
+    """Checks types and limits of the given values.
 
     Args:
         known: the runner's settings.
@@ -305,7 +304,7 @@ def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) ->
 
 
 def check_new_file(file: str | None, flag: str) -> None:
-    """A file of results is new, and its folder is there; None is no file.
+    """Raises where a file of results is there already, or its folder is not; None is no file.
 
     Raises:
         UsageError: it exists, or its folder does not.
@@ -329,7 +328,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except ManakoError as error:
-        print(f"error: {text_of(error)}", file=sys.stderr)
+        print(f"error: {full_text(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -342,7 +341,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are sentences."""
 
     def error(self, message: str) -> NoReturn:
-        """Raised in place of argparse's usage text and exit."""
+        """Raises `UsageError` in place of argparse's usage text and exit."""
         message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message).rstrip(".")
         raise UsageError(f"{message[:1].upper()}{message[1:]}; --help lists the flags.")
 

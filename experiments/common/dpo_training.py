@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import DPOConfig, KTOConfig
 
 from manako.agent.data.trajectories import load_trajectories
-from manako.agent.tuning.forgetting import remember
+from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.preferences import (
     Pair,
     branch_pairs,
@@ -35,7 +35,7 @@ from manako.policies.interface import Draws
 
 
 def train(command: DPOCommand, run_dir: Path, started: float) -> int:
-    """All rounds; nothing is written before the first one's pairs are made.
+    """Trains in rounds; nothing is written before the first one's pairs are made.
 
     Args:
         command: the settings.
@@ -48,7 +48,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     environment, dpo, run = command.environment, command.dpo, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
-    console, before = plain_console(), remember(policy)
+    console, before = plain_console(), measure_retention(policy)
     reports: list[dict[str, Any]] = []
     for number in range(dpo.rounds):
         if number == 0 and dpo.dataset is not None:
@@ -70,7 +70,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
         print_table(console, reports[-1]["evaluation"], f"{environment.env}, held-out seeds")
     write_final(policy, run_dir)
     write_text(run_dir / "evaluation.json", json.dumps(reports[-1]["evaluation"], indent=2))
-    after = remember(policy)
+    after = measure_retention(policy)
     report = {
         "stage": dpo.method,
         "rounds": reports,
@@ -87,7 +87,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
 
 
 def make_pairs(command: DPOCommand, policy: VLMPolicy, trajectories: Dataset, number: int) -> list[Pair]:
-    """Returns pairs by the way that the settings name."""
+    """Returns pairs by the method that the settings name."""
     of_trajectories = {"expert": expert_pairs, "state": state_pairs, "return": return_pairs}
     if command.dpo.pairs in of_trajectories:
         return of_trajectories[command.dpo.pairs](trajectories)

@@ -14,7 +14,7 @@ from manako.experiments.common.settings import EvaluateCommand
 
 
 def evaluate(command: EvaluateCommand, name: str) -> int:
-    """One evaluation.
+    """Runs one evaluation.
 
     Args:
         command: the settings, with those of the policy's run.

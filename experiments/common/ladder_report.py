@@ -12,7 +12,7 @@ from rich.table import Table
 from manako.agent.data.trajectories import episode_success, load_trajectories
 from manako.agent.report.evaluation import evaluate
 from manako.agent.report.statistics import mcnemar
-from manako.agent.tuning.forgetting import remember
+from manako.agent.tuning.forgetting import measure_retention
 from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.command_line import build, checked_sections
@@ -24,7 +24,7 @@ from manako.experiments.common.settings import OF_PRESETS, PPOCommand
 START = "start"  # the policy before any step
 
 
-def report(
+def evaluate_ladder(
     folder: Path, common: dict[str, dict[str, Any]], done: dict[str, dict[str, Any]], episodes: int, sample: bool
 ) -> None:
     """Evaluates every step's policy on the same held-out seeds; a file and a table.
@@ -34,7 +34,7 @@ def report(
         common: sections for all steps.
         done: what is known of each step.
         episodes: held-out episodes.
-        sample: draw actions instead of taking the likeliest.
+        sample: sample actions instead of taking the greedy ones.
     """
     start = build(PPOCommand, checked_sections(PPOCommand, common, "common"))
     environment, source, seed = start.environment, start.policy, start.run.seed
@@ -63,7 +63,7 @@ def report(
                 **evaluation.summary(),
                 "seconds": trained[name]["seconds"] if name in trained else 0.0,
                 "trained_parameters": learned,
-                **remember(policy).summary(),
+                **measure_retention(policy).summary(),
             }
         )
     result = {
@@ -76,7 +76,7 @@ def report(
             if step["runner"] == "collect"
         },
         "steps": rows,
-        "comparisons": compare(success),
+        "comparisons": compare_steps(success),
         "success": success,
     }
     file = folder / ("report_sampled.json" if sample else "report.json")
@@ -84,7 +84,7 @@ def report(
     print_report(result, file)
 
 
-def compare(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
+def compare_steps(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
     """Compares every step with every one before it, in pairs of the same episodes.
 
     Args:
@@ -119,7 +119,7 @@ def _demonstrations(folder: Path) -> dict[str, Any]:
 
 
 def print_report(result: dict[str, Any], file: Path) -> None:
-    """What `file` holds, as tables."""
+    """Prints what `file` holds, as tables."""
     console = plain_console()
     console.width = max(console.width, 120)
     for name, data in result["demonstrations"].items():

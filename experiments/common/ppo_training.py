@@ -115,4 +115,4 @@ def _finish(
         baselines={"random policy": (random["success"], tuple(random["success_ci95"]))},
     )
     write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
-    progress.table(summary)
+    progress.print_evaluation(summary)

@@ -47,7 +47,7 @@ class Progress(TrainerCallback):
         self._last_line = -1e9
 
     def header(self, env: EpisodeVectorEnv) -> None:
-        """What is about to run; the runner has already said where."""
+        """Prints what is about to run; the runner has already said where."""
         played, workers, source = self.command.environment, self.command.workers, self.command.policy
         policy = self.policy
         instruction_from = "replaced" if played.instruction else "the env's own"
@@ -74,7 +74,7 @@ class Progress(TrainerCallback):
             self.live.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """One iteration is done."""
+        """Shows one iteration."""
         if not logs or "iteration" not in logs:
             return
         now = time.perf_counter()
@@ -99,7 +99,7 @@ class Progress(TrainerCallback):
             self.console.print(line)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last line stays."""
+        """Ends the live line; the last one stays."""
         self.stop()
         if self._train_start:
             self.console.print(f"trained in {_clock(time.perf_counter() - self._train_start)}; evaluating")
@@ -110,8 +110,8 @@ class Progress(TrainerCallback):
             self.live.stop()
             self.live = None
 
-    def table(self, summary: dict[str, dict[str, Any]]) -> None:
-        """The evaluation, and where everything lies."""
+    def print_evaluation(self, summary: dict[str, dict[str, Any]]) -> None:
+        """Prints the evaluation, and where everything lies."""
         print_table(self.console, summary, f"{self.command.environment.env}, held-out seeds")
         written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
         self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
@@ -119,14 +119,14 @@ class Progress(TrainerCallback):
 
 
 def print_parts(console: Console, policy: VLMPolicy) -> None:
-    """A line for each part of the policy: what it has, and what of it learns."""
+    """Prints a line for each part of the policy: what it has, and what of it learns."""
     for part, total, learning in parameter_table(policy.parts, policy.value_head):
         state = "learns" if learning else "frozen"
         console.print(f"  {part:<15}{total:>13,} parameters, {learning:>11,} learn  {state}")
 
 
 def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:
-    """One row a condition, with 95 % intervals."""
+    """Prints one row a condition, with 95 % intervals."""
     first = next(iter(summary.values()))
     episodes = episodes_in_words(first["episodes"], first["starts"])
     table = Table(title=f"{title}, {episodes} a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -144,7 +144,7 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
 
 
 def episodes_in_words(episodes: int, starts: int) -> str:
-    """How many, and from how many different first sights where those are fewer."""
+    """Returns how many, and from how many different first observations where those are fewer."""
     if starts >= episodes:
         return f"{episodes} episodes"
     return f"{episodes} episodes from {'the same start' if starts == 1 else f'{starts} starts'}"

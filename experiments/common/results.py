@@ -16,13 +16,13 @@ from manako.policies import VLMPolicy, save_policy
 
 
 def write_final(policy: VLMPolicy, run_dir: Path) -> None:
-    """final/, whole or not there; one that is there stays."""
+    """Writes final/, whole or not there; one that is there stays."""
     if not (run_dir / "final").exists():
         write_folder(run_dir / "final", lambda folder: save_policy(policy, folder))
 
 
 def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_envs: int) -> dict[str, Any]:
-    """The policy and its controls on held-out seeds; writes episodes.json and after.gif.
+    """Evaluates the policy and its controls on held-out seeds; writes episodes.json and after.gif.
 
     Args:
         command: the run's settings.
@@ -45,7 +45,7 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
 
 
 def write_gif(environment: EnvSettings, policy: VLMPolicy, seed: int, episodes: int, path: Path) -> None:
-    """The first held-out episodes, played greedily; no file for none."""
+    """Plays the first held-out episodes greedily into a GIF; no file for none."""
     if episodes:
         with contextlib.closing(make_vector_env(environment, episodes, seed, held_out=True)) as env:
             played = evaluation.record_episodes(policy, env, held_out_seeds(episodes, seed))

@@ -46,7 +46,7 @@ def new_run_dir(command: TrainCommand) -> Path:
 
 
 def check_job_folder(name: str, flag: str) -> None:
-    """In a Ray job a relative folder is lost.
+    """Raises where a Ray job would lose a relative folder.
 
     Raises:
         UsageError: it is relative, and this is a Ray job.
@@ -59,7 +59,7 @@ def check_job_folder(name: str, flag: str) -> None:
 
 
 def write_description(run_dir: Path, command: TrainCommand) -> None:
-    """config.yaml with every setting, run.json with versions and the command line."""
+    """Writes config.yaml with every setting, run.json with versions and the command line."""
     sections = as_sections(command)
     sections["run"].pop("resume", None)
     write_text(run_dir / "config.yaml", yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))

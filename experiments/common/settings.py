@@ -82,7 +82,7 @@ class EvaluateSettings:
 
     episodes: int = setting(500, "held-out episodes of each row", ge=1)
     seed: int = setting(0, "of the held-out episodes; by default the run's", ge=0, lt=2**31)
-    sample: bool = setting(False, "draw actions instead of taking the most probable one")
+    sample: bool = setting(False, "sample actions instead of taking the greedy ones")
     output: str | None = setting(None, "JSON file for the results, must not exist")
     gif: str | None = setting(None, "GIF file for the first episodes, must not exist")
     gif_episodes: int = setting(4, "how many of them", ge=1)
@@ -201,7 +201,7 @@ OF_THE_MACHINE = {field.name for field in fields(WorkerSettings)} - {"rollout_ba
 
 
 def check_together(command: PPOCommand) -> None:
-    """What holds between settings; each alone is checked by `command_line.check`.
+    """Checks what holds between settings; each alone is checked by `command_line.check`.
 
     Raises:
         UsageError: sizes that do not divide, or a reference that does not exist.
@@ -238,7 +238,7 @@ def check_together(command: PPOCommand) -> None:
 
 
 def check_workers(settings: WorkerSettings, num_envs: int) -> None:
-    """What holds between the settings of rollout workers.
+    """Checks what holds between the settings of rollout workers.
 
     Raises:
         UsageError: sizes that do not divide, or settings of workers where there are none.

@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from manako.agent.data.trajectories import load_trajectories
-from manako.agent.tuning.forgetting import remember
+from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer
 from manako.experiments.common.building import make_tuning_args, policy_of_run
@@ -27,7 +27,7 @@ SIDE_BY_SIDE = 32  # environments, for captions and in the evaluation
 
 
 def train(command: SFTCommand, run_dir: Path, started: float) -> int:
-    """One stage; nothing is written before the data are known to fit.
+    """Runs one stage; nothing is written before the data are known to fit.
 
     Args:
         command: the settings.
@@ -48,14 +48,14 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     print_parts(console, policy)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
-    before = remember(policy)
+    before = measure_retention(policy)
     args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
     kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
     trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
     trainer.train()
     seconds = time.perf_counter() - started
     write_final(policy, run_dir)
-    after = remember(policy)
+    after = measure_retention(policy)
     report: dict[str, Any] = {
         "stage": sft.stage,
         "seconds": seconds,

@@ -17,7 +17,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, P, Dv) -> visual tokens (B, K, D)."""
+        """Returns visual tokens (B, K, D) of features (B, P, Dv)."""
 
     @property
     def is_fitted(self) -> bool:

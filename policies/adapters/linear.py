@@ -14,5 +14,5 @@ class LinearAdapter(Adapter):
         self.proj = nn.Linear(vision_width, text_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, P, Dv) -> visual tokens (B, P, D)."""
+        """Returns visual tokens (B, P, D) of features (B, P, Dv)."""
         return self.proj(features)

@@ -16,5 +16,5 @@ class MLPAdapter(Adapter):
         self.down = nn.Linear(text_width, text_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, P, Dv) -> visual tokens (B, P, D)."""
+        """Returns visual tokens (B, P, D) of features (B, P, Dv)."""
         return self.down(self.act(self.up(features)))

@@ -29,12 +29,12 @@ class ZScoreMLPAdapter(MLPAdapter):
 
     @torch.no_grad()
     def fit(self, features: torch.Tensor) -> bool:
-        """Takes the statistics of features (B, P, Dv), True; a channel that hardly varies is not blown up."""
+        """Takes the statistics of features (B, P, Dv), returns True; a channel that hardly varies is not blown up."""
         spread = features.float().std((0, 1))  # (Dv,)
         self.feature_mean.copy_(features.float().mean((0, 1)))
         self.feature_std.copy_(spread.clamp_min(max(0.1 * float(spread.mean()), 1e-6)))
         return True
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, P, Dv) -> visual tokens (B, P, D)."""
+        """Returns visual tokens (B, P, D) of features (B, P, Dv)."""
         return super().forward((features - self.feature_mean) / self.feature_std)

@@ -84,7 +84,7 @@ class ActionCodec:
         return KINDS[self.format].legend(self.names)
 
     def action_logprobs(self, branch_logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Exact log-probabilities of the A actions.
+        """Returns the exact log-probabilities of the A actions.
 
         Args:
             branch_logits: for each of `branches` the logits (B, children) of its children.

@@ -1,4 +1,4 @@
-"""What every way of reading does: from stored inputs to the hidden state and the logits at which the answer is read."""
+"""What every reading does: from stored inputs to the hidden state and the logits at which the answer is read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -55,11 +55,11 @@ class Reading(ABC):
         """Returns the hidden states (B, D) of `read` alone."""
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
-        """Whether it can read a prompt with these tokens."""
+        """Returns whether it can read a prompt with these tokens."""
         return True
 
     @contextmanager
     def frozen_weights(self) -> Iterator[None]:
-        """Inside: no weight changes, so what does not depend on the samples may be kept."""
+        """Promises that no weight changes inside the block, so what does not depend on the samples may be kept."""
         with torch.no_grad():
             yield

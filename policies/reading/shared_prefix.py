@@ -86,14 +86,14 @@ class SharedPrefix(Reading):
         return self._run_rest(inputs)[0]
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
-        """Whether the prompt begins with the prefix."""
+        """Returns whether the prompt begins with the prefix."""
         return prompt[: len(self._prefix)] == self._prefix
 
     @contextmanager
     def frozen_weights(self) -> Iterator[None]:
-        """Inside: no gradients, and the prefix's keys and values are kept."""
+        """Keeps the prefix's keys and values inside the block, without gradients."""
         with torch.no_grad():
-            before, self._kept = self._kept, self._run_prefix()
+            before, self._kept = self._kept, self.run_prefix()
             try:
                 yield
             finally:
@@ -120,15 +120,15 @@ class SharedPrefix(Reading):
             None if off <= tolerance else f"it differs from the model's own forward by {off:.1g} of the largest value"
         )
 
-    def _run_prefix(self) -> DynamicCache:
-        """Keys and values of the prefix, batch size 1."""
+    def run_prefix(self) -> DynamicCache:
+        """Returns keys and values of the prefix, batch size 1."""
         cache = DynamicCache(config=self.vlm.config)
         self.vlm.model(input_ids=self.prefix_ids.to(self.vlm.device)[None], past_key_values=cache, use_cache=True)
         return cache
 
     def _run_rest(self, inputs: Rows) -> tuple[Tensor, DynamicCache]:
         """Hidden states (B, D) at the last token, and keys and values of the whole prompts."""
-        prefix = self._kept if self._kept is not None else self._run_prefix()
+        prefix = self._kept if self._kept is not None else self.run_prefix()
         lengths, shared = inputs["lengths"], len(self.prefix_ids)
         ids = inputs["input_ids"][:, : int(lengths.max())]
         cache = self._expand(prefix, len(ids))

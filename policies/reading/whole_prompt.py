@@ -1,4 +1,4 @@
-"""Whole prompts by the model's own forward: what every faster way is compared with."""
+"""Whole prompts by the model's own forward: what every faster reading is compared with."""
 
 from typing import Any
 

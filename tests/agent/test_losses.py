@@ -178,7 +178,7 @@ def two_tokens(**others) -> tuple[Evaluated, Samples]:
 
 
 def test_two_tokens_by_hand():
-    """Each token has its ratio and its clip at 0.2, a step the mean of its tokens, the batch the mean of its steps.
+    """Each token has its ratio and its clip at 0.2, a step the mean of its drawn tokens, the batch that of its steps.
 
     surrogate   0: min(1.5·2, 1.2·2) = 2.4, min(0.9·2, 0.9·2) = 1.8, mean 2.1      1: min(-0.5, -0.8) = -0.8
     policy loss -(2.1 - 0.8) / 2 = -0.65
@@ -213,10 +213,25 @@ def test_two_tokens_are_weighed_by_the_importance_of_their_step():
 
 
 def test_nothing_is_learned_from_tokens_that_were_not_drawn():
-    """D loss / d logprob = -ratio·A / tokens of the answer / B: 0 (clipped), -0.9·2/2/2, 0 (clipped), none."""
+    """A log-probability's gradient is -ratio·A / drawn tokens / B: 0 (clipped), -0.9·2/2/2, 0 (clipped), none."""
     logprobs = (OLD + RATIO.log()).requires_grad_()
     policy_loss(logprobs, OLD, DRAWN, ADVANTAGES, clip_range=0.2)[0].backward()
     close(logprobs.grad, [[0.0, -0.45], [0.0, 0.0]])
+
+
+def test_a_token_that_could_not_have_been_drawn_changes_nothing():
+    """A policy that never says a special token gives the one that ends an answer minus infinity."""
+    evaluated, samples = two_tokens(reference=OLD)
+    expected, parts, _ = ppo_loss(evaluated, samples, PPOSettings(kl_coef=0.1))
+    never = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    logprobs = (evaluated.logprobs + never).requires_grad_()
+    evaluated = evaluated._replace(logprobs=logprobs, entropy=torch.where(DRAWN, evaluated.entropy, torch.nan))
+    samples = samples._replace(logprobs=OLD + never, reference=OLD + never)
+    loss, again, _ = ppo_loss(evaluated, samples, PPOSettings(kl_coef=0.1))
+    close(loss, expected.item())
+    assert all(torch.equal(again[name], part) for name, part in parts.items())
+    loss.backward()
+    assert torch.isfinite(logprobs.grad).all() and logprobs.grad[1, 1] == 0
 
 
 def test_an_answer_of_which_nothing_was_drawn_is_no_nan():
@@ -225,7 +240,7 @@ def test_an_answer_of_which_nothing_was_drawn_is_no_nan():
 
 
 def test_the_reference_s_kl_over_tokens_is_k3_of_the_drawn_ones():
-    """Reference / policy is 2, 0.5 and 0.25: k3 1 - log 2, -0.5 - log 0.5, -0.75 - log 0.25, by answer summed.
+    """Reference over policy is 2, 0.5, 0.25: k3 1 - log 2, -0.5 - log 0.5, -0.75 - log 0.25, by answer summed.
 
     (0.5 + (-0.75 + log 4)) / 2 = 0.5681472
     """

@@ -14,9 +14,9 @@ from manako.agent.errors import TrainingError
 from manako.agent.losses import policy_loss, value_loss
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_trainer import PPOTrainer
-from manako.agent.random_streams import SHUFFLES, make_rng
 from manako.agent.report.callbacks import MetricsCallback, read_metrics
 from manako.agent.report.evaluation import evaluate
+from manako.agent.rng import SHUFFLES, make_rng
 from manako.agent.samples import with_advantages
 from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
 from manako.policies import PolicySource, load_policy
@@ -367,7 +367,7 @@ def test_nothing_is_sent(tmp_path, monkeypatch):
 
 def test_it_learns_to_name_colors_from_pixels(tmp_path):
     """From random weights in 3,072 steps; blind guessing is right one time in four."""
-    env = color_env(32)
+    env = color_env(32, env_kwargs={"size": 2})
     policy = load_policy(PolicySource(), env.action_names, env.frame_shape)
     args = PPOConfig(
         output_dir=str(tmp_path),
@@ -380,7 +380,7 @@ def test_it_learns_to_name_colors_from_pixels(tmp_path):
         gamma=0.0,
     )
     seeds = [episode_seed(0, HELD_OUT, 0, episode) for episode in range(200)]
-    held_out = color_env(32, split=HELD_OUT)
+    held_out = color_env(32, split=HELD_OUT, env_kwargs={"size": 2})
     before = evaluate(policy, held_out, seeds).summary()["success"]
     trainer = PPOTrainer(policy, args, env)
     trainer.train()

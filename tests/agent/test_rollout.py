@@ -8,7 +8,7 @@ import torch
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError
-from manako.agent.random_streams import ACTIONS, action_draws, make_rng
+from manako.agent.rng import ACTIONS, action_draws, make_rng
 from manako.agent.rollout import merge
 from manako.agent.samples import recompute_logprobs, with_advantages
 from manako.policies.interface import sample_categorical
@@ -118,7 +118,7 @@ def test_the_stored_logprob_is_the_policy_s_for_the_stored_action(corridor):
     assert rollout.values.std() > 0.01 and rollout.logprobs.std() > 0.01
 
 
-def test_the_actions_are_drawn_from_each_slot_s_stream(corridor):
+def test_the_actions_are_drawn_from_each_slot_s_rng(corridor):
     _, policy, rollout = corridor
     with torch.no_grad():
         logprobs = policy.distribution(rollout.inputs)[0].view(12, 4, 2)
@@ -327,3 +327,16 @@ def test_samples_are_the_rollout_laid_flat(corridor):
     # the last step has no successor inside the rollout: its return is r + gamma V(s') where the episode went on
     expected = rollout.rewards[-1] + 0.9 * rollout.next_values[-1] * (~rollout.terminated[-1])
     assert torch.allclose(samples.returns.view(12, 4)[-1], expected, atol=1e-5)
+
+
+def test_samples_are_selected_and_moved_whole(corridor):
+    samples = with_advantages(corridor[2], gamma=0.9, gae_lambda=0.8, importance=torch.rand(12, 4))
+    rows = torch.tensor([40, 3])
+    part, moved = samples.select(rows), samples.to("meta")
+    same_rows(part.inputs, samples.inputs.select(rows))
+    same_rows(part.actions, samples.actions.select(rows))
+    for name, values in samples._asdict().items():
+        if isinstance(values, torch.Tensor):
+            assert torch.equal(getattr(part, name), values[rows]) and getattr(moved, name).device.type == "meta", name
+    assert samples.importance is not None and samples.reference is part.reference is moved.reference is None
+    assert moved.inputs["frames"].device.type == moved.actions["index"].device.type == "meta"

@@ -61,7 +61,7 @@ def shortest(env):
     """Steps to the named object that touch no other, by trying all sequences of growing length."""
     from manako.envs.goto import MOVES
 
-    places, steps = {env._agent}, 0
+    places, steps = {env.agent}, 0
     while True:
         steps += 1
         following = {
@@ -70,9 +70,9 @@ def shortest(env):
             for down, right in MOVES.values()
             if 0 <= row + down < env.size and 0 <= column + right < env.size
         }
-        if env._target in following:
+        if env.target in following:
             return steps
-        places = following - env._objects
+        places = following - env.objects
 
 
 def test_the_table_of_a_slippery_lake_is_solved_exactly():
@@ -110,12 +110,12 @@ def test_captions_say_what_is_there():
         frame = env.reset(seed=seed)[0]["image"]
         lit = np.argwhere(frame.any(-1))
         place = place_name(lit[0][0] // 8, lit[0][1] // 8, 3, 3)
-        assert env.caption() == f"{env.action_names[env._color]} square at {place}."
+        assert env.caption() == f"{env.action_names[env.color]} square at {place}."
     goto = gym.make(GOTO).unwrapped
     goto.reset(seed=1)
     kind = goto.instruction.removeprefix("go to the ")
-    assert f"{kind} at {place_name(*goto._target, 3, 3)}" in goto.caption()
-    assert goto.caption().startswith(f"cross at {place_name(*goto._agent, 3, 3)}, ")
+    assert f"{kind} at {place_name(*goto.target, 3, 3)}" in goto.caption()
+    assert goto.caption().startswith(f"cross at {place_name(*goto.agent, 3, 3)}, ")
     lake = envs.make_vlm_env("FrozenLake-v1", env_kwargs={"is_slippery": False})
     lake.reset(seed=0)
     lake.step(1)

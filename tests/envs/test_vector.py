@@ -323,8 +323,8 @@ def test_a_state_takes_up_every_slot_in_mid_episode(env_id):
     assert len({len(slot["actions"]) for slot in state["slots"]}) > 1
     resumed = EpisodeVectorEnv(env_id, 3, seed=2)
     seen = resumed.load_state_dict(state)
-    assert np.array_equal(seen.images, original._observations.images)
-    assert seen.instructions == original._observations.instructions
+    assert np.array_equal(seen.images, original.observations.images)
+    assert seen.instructions == original.observations.instructions
     assert resumed.episode_returns.tolist() == original.episode_returns.tolist()
     assert resumed.state_dict() == original.state_dict()
     assert resumed.replaced_instructions() == original.replaced_instructions()

@@ -81,9 +81,9 @@ def test_the_tiny_policys_forward_by_hand(bench):
     policy, inputs = bench.policy, bench.inputs(4)
     vision, text = policy.config.vision_config, policy.config.text_config
     patches, width = (vision.image_size // vision.patch_size) ** 2, text.hidden_size  # width 64 of both
-    prefix, batch = len(policy.prefix_ids), 4
-    assert inputs.lengths.unique().tolist() == [inputs.input_ids.shape[1]]
-    rest = inputs.input_ids.shape[1] - prefix
+    prefix, batch = len(policy.reading.prefix_ids), 4
+    assert inputs["lengths"].unique().tolist() == [inputs["input_ids"].shape[1]]
+    rest = inputs["input_ids"].shape[1] - prefix
 
     def layer(tokens, intermediate, matrices):  # q, k, v, o, and two or three matrices of the MLP
         return 2 * tokens * (4 * width * width + matrices * width * intermediate)
@@ -96,7 +96,7 @@ def test_the_tiny_policys_forward_by_hand(bench):
     image_pairs = vision.num_hidden_layers * batch * (patches + 1) ** 2
     prefix_pairs = prefix * (prefix + 1) // 2
     text_pairs = text.num_hidden_layers * (prefix_pairs + batch * (rest * prefix + rest * (rest + 1) // 2))
-    counter, _ = count_flops(lambda: len(policy(inputs).values))
+    counter, _ = count_flops(lambda: len(policy.distribution(inputs)[1]))
     assert counter.forward["linear"] == encoder + pooler + adapter + decoder + heads
     assert counter.forward["attention"] == 4 * width * (image_pairs + text_pairs)
     assert counter.forward["convolution"] == 2 * batch * patches * width * 3 * vision.patch_size**2
@@ -108,8 +108,8 @@ def test_linear_layers_as_torch_counts_them(bench):
     policy, inputs = bench.policy, bench.inputs(4)
 
     def work():
-        output = policy(inputs)
-        (output.logprobs.sum() + output.values.sum()).backward()
+        logprobs, values = policy.distribution(inputs)
+        (logprobs.sum() + values.sum()).backward()
         policy.zero_grad()
         return 1
 
@@ -159,10 +159,10 @@ def test_all_ways_of_a_rollout_step_give_the_same_numbers(bench):
     policy = bench.policy
     torch.nn.init.normal_(policy.value_head.out.weight)
     logprobs, values = whole.forward(whole.seen)
-    ours = policy(policy.prepare(whole.seen.images, whole.seen.instructions))
-    assert torch.allclose(logprobs, ours.logprobs, atol=1e-4) and torch.allclose(values, ours.values, atol=1e-4)
+    ours, our_values = policy.distribution(policy.prepare(whole.seen.images, whole.seen.instructions))
+    assert torch.allclose(logprobs, ours, atol=1e-4) and torch.allclose(values, our_values, atol=1e-4)
     seen = generate.seen
-    expected = policy(policy.prepare(seen.images, seen.instructions)).values.item()
+    expected = policy.distribution(policy.prepare(seen.images, seen.instructions))[1].item()
     assert generate.length == 1 and generate() == 1 and whole() == 4
     assert generate.value == pytest.approx(expected, abs=1e-4) and -30 < generate.logprob < 0
     assert not np.array_equal(seen.images, generate.seen.images) or seen.instructions != generate.seen.instructions

@@ -1,6 +1,6 @@
 """The model of many workers against terms chosen so that its results can be told by hand."""
 
-from manako.experiments.benchmarks.throughput import Terms, table, throughput
+from manako.experiments.benchmarks.throughput import Terms, throughput, throughput_table
 
 TERMS = Terms(env_step=0.01, forward=0.02, update=0.03, call=0.001, sample_bytes=1e6, weight_bytes=2e9, bandwidth=1e9)
 
@@ -31,7 +31,7 @@ def test_replicas_play_by_themselves_and_get_the_weights_in_a_tree():
 
 
 def test_prices_follow_the_machines_and_a_faster_learner_helps():
-    rows = dict(table(TERMS, 10, 5, core_price=0.1, learner_price=1.0))
+    rows = dict(throughput_table(TERMS, 10, 5, core_price=0.1, learner_price=1.0))
     rate, price = rows[8][1]
     close(price, 1e6 / rate / 3600 * (8 * 0.1 + 1.0))
     assert rows[8][2][0] > rows[8][1][0] and max(rows) == 1000

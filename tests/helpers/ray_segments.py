@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 
 from manako.agent.workers.env_worker import EnvWorker
 from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker
@@ -96,7 +95,9 @@ def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any 
     """The local backend that the others are held against."""
     from manako.agent.collector import RolloutCollector
 
-    return RolloutCollector((maker or env_maker())(0, num_envs), policy, NUM_STEPS, seed=3, batch_size=batch_size)
+    return RolloutCollector(
+        (maker or env_maker())(0, num_envs), policy, NUM_STEPS, seed=3, batch_size=batch_size, record=True
+    )
 
 
 def replica_settings(maker: Any = None, batch_size: int | None = None, **policy: Any) -> ReplicaSettings:
@@ -107,6 +108,7 @@ def replica_settings(maker: Any = None, batch_size: int | None = None, **policy:
         num_steps=NUM_STEPS,
         seed=3,
         batch_size=batch_size,
+        record=True,
     )
 
 
@@ -136,30 +138,3 @@ class Unready:
 
     def ready(self) -> dict[str, Any]:
         return {}
-
-
-def same_bits(one: Any, other: Any) -> None:
-    """Asserts that two rollouts are equal in every field but the time they took."""
-    import torch
-
-    for name, mine, theirs in zip(one._fields, one, other, strict=True):
-        if name == "seconds":
-            continue
-        if isinstance(mine, torch.Tensor):
-            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
-        elif name == "images":
-            assert (mine is None) == (theirs is None) and (mine is None or np.array_equal(mine, theirs))
-        elif name in ("inputs", "bootstrap"):
-            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), name
-        else:
-            assert mine == theirs, name
-
-
-def close_enough(one: Any, other: Any) -> None:
-    """Asserts that two rollouts hold the same frames, actions and rewards, and floats equal to rounding."""
-    for name, mine, theirs in zip(one._fields, one, other, strict=True):
-        if name in ("logprobs", "values", "next_values"):
-            assert np.allclose(mine.numpy(), theirs.numpy(), atol=1e-5), name
-        elif name in ("actions", "rewards", "terminated", "truncated", "bootstrap_at", "seeds", "steps", "success"):
-            assert (mine == theirs).all(), name
-    assert one.episodes == other.episodes

@@ -16,7 +16,7 @@ from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.rollout import Rollout
 from manako.envs import EpisodeVectorEnv
-from manako.policies import Policy, PolicySource, VLMPolicy, load_policy
+from manako.policies import PolicySource, VLMPolicy, load_policy
 from tests.helpers.small_envs import tiny_policy
 
 GOTO = "manako/GoTo-v0"
@@ -53,9 +53,9 @@ def indices(rollout: Rollout) -> torch.Tensor:
     return rollout.actions["index"].view(rollout.rewards.shape)
 
 
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters."""
-    return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -191,8 +191,8 @@ def test_values_start_at_zero(source):
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["keys", "values"])
-def test_a_wrong_short_way_is_not_used(part, monkeypatch):
-    right = SharedPrefix._run_prefix
+def test_a_wrong_prefix_is_not_used_and_the_header_says_why(part, monkeypatch):
+    right = SharedPrefix.run_prefix
 
     def wrong(self):
         cache = right(self)
@@ -201,9 +201,11 @@ def test_a_wrong_short_way_is_not_used(part, monkeypatch):
         return cache
 
     expected = load_policy(PolicySource(), NAMES, FRAME)
-    monkeypatch.setattr(SharedPrefix, "_run_prefix", wrong)
+    monkeypatch.setattr(SharedPrefix, "run_prefix", wrong)
     policy = load_policy(PolicySource(), NAMES, FRAME)
-    assert isinstance(policy.reading, WholePrompt)
+    assert isinstance(policy.reading, WholePrompt) and "differs from the model's own forward" in policy.why_whole
+    assert dict(expected.describe())["forward"].startswith(expected.reading.name) and expected.why_whole is None
+    assert f"whole prompts (no shared prefix: {policy.why_whole})" in dict(policy.describe())["forward"]
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
     assert torch.allclose(read(policy, inputs).logprobs, read(expected, inputs, whole=True).logprobs, atol=1e-6)
     with policy.frozen_weights():
@@ -211,17 +213,19 @@ def test_a_wrong_short_way_is_not_used(part, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_model_without_the_expected_parts_takes_the_whole_way(monkeypatch):
+def test_a_model_without_the_expected_parts_reads_whole_prompts(monkeypatch):
     def missing(self):
         raise AttributeError("no attribute 'model'")
 
-    monkeypatch.setattr(SharedPrefix, "_run_prefix", missing)
-    assert isinstance(load_policy(PolicySource(), NAMES, FRAME).reading, WholePrompt)
+    monkeypatch.setattr(SharedPrefix, "run_prefix", missing)
+    policy = load_policy(PolicySource(), NAMES, FRAME)
+    assert isinstance(policy.reading, WholePrompt)
+    assert policy.why_whole == "the model refused it, AttributeError: no attribute 'model'"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [8, 4096])
-def test_a_sliding_window_takes_the_whole_way(window, tmp_path):
+def test_a_sliding_window_reads_whole_prompts(window, tmp_path):
     """Its cache keeps other layers than the short way fills; the answers stay the model's own."""
     source = PolicySource(policy=str(llava_folder(tmp_path, MistralConfig, sliding_window=window)))
     policy = load_policy(source, TURNS, FRAME)
@@ -255,8 +259,8 @@ def test_frozen_weights_keep_the_prefix_until_weights_change(monkeypatch):
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
     before = read(policy, inputs).logprobs
     calls = []
-    run = SharedPrefix._run_prefix
-    monkeypatch.setattr(SharedPrefix, "_run_prefix", lambda self: calls.append(1) or run(self))
+    run = SharedPrefix.run_prefix
+    monkeypatch.setattr(SharedPrefix, "run_prefix", lambda self: calls.append(1) or run(self))
     with policy.frozen_weights():
         for _ in range(3):
             output = read(policy, inputs)

@@ -118,8 +118,8 @@ def test_an_answer_follows_a_word_after_a_space(name, end, lead, policies):
 def test_each_instruction_is_tokenized_once(policies, monkeypatch):
     prompts = policies["tiny"].prompts
     calls = []
-    tokenize = PromptBuilder._tokenize
-    monkeypatch.setattr(PromptBuilder, "_tokenize", lambda self, text: calls.append(text) or tokenize(self, text))
+    tokenize = PromptBuilder.tokenize
+    monkeypatch.setattr(PromptBuilder, "tokenize", lambda self, text: calls.append(text) or tokenize(self, text))
     assert prompts.encode("walk there") == prompts.encode("walk there")
     assert calls == ["walk there"]
     assert prompts.encode(" walk  there\n") == prompts.encode("walk there")

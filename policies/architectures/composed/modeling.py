@@ -18,7 +18,7 @@ from manako.policies.errors import PolicyError
 
 
 def feature_width(vision_config: PreTrainedConfig) -> int:
-    """Width Dv of the encoder's last hidden state: `hidden_size`, or the last of `hidden_sizes` (ConvNeXt, Swin)."""
+    """Returns the encoder's width Dv: `hidden_size`, or the last of `hidden_sizes` (ConvNeXt, Swin)."""
     width = getattr(vision_config, "hidden_size", None) or (getattr(vision_config, "hidden_sizes", None) or [None])[-1]
     if not isinstance(width, int):
         raise PolicyError(
@@ -53,7 +53,7 @@ class ManakoModel(ManakoPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embeddings."""
+        """Returns the language model's token embeddings."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -61,11 +61,11 @@ class ManakoModel(ManakoPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_decoder(self) -> nn.Module:
-        """The language model."""
+        """Returns the language model."""
         return self.language_model
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, h, w) -> one feature vector a patch (B, P, Dv), class and register tokens dropped."""
+        """Returns a feature vector a patch (B, P, Dv) of pixels (B, 3, h, w), without class and register tokens."""
         hidden = self.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
         if hidden.ndim == 4:  # (B, Dv, rows, columns), e.g. ConvNeXt
             return hidden.flatten(2).transpose(1, 2)  # (B, P, Dv)
@@ -77,7 +77,7 @@ class ManakoModel(ManakoPreTrainedModel):
         return hidden
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, h, w) -> visual tokens (B, K, D)."""
+        """Returns visual tokens (B, K, D) of pixels (B, 3, h, w)."""
         return self.adapter(self.get_vision_features(pixel_values))
 
     def forward(
@@ -91,7 +91,7 @@ class ManakoModel(ManakoPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Token ids (B, L) with K placeholders an image, pixels (images, 3, h, w) -> last hidden states (B, L, D)."""
+        """Returns last hidden states (B, L, D) of token ids (B, L) with K placeholders an image, and pixels."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -131,7 +131,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embeddings."""
+        """Returns the language model's token embeddings."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -139,7 +139,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LM head."""
+        """Returns the LM head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
@@ -147,7 +147,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def get_decoder(self) -> nn.Module:
-        """The language model."""
+        """Returns the language model."""
         return self.model.language_model
 
     def forward(
@@ -163,7 +163,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Token ids (B, L), pixels (images, 3, h, w) -> logits (B, L or `logits_to_keep`, V), loss with labels."""
+        """Returns logits (B, L or `logits_to_keep`, V) of token ids (B, L) and pixels; the loss too, with labels."""
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -52,17 +52,17 @@ class ManakoProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The text that stands for image number `image_idx`: K placeholders."""
+        """Returns the text that stands for image number `image_idx`: K placeholders."""
         return self.image_token * self.num_image_tokens
 
 
 def special_vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Every special token of a tokenizer and its id, also those without a role such as `eos_token`."""
+    """Returns every special token of a tokenizer and its id, also those without a role such as `eos_token`."""
     named = {str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens}
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {**added, **named}
 
 
 def vlm_chat_template(text_template: str | None) -> str:
-    """A template for messages with image parts, from a text-only model's own template (or none)."""
+    """Returns a template for messages with image parts, from a text-only model's own template (or none)."""
     return JOIN_PARTS + (text_template or PLAIN_TEMPLATE)

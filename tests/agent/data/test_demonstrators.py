@@ -1,4 +1,4 @@
-"""Players that cannot learn: how often an expert errs, that chance is uniform, that recordings are played exactly."""
+"""Players that cannot learn: how often an expert errs, that chance is uniform, that recordings are kept to."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,10 @@ import torch
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
-from manako.agent.data.recordings import Recording, in_slots
+from manako.agent.data.recordings import Recording, split_over_slots
 from manako.agent.errors import TrainingError
-from manako.agent.random_streams import make_rng
 from manako.agent.report.evaluation import evaluate
+from manako.agent.rng import make_rng
 from manako.envs import EpisodeVectorEnv
 from manako.policies.interface import Draws, PolicySpec
 from tests.helpers.small_runs import corridor_env, indices
@@ -96,9 +96,8 @@ def test_a_random_player_draws_with_the_run_s_numbers():
 
 def test_players_are_evaluated():
     seeds = list(range(1, 21, 2))
-    expert, chance = (
-        evaluate(player, EpisodeVectorEnv(GOTO, 4), seeds) for player in (ScriptedPlayer(SPEC), RandomPlayer(SPEC))
-    )
+    players = ScriptedPlayer(SPEC), RandomPlayer(SPEC)
+    expert, chance = (evaluate(player, EpisodeVectorEnv(GOTO, 4), seeds) for player in players)
     assert expert.summary()["success"] == 1 > chance.summary()["success"]
 
 
@@ -113,14 +112,15 @@ def corridors(queues):
 
 def replay(recordings, num_envs, num_steps):
     """Rollouts of that many steps in which all recordings are played to their end."""
-    player = RecordedPlayer(CORRIDOR, in_slots(recordings, num_envs))
+    player = RecordedPlayer(CORRIDOR, split_over_slots(recordings, num_envs))
     collector = RolloutCollector(corridors(player.queues), player, num_steps, 0, record=True)
     return [collector.collect(number) for number in range(-(-player.num_steps // num_steps))]
 
 
 GOOD = [
-    Recording(2 * number, actions, f"line {number}")
-    for number, actions in enumerate(((1, 0, 1, 1), (0, 0, 1, 0), (1, 1, 1, 1)))
+    Recording(0, (1, 0, 1, 1), "line 0"),
+    Recording(2, (0, 0, 1, 0), "line 1"),
+    Recording(4, (1, 1, 1, 1), "line 2"),
 ]
 
 

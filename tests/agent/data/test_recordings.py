@@ -10,7 +10,7 @@ import pytest
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RecordedPlayer, ScriptedPlayer
-from manako.agent.data.recordings import Recording, append_recording, in_slots, read_recordings
+from manako.agent.data.recordings import Recording, append_recording, read_recordings, split_over_slots
 from manako.agent.data.trajectories import save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
 from manako.envs import EnvError, EpisodeVectorEnv
@@ -57,7 +57,7 @@ def write(tmp_path):
 
 
 def replay(recordings, policy, num_envs=3, num_steps=5, make_env=lambda n, seeds: EpisodeVectorEnv(GOTO, n, **seeds)):
-    player = RecordedPlayer(policy.spec, in_slots(recordings, num_envs))
+    player = RecordedPlayer(policy.spec, split_over_slots(recordings, num_envs))
     env = make_env(len(player.queues), {"seed_lists": player.seed_lists})
     collector = RolloutCollector(env, player, num_steps, 0, record=True, ask_expert=env.env_id == GOTO)
     rollouts = [collector.collect(number) for number in range(-(-player.num_steps // num_steps))]
@@ -98,9 +98,9 @@ def test_a_folder_of_trajectories_is_a_recording(trajectories, policy, tmp_path)
 
 def test_recordings_share_slots_in_their_order():
     some = [Recording(seed, (0,), "") for seed in range(7)]
-    assert [[r.seed for r in queue] for queue in in_slots(some, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [[r.seed for r in queue] for queue in in_slots(some, 5)] == [[0, 1], [2, 3], [4, 5], [6]]
-    assert len(in_slots(some, 64)) == 7
+    assert [[r.seed for r in queue] for queue in split_over_slots(some, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [[r.seed for r in queue] for queue in split_over_slots(some, 5)] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert len(split_over_slots(some, 64)) == 7
 
 
 def test_slots_walk_through_their_lists_of_seeds():

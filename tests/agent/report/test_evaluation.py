@@ -36,7 +36,7 @@ def test_each_seed_is_played_once_and_in_order(policy, num_envs):
     assert evaluate(policy, go_to(num_envs), SEEDS).episodes == alone
 
 
-def test_starts_that_differ_are_counted_by_sight(policy):
+def test_starts_that_differ_are_counted_by_observation(policy):
     assert evaluate(policy, go_to(4), SEEDS[:1] * 3).starts == 1
     assert evaluate(policy, go_to(2), SEEDS[:5]).starts == 5
     env = EpisodeVectorEnv("manako/GoTo-v0", 2, instruction="go to the red ball")

@@ -48,7 +48,7 @@ def count(picture: np.ndarray, color: str, tolerance: int = 12) -> int:
 def episode(
     num_actions: int = 4, steps: int = 3, success: bool = True, size: tuple[int, int] = (8, 8)
 ) -> RecordedEpisode:
-    """Frame t is one colour, all actions are equally likely but the chosen one, t, has probability 0.6."""
+    """Frame t is one colour, all actions are equally likely but the taken one, t, has probability 0.6."""
     frames = np.zeros((steps + 1, *size, 3), np.uint8)
     frames[:] = (50 * np.arange(steps + 1))[:, None, None, None]
     probabilities = np.full((steps, num_actions), 0.4 / (num_actions - 1))
@@ -67,7 +67,7 @@ def test_every_series_is_drawn(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["curve.png"]  # nothing left beside it
     # against a curve of one point a series, which has the same panels, labels and legend
     learning_curve([rows()[5], {"env_steps": 5120}], tmp_path / "one_point.png", "GoTo")
-    for key, color in figures._COLORS.items():
+    for key, color in figures.COLORS.items():
         assert colored(path, color) > colored(tmp_path / "one_point.png", color) + 200, key
 
 
@@ -80,20 +80,20 @@ def test_panels_without_a_number_are_left_out(tmp_path):
     )
     three, one = Image.open(tmp_path / "three.png"), Image.open(tmp_path / "one.png")
     assert three.width == 3 * one.width
-    assert colored(tmp_path / "one.png", figures._COLORS["success_rate"]) > 10
+    assert colored(tmp_path / "one.png", figures.COLORS["success_rate"]) > 10
 
 
 @pytest.mark.parametrize("n", [1, 39, 40, 200])
 def test_short_and_long_runs(tmp_path, n):
     learning_curve(rows(n), tmp_path / "curve.png", "GoTo")
-    assert colored(tmp_path / "curve.png", figures._COLORS["success_rate"]) > 10
+    assert colored(tmp_path / "curve.png", figures.COLORS["success_rate"]) > 10
 
 
 def test_the_running_mean_looks_back():
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
-    figures._draw(ax, [{"env_steps": i, "entropy": float(i)} for i in range(60)], "entropy", "entropy")
+    figures.draw_series(ax, [{"env_steps": i, "entropy": float(i)} for i in range(60)], "entropy", "entropy")
     _, bold = ax.get_lines()
     assert list(bold.get_ydata()[[0, 1, 4, 59]]) == [0.0, 0.5, 2.0, 57.0]  # of 1, 2, 5 and 5 points
 
@@ -117,15 +117,15 @@ def test_one_picture_a_step_and_a_labelled_end(tmp_path):
     assert [int(picture[middle][0]) for picture in shown] == pytest.approx([0, 50, 100, 150, 0, 50, 100], abs=4)
 
 
-def test_the_chosen_bar_is_as_long_as_its_probability(tmp_path):
+def test_the_taken_action_s_bar_is_as_long_as_its_probability(tmp_path):
     half, whole = episode(steps=1), episode(steps=1)
     half.probabilities[:] = [0.5, 0.5, 0.0, 0.0]
     whole.probabilities[:] = [1.0, 0.0, 0.0, 0.0]
     episode_gif([half, whole], NAMES, tmp_path / "play.gif")
     (first, _, second, _), _ = pictures(tmp_path / "play.gif")
-    ratio = count(first, figures._CHOSEN_COLOR) / count(second, figures._CHOSEN_COLOR)
+    ratio = count(first, figures._TAKEN_COLOR) / count(second, figures._TAKEN_COLOR)
     assert ratio == pytest.approx(0.5, abs=0.01)
-    assert count(first, figures._BAR_COLOR) == pytest.approx(count(first, figures._CHOSEN_COLOR), rel=0.02)
+    assert count(first, figures._BAR_COLOR) == pytest.approx(count(first, figures._TAKEN_COLOR), rel=0.02)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (210, 160), (400, 600), (1, 1)])
@@ -133,7 +133,7 @@ def test_frames_of_any_size(tmp_path, size):
     episode_gif([episode(size=size)], NAMES, tmp_path / "play.gif")
     shown, _ = pictures(tmp_path / "play.gif")
     assert len(shown) == 4
-    width, height = figures._scaled_size(size)
+    width, height = figures.scaled_size(size)
     assert max(width, height) <= 1.5 * figures._FRAME
     assert width / height == pytest.approx(size[1] / size[0], rel=0.02)
 
@@ -144,19 +144,19 @@ def test_many_actions_and_long_words(tmp_path):
     assert len(pictures(tmp_path / "play.gif")[0]) == 4
 
 
-def test_the_chosen_action_is_always_shown():
+def test_the_taken_action_is_always_shown():
     probabilities = np.arange(18) / np.arange(18).sum()
-    assert figures._shown_actions(probabilities, chosen=0) == [*range(17, 6, -1), 0]
-    assert figures._shown_actions(probabilities, chosen=17) == list(range(17, 5, -1))
-    assert figures._shown_actions(probabilities[:12], chosen=0) == list(range(12))
+    assert figures.shown_actions(probabilities, taken=0) == [*range(17, 6, -1), 0]
+    assert figures.shown_actions(probabilities, taken=17) == list(range(17, 5, -1))
+    assert figures.shown_actions(probabilities[:12], taken=0) == list(range(12))
 
 
 def test_long_instructions_end_in_dots():
-    lines = figures._wrapped("word " * 100, figures._PANEL)
+    lines = figures.wrapped("word " * 100, figures.PANEL)
     assert len(lines) == 4
     assert lines[-1].endswith("…")
-    assert figures._wrapped("go to the blue ball", figures._PANEL) == ["go to the blue ball"]
-    assert figures._wrapped("", figures._PANEL) == []
+    assert figures.wrapped("go to the blue ball", figures.PANEL) == ["go to the blue ball"]
+    assert figures.wrapped("", figures.PANEL) == []
 
 
 @pytest.mark.parametrize(

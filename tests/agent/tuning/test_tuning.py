@@ -1,289 +1,23 @@
-"""SFT, DPO and KTO with TRL on policies: what learns, what stays bit for bit, and what other libraries load."""
+"""The runners of SFT, DPO and the ladder: from demonstrations to a report, and what they refuse."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from datasets import load_from_disk
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from manako.agent.collector import RolloutCollector
-from manako.agent.data.demonstrators import ScriptedPlayer
-from manako.agent.data.trajectories import save_trajectories, to_dataset
-from manako.agent.errors import TrainingError
-from manako.agent.tuning.forgetting import PROBES, remember
-from manako.agent.tuning.preferences import expert_pairs, pair_dataset, unpaired
-from manako.agent.tuning.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrated_actions, demonstrations
-from manako.agent.tuning.trainers import (
-    PolicyCloningTrainer,
-    PolicyDPOTrainer,
-    PolicyKTOTrainer,
-    PolicySFTTrainer,
-    frozen_copy,
-)
-from manako.envs import EpisodeVectorEnv
+from manako.agent.data.trajectories import save_trajectories
 from manako.experiments import collect, run_dpo, run_ladder, run_sft
 from manako.experiments.common.collecting import play_until
 from manako.experiments.common.command_line import UsageError, run_main
-from manako.experiments.common.ladder_report import compare, print_report
-from manako.policies import save_policy
+from manako.experiments.common.ladder_report import compare_steps, print_report
 from tests.helpers.small_envs import tiny_policy
-from tests.helpers.small_runs import corridor_env, difference, goto_policy, weights
+from tests.helpers.small_runs import GOTO, corridor_env, expert_trajectories
 
-ROOT, GOTO = Path(__file__).parents[3], "manako/GoTo-v0"
+ROOT = Path(__file__).parents[3]
 SMALL = {"eval_episodes": 4, "gif_episodes": 0}
-
-
-def make_policy(trainable="full", policy="tiny"):
-    return goto_policy(policy=str(policy), trainable=trainable)
-
-
-def settings(folder, kind=SFTConfig, **given):
-    defaults = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-3, "max_length": None}
-    defaults |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    defaults |= {"gradient_checkpointing": False, "bf16": False}
-    return kind(output_dir=str(folder / ".staging"), **{**defaults, **given})
-
-
-def played(num_envs, num_steps, error_rate, player):
-    """What the scripted expert plays, as a dataset."""
-    policy, env = make_policy(), EpisodeVectorEnv(GOTO, num_envs)
-    expert = ScriptedPlayer(policy.spec, error_rate)
-    collector = RolloutCollector(env, expert, num_steps, seed=0, record=True, ask_expert=True)
-    return to_dataset([collector.collect(0)], policy, GOTO, player, {})
-
-
-@pytest.fixture(scope="module")
-def trajectories():
-    return played(8, 8, 0.5, "expert, wrong 50%")
-
-
-def parts(policy):
-    """Copies of all parameters, by part."""
-    found = {}
-    for name, tensor in weights(policy).items():
-        part = next(
-            (part for part in ("lora", "value_head", "vision_tower", "original_module", "adapter") if part in name),
-            "llm",
-        )
-        found.setdefault(part, {})[name] = tensor
-    return found
-
-
-def sft_trainer(loss, policy, trajectories, folder, **given):
-    if loss == "actions":
-        return PolicyCloningTrainer(policy, settings(folder, **given), demonstrated_actions(trajectories), folder)
-    return PolicySFTTrainer(policy, settings(folder, **given), demonstrations(trajectories, policy), folder)
-
-
-@pytest.mark.parametrize("loss", ["tokens", "actions"])
-@pytest.mark.parametrize(
-    ("trainable", "learns"),
-    [("adapter", {"adapter"}), ("lora", {"lora", "adapter"}), ("full", {"adapter", "vision_tower", "llm"})],
-)
-def test_what_learns_changes_and_all_else_stays_bit_for_bit(trainable, learns, loss, trajectories, tmp_path):
-    policy = make_policy(trainable)
-    before = parts(policy)
-    sft_trainer(loss, policy, trajectories, tmp_path).train()
-    after = parts(policy)
-    moved = {part for part in before if difference(before[part], after[part]) > 0}
-    assert moved == learns
-    assert not policy.vlm.training
-
-
-def test_the_loss_is_on_the_answer_and_the_prompt_is_the_policys(trajectories, tmp_path):
-    policy = make_policy()
-    data = demonstrations(trajectories, policy)
-    trainer = PolicySFTTrainer(policy, settings(tmp_path, per_device_train_batch_size=1), data, tmp_path)
-    for number in range(5):
-        batch = trainer.data_collator([data[number]])
-        check_tokens(batch, policy, data[number], trajectories["instruction"][number])
-        trained = batch["labels"][0][batch["labels"][0] != -100].tolist()
-        answer = policy.codec.token_ids[trajectories["action"][number]]
-        assert tuple(trained[: len(answer)]) == answer and len(trained) <= len(answer) + 1  # and the end
-    with pytest.raises(TrainingError, match="not what this policy acts on"):
-        check_tokens(batch, policy, data[4], "go somewhere else")
-
-
-def test_only_labelled_positions_are_scored_and_the_numbers_are_trls(trajectories, tmp_path, monkeypatch):
-    from trl.kernels import chunked_logprob
-
-    scored = []
-    fold = chunked_logprob._forward_tile
-    monkeypatch.setattr(
-        chunked_logprob,
-        "_forward_tile",
-        lambda tile, *rest, **named: (scored.append(len(tile)), fold(tile, *rest, **named)),
-    )
-    runs = {}
-    for name in ("ours", "TRL's"):
-        if name == "TRL's":
-            monkeypatch.setattr("manako.agent.tuning.trainers.score_labels_only", lambda model: None)
-        torch.manual_seed(0)
-        policy = make_policy()
-        pairs = pair_dataset(trajectories, expert_pairs(trajectories), policy)
-        trainer = PolicyDPOTrainer(policy, settings(tmp_path, DPOConfig), pairs, tmp_path)
-        trainer.train()
-        runs[name] = policy, trainer.rows, sum(scored)
-        scored.clear()
-    (ours, rows, few), (theirs, their_rows, many) = runs.values()
-    assert 0 < 5 * few < many
-    assert difference(weights(ours), weights(theirs)) < 1e-4
-    for row, other in zip(rows, their_rows, strict=True):
-        assert all(
-            abs(row[key] - other[key]) < 1e-4 for key in ("loss", "rewards/margins", "logps/chosen", "grad_norm")
-        )
-    assert "forward" not in ours.vlm.__dict__
-
-
-@pytest.mark.parametrize("loss", ["tokens", "actions"])
-def test_after_training_in_bf16_the_model_is_itself_again(loss, trajectories, tmp_path):
-    policy = make_policy("adapter")
-    sft_trainer(loss, policy, trajectories, tmp_path, bf16=True).train()
-    ids = torch.arange(20, 30)[None]
-    with torch.no_grad():
-        logits = policy.vlm(input_ids=ids).logits
-        hidden = policy.vlm.model(input_ids=ids).last_hidden_state
-        assert torch.equal(logits, policy.vlm.lm_head(hidden))  # no autocast is left around it
-
-
-def test_a_few_steps_make_the_demonstrations_likelier(trajectories, tmp_path):
-    policy = make_policy()
-    data = demonstrations(trajectories, policy, only_success=True)
-    assert 0 < len(data) < len(trajectories)
-    trainer = PolicySFTTrainer(policy, settings(tmp_path, max_steps=40, learning_rate=3e-3), data, tmp_path)
-    trainer.train()
-    assert trainer.rows[-1]["loss"] < 0.5 * trainer.rows[0]["loss"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40 and not (tmp_path / ".staging").exists()
-
-
-def test_cloning_is_the_policys_own_probability_and_like_rows_are_computed_once(trajectories, tmp_path):
-    """Loss, share and gradient are those of the rows one by one; a batch with every row three times is no dearer."""
-    policy = make_policy("adapter")
-    data = demonstrated_actions(trajectories)
-    trainer = PolicyCloningTrainer(policy, settings(tmp_path), data, tmp_path)
-    rows = [data[number] for number in range(8)]
-    batch = trainer.collate(rows * 3)
-    sights = {(row["image"]["bytes"], row["instruction"]) for row in rows}
-    assert len(batch["inputs"]) == len(sights) and len(batch["action"]) == len(batch["observation"]) == 24
-    trainer.compute_loss(policy.vlm, batch).backward()
-    mine = {name: parameter.grad.clone() for name, parameter in policy.named_parameters() if parameter.grad is not None}
-    policy.zero_grad()
-    frames = np.stack([np.asarray(frame) for frame in trajectories[:8]["image"]])
-    logprobs, _ = policy.distribution(policy.prepare(frames, trajectories[:8]["instruction"]))
-    actions = torch.tensor(trajectories[:8]["action"])
-    loss = -logprobs[torch.arange(8), actions].mean()
-    loss.backward()
-    torch.testing.assert_close(trainer.compute_loss(policy.vlm, batch), loss)
-    assert mine and all("adapter" in name for name in mine)
-    for name, parameter in policy.named_parameters():
-        if name in mine:
-            torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-3, atol=1e-5)
-    trainer.train()
-    share = (logprobs.argmax(1) == actions).float().mean().item()
-    assert trainer._metrics["eval"]["action_accuracy"] == [share, share]
-    assert all(0 <= row["action_accuracy"] <= 1 for row in trainer.rows) and len(trainer.rows) == 3
-
-
-def test_cloning_learns_what_the_expert_does(trajectories, tmp_path):
-    policy = make_policy()
-    right = trajectories.filter(lambda row: row["action"] == row["expert_action"])
-    batch = {"per_device_train_batch_size": 64, "max_steps": 40, "learning_rate": 1e-3}
-    trainer = sft_trainer("actions", policy, right, tmp_path, **batch)
-    trainer.train()
-    assert trainer.rows[-1]["action_accuracy"] > 0.9 and trainer.rows[-1]["loss"] < 0.5 * trainer.rows[0]["loss"]
-
-
-def test_cloning_by_several_processes_is_refused(trajectories, tmp_path, monkeypatch):
-    monkeypatch.setattr(SFTConfig, "world_size", 2)
-    with pytest.raises(TrainingError, match="started by 2 processes: expected one, or --loss tokens"):
-        sft_trainer("actions", make_policy(), trajectories, tmp_path)
-
-
-def test_captions_train_the_adapter_alone(tmp_path):
-    policy = make_policy("adapter")
-    env = EpisodeVectorEnv(GOTO, 8)
-    data = captions(env.reset().images, env.captions())
-    assert data[0]["prompt"][0]["content"][0]["text"] == CAPTION_PROMPT
-    trainer = PolicySFTTrainer(policy, settings(tmp_path), data, tmp_path)
-    batch = next(iter(trainer.get_train_dataloader()))
-    trained = [policy.processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
-    assert all(text.startswith("cross at ") for text in trained)
-
-
-@pytest.mark.parametrize("method", ["dpo", "kto"])
-@pytest.mark.parametrize("trainable", ["full", "lora"])
-def test_preferences_against_the_policy_as_it_was(method, trainable, trajectories, tmp_path):
-    from trl import KTOConfig
-
-    policy = make_policy(trainable)
-    pairs = pair_dataset(trajectories, expert_pairs(trajectories), policy)
-    before = weights(policy)
-    if method == "dpo":
-        args = settings(tmp_path, DPOConfig, max_steps=12, learning_rate=5e-3)
-        trainer = PolicyDPOTrainer(policy, args, pairs, tmp_path)
-        trainer.train()
-        assert abs(trainer.rows[0]["loss"] - 0.6931) < 1e-3  # the model still is its reference
-        assert sum(row["loss"] for row in trainer.rows[-3:]) / 3 < 0.685
-    else:
-        trainer = PolicyKTOTrainer(policy, settings(tmp_path, KTOConfig), unpaired(pairs), tmp_path)
-        trainer.train()
-    assert difference(before, weights(policy)) > 0
-
-
-def test_trls_own_trainer_takes_the_pairs_without_us(trajectories, tmp_path):
-    policy = make_policy()
-    save_policy(policy, tmp_path)
-    pair_dataset(trajectories, expert_pairs(trajectories), policy).save_to_disk(str(tmp_path / "pairs"))
-    trainer = DPOTrainer(
-        AutoModelForImageTextToText.from_pretrained(tmp_path),
-        args=settings(tmp_path, DPOConfig),
-        train_dataset=load_from_disk(str(tmp_path / "pairs")),
-        processing_class=AutoProcessor.from_pretrained(tmp_path),
-    )
-    trainer.train()
-    assert abs(trainer.state.log_history[0]["loss"] - 0.6931) < 1e-3
-
-
-def test_lora_off_is_the_base_and_plain_peft_loads_the_folder(trajectories, tmp_path):
-    base = make_policy()
-    save_policy(base, folder := tmp_path / "base") if (tmp_path / "base").mkdir() is None else None
-    policy = make_policy("lora", folder)
-    PolicySFTTrainer(policy, settings(tmp_path), demonstrations(trajectories, policy), tmp_path).train()
-    env = EpisodeVectorEnv(GOTO, 8)
-    seen = env.reset()
-    inputs = policy.prepare(seen.images, seen.instructions)
-    with torch.no_grad():
-        tuned, merged = policy.distribution(inputs)[0], frozen_copy(policy)
-        start, _ = base.distribution(inputs)
-        with policy.as_reference():
-            assert torch.equal(policy.distribution(inputs)[0], start)
-    assert not torch.equal(tuned, start)
-    assert not any(parameter.requires_grad for parameter in merged.parameters())
-    (tmp_path / "lora").mkdir()
-    save_policy(policy, tmp_path / "lora")
-    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), str(tmp_path / "lora"))
-    mine = {name: tensor for name, tensor in policy.vlm.state_dict().items() if "lora" in name}
-    assert mine and all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in mine.items())
-
-
-def test_forgetting_is_seen():
-    policy = make_policy()
-    before = remember(policy)
-    assert before == remember(policy) and before.perplexity > 100 and 0 <= before.probes <= 1
-    with torch.no_grad():
-        policy.base_vlm.get_output_embeddings().weight.mul_(-30)
-    assert remember(policy).perplexity > 10 * before.perplexity
-    assert len({start for start, _, _ in PROBES}) == len(PROBES) == 20
-
-
-# ---- the runners -----------------------------------------------------------------------------------------------------
 
 
 def run(name, folder, **given):
@@ -334,30 +68,35 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     assert done.returncode == 0 and (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime == before
 
 
-def test_align_and_instruct_as_programs(recorded, tmp_path):
-    done = run(
-        "run_sft.py", tmp_path, stage="align", adapter="mlp_zscore", captions=16, batch_size=8, output_dir="align"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "standardises features by 16 frames" in done.stdout
+def test_align_and_instruct(recorded, tmp_path, monkeypatch, capsys):
+    """Both in this process; the ladder runs the same as programs."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_here(**given):
+        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["run_sft.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            run_main(run_sft.main)
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        return printed.out
+
+    printed = run_here(stage="align", adapter="mlp_zscore", captions=16, batch_size=8, output_dir="align")
+    assert "standardises features by 16 frames" in printed
     assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
     given = {"policy": "align", "dataset": recorded / "right", "trainable": "adapter", "loss": "actions", **SMALL}
-    done = run(
-        "run_sft.py", tmp_path, **given, epochs=3, warmup_steps=2, lr_scheduler_type="constant", output_dir="instruct"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "actions right" in done.stdout and "standardises" not in done.stdout  # by what align gave it
+    printed = run_here(**given, epochs=3, warmup_steps=2, lr_scheduler_type="constant", output_dir="instruct")
+    assert "actions right" in printed and "standardises" not in printed  # by what align gave it
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "instruct/metrics.jsonl").open()]
     assert rates == [0, 1e-4, *[2e-4] * (len(rates) - 2)] and len(rates) > 2
     assert json.loads((tmp_path / "instruct/report.json").read_text())["loss"] > 0
 
 
 @pytest.fixture(scope="module")
-def recorded(trajectories, tmp_path_factory):
+def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
-    save_trajectories(trajectories, folder / "wrong")
-    right = played(4, 9, 0.0, "expert")
-    save_trajectories(right, folder / "right")
+    save_trajectories(expert_trajectories(8, 8, 0.5, "expert, wrong 50%"), folder / "wrong")
+    save_trajectories(expert_trajectories(4, 9, 0.0, "expert"), folder / "right")
     return folder
 
 
@@ -396,7 +135,7 @@ def test_environments_without_an_end_are_refused(monkeypatch):
 def test_every_step_is_compared_with_all_before_it():
     """Three episodes more and none less: p = 2 / 2**3."""
     won = {"a": [False] * 3 + [True], "b": [True] * 4, "c": [True] * 4}
-    assert compare(won) == [
+    assert compare_steps(won) == [
         {"step": "b", "against": "a", "difference": 0.75, "p": 0.25},
         {"step": "c", "against": "a", "difference": 0.75, "p": 0.25},
         {"step": "c", "against": "b", "difference": 0.0, "p": 1.0},

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.helpers import users_folder
-from tests.helpers.ray_segments import local, make_policy, replica_settings, same_bits
+from tests.helpers.ray_segments import local, make_policy, replica_settings
+from tests.helpers.rollout_equality import same_bits
 
 ROOT = Path(__file__).parents[3]
 RUNNER, SUBMIT = ROOT / "experiments/run_ppo.py", ROOT / "experiments/submit_ray_job.py"

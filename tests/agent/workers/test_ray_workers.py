@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from manako.agent.data.trajectories import ScriptedDemonstrator, to_dataset
+from manako.agent.backends import make_rollouts
+from manako.agent.data.demonstrators import ScriptedPlayer
+from manako.agent.data.trajectories import to_dataset
 from manako.agent.errors import TrainingError, WorkersError
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback
@@ -29,19 +31,18 @@ from manako.agent.workers.settings import WorkerSettings
 from manako.agent.workers.supervisor import Supervisor
 from manako.agent.workers.weights import as_arrays, load_trainable, trainable_tensors
 from manako.envs.settings import EnvSettings
-from manako.experiments.common.building import make_rollouts, policy_of_run
+from manako.experiments.common.building import make_plan, policy_of_run
 from manako.experiments.common.environments import make_segment
 from manako.policies import PolicySource
 from tests.helpers import ray_segments
 from tests.helpers.ray_segments import (
     NUM_STEPS,
-    close_enough,
     env_maker,
     local,
     make_policy,
     replica_settings,
-    same_bits,
 )
+from tests.helpers.rollout_equality import close_enough, same_bits
 from tests.helpers.small_runs import difference, ppo_config, weights
 
 ROOT = Path(__file__).parents[3]
@@ -86,7 +87,9 @@ def replica(
 @contextlib.contextmanager
 def central(policy, num_workers=2, batch_size=2, maker=None, **given):
     env = RayVectorEnv(maker or env_maker(), NUM_ENVS, policy.spec.action_names, options(num_workers, **given))
-    with contextlib.closing(CentralRollouts(env, policy, NUM_STEPS, seed=3, batch_size=batch_size)) as rollouts:
+    with contextlib.closing(
+        CentralRollouts(env, policy, NUM_STEPS, seed=3, batch_size=batch_size, record=True)
+    ) as rollouts:
         yield rollouts
 
 
@@ -128,15 +131,16 @@ def test_without_a_common_batch_size_only_rounding_differs(backend, policy):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_records_the_same_trajectories(name):
-    """Frames, the expert's word and all; the demonstrator is an expert that is wrong at times."""
+    """Frames, the expert's word and all; the player is an expert that is wrong at times."""
     environment, source = EnvSettings(num_envs=4), PolicySource()
     policy, _ = policy_of_run(environment, source, seed=0, torch_threads=1)
-    recorded = {"demonstrator": ScriptedDemonstrator(0.3), "record": True, "ask_expert": True}
+    make_player = functools.partial(ScriptedPlayer, policy.spec, 0.3)
     data = []
     for backend in (name, "local"):
         workers = WorkerSettings(backend, num_workers=2, worker_cpus=0.5, rollout_batch_size=2)
-        given = {"num_steps": 12, "num_iterations": 10, "seed": 0, "torch_threads": 1, "recorded": recorded}
-        with contextlib.closing(make_rollouts(environment, source, workers, policy, **given)) as rollouts:
+        given = {"num_steps": 12, "num_iterations": 10, "seed": 0, "record": True, "ask_expert": True}
+        plan = make_plan(environment, workers, make_player(), make_player, **given)
+        with contextlib.closing(make_rollouts(backend, plan)) as rollouts:
             data.append(to_dataset([rollouts.collect(0), rollouts.collect(1)], policy, environment.env, "expert", {}))
     theirs, mine = data
     assert len(mine) > 60 and min(mine["expert_action"]) >= 0
@@ -158,7 +162,7 @@ def test_a_state_goes_from_any_backend_to_any_other(backend, policy):
     again = local(NUM_ENVS, policy, batch_size=1)
     again.load_state_dict(state)
     same_bits(again.collect(2), plain.collect(2))
-    assert not torch.equal(first.actions, second.actions)
+    assert not np.array_equal(first.record.to_env, second.record.to_env)
 
 
 @pytest.mark.parametrize(

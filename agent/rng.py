@@ -6,7 +6,7 @@ import numpy as np
 
 from manako.policies.interface import Draws
 
-# What a stream is for; 0 and 1 are the seeds of training and held-out episodes, in envs/.
+# What a generator is for; 0 and 1 are the seeds of training and held-out episodes, in envs/.
 ACTIONS, SHUFFLES, RANDOM_ACTIONS = 11, 12, 13
 
 
