@@ -252,17 +252,6 @@ def test_signals_save_and_say_how_to_resume(number, tmp_path):
     assert list((tmp_path / "run/checkpoints").glob("checkpoint-*"))
 
 
-def test_a_plugin_from_a_folder_outside_the_project(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    source = readme.split("```python\n")[1].split("```")[0]
-    assert len([line for line in source.splitlines() if line.strip()]) <= 21
-    (tmp_path / "my_env.py").write_text(source)
-    command = [sys.executable, RUNNER, "--env", "my_env:Corridor-v0", *words(tmp_path / "run", total_steps=64)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "evaluation.json").is_file()
-
-
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.yaml"))
 
 
