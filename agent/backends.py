@@ -26,7 +26,7 @@ class RolloutPlan:
     """What is played, by whom and how often: all that a backend is given.
 
     Args:
-        make_env: (first slot, number of slots) -> environments that were not started; it travels to workers.
+        make_segment: (first slot, number of slots) -> environments that were not started; it travels to workers.
         policy: who acts in this process.
         make_policy: makes a copy of it; it travels to workers.
         num_envs: N.
@@ -43,7 +43,7 @@ class RolloutPlan:
         asynchronous: collect the next rollout during the update, one version behind.
     """
 
-    make_env: "Callable[[int, int], VectorEnv]"
+    make_segment: "Callable[[int, int], VectorEnv]"
     policy: "Policy"
     make_policy: "Callable[[], Policy]"
     num_envs: int

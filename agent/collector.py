@@ -266,7 +266,7 @@ class RolloutCollector:
 def make_rollouts(plan: RolloutPlan) -> RolloutCollector:
     """Returns the backend `local`: all environments in this process."""
     return RolloutCollector(
-        plan.make_env(0, plan.num_envs),
+        plan.make_segment(0, plan.num_envs),
         plan.policy,
         plan.num_steps,
         plan.seed,

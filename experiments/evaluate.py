@@ -43,9 +43,9 @@ def main() -> int:
     line = read_line()
     command = with_the_runs(line)
     show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")
-    from manako.experiments.common.evaluating import evaluate  # torch and all
+    from manako.experiments.common.evaluating import run_evaluation  # torch and all
 
-    return evaluate(command, line.settings.policy.policy)
+    return run_evaluation(command, line.settings.policy.policy)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[EvaluateCommand]:

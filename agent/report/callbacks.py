@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from manako.agent.checkpoint import finalize_folder
 from manako.agent.ppo_trainer import PPOTrainer
 
-METRICS_FILE, CHECKPOINTS, STAGING = "metrics.jsonl", "checkpoints", ".staging"
+METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
 
 class MetricsCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Intervals for the numbers of an evaluation: success rates, mean returns, and differences over the same episodes.
+"""Intervals for an evaluation's success rates and mean returns, and a test of two policies on the same episodes.
 
 A success rate gets a Wilson interval, which stays inside [0, 1] and is honest at 0 of n and n of n. A mean return gets
 a bootstrap interval, since returns are seldom normal. Two policies that played the same seeds are compared episode by
@@ -60,7 +60,7 @@ def bootstrap_interval(values: ArrayLike, confidence: float = 0.95, resamples: i
     Raises:
         TrainingError: no values, a value that is not finite, or a bad confidence or number of resamples.
     """
-    sample = _sample("values", values)
+    sample = _sample(values)
     if resamples < 1:
         raise TrainingError(f"resamples is {resamples}: expected at least 1, and 10000 for steady limits.")
     tail = (1 - _checked(confidence)) / 2
@@ -74,44 +74,17 @@ def bootstrap_interval(values: ArrayLike, confidence: float = 0.95, resamples: i
     return float(low), float(high)
 
 
-def paired_bootstrap_difference(
-    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, Interval]:
-    """Returns the mean of a - b over episodes that both played, with its bootstrap interval.
-
-    Args:
-        a: (n,) one number an episode.
-        b: (n,) the other policy's number in the same episode (the same seed).
-        confidence: in (0, 1).
-        resamples: see `bootstrap_interval`.
-        seed: see `bootstrap_interval`.
-
-    Returns:
-        The mean difference and its (low, high); the two policies differ where 0 lies outside.
-
-    Raises:
-        TrainingError: `a` and `b` have different lengths, or as `bootstrap_interval`.
-    """
-    first, second = _sample("a", a), _sample("b", b)
-    if len(first) != len(second):
-        raise TrainingError(
-            f"a has {len(first)} values and b {len(second)}: expected one pair an episode, so play the same seeds."
-        )
-    difference = first - second
-    return float(difference.mean()), bootstrap_interval(difference, confidence, resamples, seed)
-
-
 def _checked(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise TrainingError(f"confidence is {confidence}: expected a share between 0 and 1, such as 0.95.")
     return confidence
 
 
-def _sample(name: str, values: ArrayLike) -> np.ndarray:
+def _sample(values: ArrayLike) -> np.ndarray:
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or len(sample) == 0 or not np.isfinite(sample).all():
         raise TrainingError(
-            f"{name} is an array of shape {sample.shape} with {int((~np.isfinite(sample)).sum())} values that are not "
+            f"values is an array of shape {sample.shape} with {int((~np.isfinite(sample)).sum())} values that are not "
             "finite: expected (n,) numbers, one an episode, n >= 1."
         )
     return sample

@@ -25,7 +25,7 @@ TEXTS = (
     "some one or other of their daughters.",
 )
 # beginning, right answer, wrong ones
-PROBES = (
+QUESTIONS = (
     ("The capital of France is", " Paris", (" London", " Rome", " Berlin")),
     ("The capital of Japan is", " Tokyo", (" Beijing", " Madrid", " Cairo")),
     ("The capital of Italy is", " Rome", (" Paris", " Vienna", " Oslo")),
@@ -79,11 +79,11 @@ def measure_retention(policy: Policy) -> Retention:
         loss -= float(logprobs.sum())
         tokens += len(logprobs)
     right = 0
-    for start, answer, others in PROBES:
+    for start, answer, others in QUESTIONS:
         scores = [_score(model, tokenizer, start, ending, policy.device) for ending in (answer, *others)]
         right += scores[0] > max(scores[1:])
     model.train(was_training)
-    return Retention(perplexity=float(torch.tensor(loss / tokens).exp()), probes=right / len(PROBES))
+    return Retention(perplexity=float(torch.tensor(loss / tokens).exp()), probes=right / len(QUESTIONS))
 
 
 def _logprobs(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:

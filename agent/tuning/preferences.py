@@ -22,7 +22,6 @@ from manako.agent.errors import TrainingError
 from manako.agent.tuning.supervised import MESSAGES, answer_messages, prompt_columns, stored_frames
 from manako.policies.interface import Policy
 
-METHODS = ("expert", "state", "return", "branch")
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
 UNPAIRED = Features({"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "images": List(Image())})
 Pair = tuple[int, int, int]  # row of the trajectories, chosen action, rejected action

@@ -33,7 +33,7 @@ SHARES = {
 }
 
 
-class Metrics(TrainerCallback):
+class StepMetricsCallback(TrainerCallback):
     """Appends every logged step to metrics.jsonl and prints a line now and then.
 
     Args:
@@ -94,7 +94,7 @@ class _OfPolicy:
         if others.get("ref_model") is not None:
             score_labels_only(others["ref_model"])
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Metrics(run_dir, self.rows))
+        trainer.add_callback(StepMetricsCallback(run_dir, self.rows))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns the Trainer's optimizer with the policy's groups of parameters."""

@@ -12,7 +12,7 @@ from manako.agent.workers.segments import ROUND, History, Played, Segment, State
 if TYPE_CHECKING:
     from manako.agent.interfaces import Shown, VectorEnv
 
-MakeEnv = Callable[[int, int], "VectorEnv"]  # (first slot, number of slots) -> environments that were not started
+MakeSegment = Callable[[int, int], "VectorEnv"]  # (first slot, number of slots) -> environments that were not started
 # A library that starts threads which wait in a loop, or that answers signals, must not do so in a worker.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "SDL_NO_SIGNAL_HANDLERS": "1", "SDL_VIDEODRIVER": "dummy"}
 
@@ -50,13 +50,13 @@ class EnvWorker:
     """Environments of one or more segments, stepped with the learner's actions.
 
     Args:
-        make_env: makes a segment's environments.
+        make_segment: makes a segment's environments.
     """
 
-    def __init__(self, make_env: MakeEnv) -> None:
+    def __init__(self, make_segment: MakeSegment) -> None:
         for name, value in WORKER_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self.make_env = make_env
+        self.make_segment = make_segment
         self.held: dict[Segment, _Held] = {}
 
     def ready(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class EnvWorker:
             env = self.held.pop(segment).env  # a new round needs nothing of the last one
         else:
             self._drop(segment)
-            env = self.make_env(*segment)
+            env = self.make_segment(*segment)
         held = self.held[segment] = _Held(env, history)
         return held
 

@@ -13,7 +13,7 @@ from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import Shown
 from manako.agent.rollout import Rollout
-from manako.agent.workers.env_worker import EnvWorker, MakeEnv
+from manako.agent.workers.env_worker import EnvWorker, MakeSegment
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.segments import ROUND, History, Played, State, merge_states, segments_of, split_state
 from manako.agent.workers.supervisor import Supervisor
@@ -25,7 +25,7 @@ class RayVectorEnv:
     """N environments in workers, stepped together: to the learner a vector env like the local one.
 
     Args:
-        make_env: makes a segment's environments, on the worker.
+        make_segment: makes a segment's environments, on the worker.
         num_envs: N.
         action_names: (A,).
         options: the workers.
@@ -36,7 +36,9 @@ class RayVectorEnv:
 
     first_slot = 0
 
-    def __init__(self, make_env: MakeEnv, num_envs: int, action_names: tuple[str, ...], options: WorkerOptions) -> None:
+    def __init__(
+        self, make_segment: MakeSegment, num_envs: int, action_names: tuple[str, ...], options: WorkerOptions
+    ) -> None:
         self.num_envs, self.action_names = num_envs, action_names
         self.segments = segments_of(num_envs, options.num_workers)
         self.episode_returns = np.zeros(num_envs, np.float64)  # (N,)
@@ -46,7 +48,7 @@ class RayVectorEnv:
         self._holders: list[Any] = [None] * len(self.segments)  # the actor that has played the history
         self._ended = np.zeros(num_envs, bool)
         self._upcoming: Shown | None = None  # after the new episodes' start
-        self.supervisor = Supervisor(EnvWorker, (make_env,), options, len(self.segments))
+        self.supervisor = Supervisor(EnvWorker, (make_segment,), options, len(self.segments))
 
     def reset(self, seeds: Sequence[int] | None = None) -> Shown:
         """Starts an episode in every slot."""
@@ -195,7 +197,9 @@ def _join(parts: Sequence[Played]) -> _JoinedStep:
 
 def make_rollouts(plan: RolloutPlan) -> CentralRollouts:
     """Returns the backend's rollouts; Ray must be connected."""
-    env = RayVectorEnv(plan.make_env, plan.num_envs, plan.policy.spec.action_names, plan.options or WorkerOptions(1))
+    env = RayVectorEnv(
+        plan.make_segment, plan.num_envs, plan.policy.spec.action_names, plan.options or WorkerOptions(1)
+    )
     return CentralRollouts(
         env,
         plan.policy,

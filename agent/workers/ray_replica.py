@@ -157,7 +157,7 @@ def make_rollouts(plan: RolloutPlan) -> ReplicaRollouts:
     """Returns the backend's rollouts; Ray must be connected."""
     options = plan.options or WorkerOptions(1)
     settings = ReplicaSettings(
-        plan.make_env,
+        plan.make_segment,
         plan.make_policy,
         plan.num_steps,
         plan.seed,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from manako.agent.workers.env_worker import WORKER_ENVIRONMENT, MakeEnv
+from manako.agent.workers.env_worker import WORKER_ENVIRONMENT, MakeSegment
 from manako.agent.workers.segments import Segment, State
 from manako.agent.workers.weights import frozen_digest, load_trainable
 
@@ -27,7 +27,7 @@ class ReplicaSettings:
     """What a worker with a copy of the policy is made from.
 
     Args:
-        make_env: makes a segment's environments.
+        make_segment: makes a segment's environments.
         make_policy: makes the policy as the learner's was made; its trainable weights come with every call.
         num_steps: T.
         seed: the run's seed.
@@ -40,7 +40,7 @@ class ReplicaSettings:
         threads: CPU threads of torch.
     """
 
-    make_env: MakeEnv
+    make_segment: MakeSegment
     make_policy: MakePolicy
     num_steps: int
     seed: int
@@ -75,7 +75,7 @@ class ReplicaWorker:
     def prepare(self, segment: Segment) -> str:
         """Makes policy and environments, so that a fault shows before the run; returns the frozen weights' digest."""
         policy = self._policy()
-        self.settings.make_env(*segment).close()
+        self.settings.make_segment(*segment).close()
         return frozen_digest(policy)
 
     def collect(
@@ -108,7 +108,7 @@ class ReplicaWorker:
                 collector.close()
         if segment not in self.held:
             collector = RolloutCollector(
-                settings.make_env(*segment),
+                settings.make_segment(*segment),
                 policy,
                 settings.num_steps,
                 settings.seed,

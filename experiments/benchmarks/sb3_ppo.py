@@ -23,7 +23,7 @@ from torch import nn
 from manako.envs import TRAINING, episode_seed, held_out_seeds, make_vlm_env
 from manako.envs.tiles import COLORS
 from manako.experiments.benchmarks.settings import RUN, CompareSettings
-from manako.experiments.benchmarks.steps_to_success import Curve, Judge, print_table, train_ours
+from manako.experiments.benchmarks.steps_to_success import Curve, Judge, print_comparison, train_ours
 from manako.experiments.common.settings import PPOCommand
 
 Seen = dict[str, np.ndarray]  # {"image": (H, W, 3) uint8, "color": (colours,) float32}, or a batch of them
@@ -197,5 +197,5 @@ def compare(given: CompareSettings) -> dict[str, list[dict[str, Any]]]:
         print(f"{SB3}, seed {seed}: {sb3}", flush=True)
         runs[OURS].append(ours.result(seed))
         runs[SB3].append(sb3.result(seed))
-    print_table(Console(soft_wrap=True, highlight=False), runs, given.success, given.episodes)
+    print_comparison(Console(soft_wrap=True, highlight=False), runs, given.success, given.episodes)
     return runs

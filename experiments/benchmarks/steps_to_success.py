@@ -92,7 +92,7 @@ def train_ours(command: PPOCommand, seeds: list[int], every: int, judge: Judge) 
     return policy
 
 
-def print_table(console: Console, runs: dict[str, list[dict[str, Any]]], success: float, episodes: int) -> None:
+def print_comparison(console: Console, runs: dict[str, list[dict[str, Any]]], success: float, episodes: int) -> None:
     """Prints one row a method: medians and ranges over the seeds that reached the target."""
     table = Table(title=f"{success:.0%} success on {episodes} held-out episodes", title_justify="left")
     for column in ("", "reached", "env steps (range)", "seconds (range)", "steps/s"):

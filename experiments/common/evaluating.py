@@ -13,7 +13,7 @@ from manako.experiments.common.results import write_gif
 from manako.experiments.common.settings import EvaluateCommand
 
 
-def evaluate(command: EvaluateCommand, name: str) -> int:
+def run_evaluation(command: EvaluateCommand, name: str) -> int:
     """Runs one evaluation.
 
     Args:

@@ -103,7 +103,7 @@ def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any 
 def replica_settings(maker: Any = None, batch_size: int | None = None, **policy: Any) -> ReplicaSettings:
     """What workers with a copy of the tiny policy are made from."""
     return ReplicaSettings(
-        make_env=maker or env_maker(),
+        make_segment=maker or env_maker(),
         make_policy=functools.partial(make_policy, **policy),
         num_steps=NUM_STEPS,
         seed=3,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from manako.agent.errors import TrainingError
-from manako.agent.report.statistics import bootstrap_interval, paired_bootstrap_difference, wilson_interval
+from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,6 @@ def test_bootstrap_depends_on_the_seed_alone():
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
 
 
-def test_pairs_take_the_luck_of_the_seed_out():
-    luck = np.random.default_rng(0).normal(0, 10, size=200)
-    better = luck + 1 + np.random.default_rng(1).normal(0, 0.1, size=200)
-    difference, (low, high) = paired_bootstrap_difference(better, luck)
-    assert difference == pytest.approx((better - luck).mean())
-    assert 0.9 < low < difference < high < 1.1  # unpaired, the interval would be ±2
-    assert paired_bootstrap_difference(luck, better)[0] == pytest.approx(-difference)
-
-
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0]]])
 def test_bootstrap_refuses(values):
     with pytest.raises(TrainingError, match=r"values is an array of shape .* expected \(n,\) numbers"):
@@ -80,5 +71,3 @@ def test_bad_settings_are_refused():
         wilson_interval(1, 2, confidence=0)
     with pytest.raises(TrainingError, match="resamples is 0"):
         bootstrap_interval([1.0], resamples=0)
-    with pytest.raises(TrainingError, match="a has 2 values and b 3: expected one pair"):
-        paired_bootstrap_difference([1, 2], [1, 2, 3])

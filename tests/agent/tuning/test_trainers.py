@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.forgetting import PROBES, measure_retention
+from manako.agent.tuning.forgetting import QUESTIONS, measure_retention
 from manako.agent.tuning.preferences import expert_pairs, pair_dataset, unpaired
 from manako.agent.tuning.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrated_actions, demonstrations
 from manako.agent.tuning.trainers import (
@@ -256,4 +256,4 @@ def test_forgetting_is_seen():
     with torch.no_grad():
         policy.base_vlm.get_output_embeddings().weight.mul_(-30)
     assert measure_retention(policy).perplexity > 10 * before.perplexity
-    assert len({start for start, _, _ in PROBES}) == len(PROBES) == 20
+    assert len({start for start, _, _ in QUESTIONS}) == len(QUESTIONS) == 20
