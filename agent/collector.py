@@ -119,7 +119,8 @@ class RolloutCollector:
                     cut = np.flatnonzero(result.truncated & ~result.terminated)
                     if len(cut) and policy.can_learn:
                         texts = [result.observations.instructions[slot] for slot in cut]
-                        finals.append(policy.prepare(result.observations.images[cut], texts))
+                        told = {name: values[cut] for name, values in ask(env, policy.needs).items()}
+                        finals.append(policy.prepare(result.observations.images[cut], texts, told))
                         final_at.extend((t, slot) for slot in cut.tolist())
                     self._shown = env.reset_done(ended)
             rollout = self._transpose(steps, finals, final_at)
@@ -213,7 +214,8 @@ class RolloutCollector:
         if not self.policy.can_learn:
             return inputs.select(torch.zeros(0, dtype=torch.long)), torch.zeros_like(values)
         assert self._shown is not None
-        last = self.policy.prepare(self._shown.images, self._shown.instructions)
+        told = ask(self.env, self.policy.needs)
+        last = self.policy.prepare(self._shown.images, self._shown.instructions, told)
         bootstrap = Rows.join([last, *finals])
         slots = torch.cat([self._slots, torch.tensor([slot for _, slot in final_at], dtype=torch.long)])
         beyond = torch.zeros(len(bootstrap))  # (N + F,)

@@ -23,7 +23,7 @@ from manako.envs import HELD_OUT, episode_seed
 from manako.policies.interface import PolicySpec, Rows
 from tests.helpers.rollout_equality import close_enough, same_bits
 from tests.helpers.small_policies import ColorNamer, TwoTokens, TwoTokensRuled
-from tests.helpers.small_runs import color_env, ppo_config, weights
+from tests.helpers.small_runs import color_env, corridor_env, ppo_config, weights
 
 SEEDS = [episode_seed(0, HELD_OUT, 0, episode) for episode in range(40)]
 
@@ -261,3 +261,21 @@ def test_probabilities_that_are_not_finite_where_they_were_drawn_stop_the_rollou
     env = color_env(8)
     with pytest.raises(TrainingError, match="not finite in iteration 0, step 0"):
         RolloutCollector(env, Broken(env), 4, seed=0).collect(0)
+
+
+def test_a_policy_that_learns_is_told_what_it_needs_wherever_it_prepares(tmp_path):
+    """At each step, after the rollout, and at the last frame of an episode that was cut off."""
+
+    class Counting(ColorNamer):
+        needs = ("episode_steps",)
+
+        def prepare(self, images, instructions, told=None):
+            asked.append(told["episode_steps"].tolist())
+            assert len(asked[-1]) == len(images) == len(instructions)
+            return super().prepare(images, instructions)
+
+    asked = []
+    env = corridor_env(2, {"length": 9, "limit": 3})
+    rollout = RolloutCollector(env, Counting(env), 4, seed=0).collect(0)
+    assert rollout.truncated[2].all() and len(rollout.bootstrap) == 4
+    assert asked == [[0, 0], [1, 1], [2, 2], [3, 3], [0, 0], [1, 1]]

@@ -15,9 +15,9 @@ SMALL = ["--num_envs", "4", "--num_steps", "4", "--minibatch_size", "8", "--tota
 SMALL += ["--gif_episodes", "0"]
 SCRIPT = """
 import agent, envs.mine
-from manako.envs import make_env
+from manako.envs import make_vlm_env
 
-env = make_env("Corridor-v0")
+env = make_vlm_env("Corridor-v0")
 print(agent.OWNER, *env.action_names, env.reset(seed=0)[0]["instruction"])
 """
 pytestmark = pytest.mark.timeout(240)
