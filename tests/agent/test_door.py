@@ -275,7 +275,7 @@ def test_a_policy_that_learns_is_told_what_it_needs_wherever_it_prepares(tmp_pat
             return super().prepare(images, instructions)
 
     asked = []
-    env = corridor_env(2, {"length": 9, "limit": 3})
+    env = corridor_env(2, {"length": 41, "limit": 3})
     rollout = RolloutCollector(env, Counting(env), 4, seed=0).collect(0)
     assert rollout.truncated[2].all() and len(rollout.bootstrap) == 4
     assert asked == [[0, 0], [1, 1], [2, 2], [3, 3], [0, 0], [1, 1]]
