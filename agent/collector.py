@@ -5,7 +5,7 @@ a function of (seed, slot, iteration), so a resumed run and any split of the slo
 """
 
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -75,6 +75,21 @@ class RolloutCollector:
             )
         self._shown: Shown | None = None
         self._slots = torch.arange(env.num_envs)
+
+    @classmethod
+    def from_plan(cls, plan: RolloutPlan, env: VectorEnv) -> Self:
+        """Returns the collector that plays a plan in these environments, with the plan's policy."""
+        return cls(
+            env,
+            plan.policy,
+            plan.num_steps,
+            plan.seed,
+            reference=plan.policy if plan.reference else None,
+            batch_size=plan.batch_size,
+            rounds=plan.rounds,
+            record=plan.record,
+            ask_expert=plan.ask_expert,
+        )
 
     def collect(self, iteration: int) -> Rollout:
         """Plays T steps in every environment.
@@ -267,14 +282,4 @@ class RolloutCollector:
 
 def make_rollouts(plan: RolloutPlan) -> RolloutCollector:
     """Returns the backend `local`: all environments in this process."""
-    return RolloutCollector(
-        plan.make_segment(0, plan.num_envs),
-        plan.policy,
-        plan.num_steps,
-        plan.seed,
-        reference=plan.policy if plan.reference else None,
-        batch_size=plan.batch_size,
-        rounds=plan.rounds,
-        record=plan.record,
-        ask_expert=plan.ask_expert,
-    )
+    return RolloutCollector.from_plan(plan, plan.make_segment(0, plan.num_envs))

@@ -59,6 +59,7 @@ class VLMPolicy(Policy):
         vlm: the model, with PEFT around it where there is LoRA.
         parts: what stands where in it.
         reading: how it is run.
+        whole_prompt: the model's own forward, which `reading` is compared with.
         why_whole: why it reads whole prompts although its architecture names a faster reading; None where it does not.
         origin: where the model came from; loading.py fills it, saving.py writes it.
     """
@@ -81,6 +82,7 @@ class VLMPolicy(Policy):
         self.origin: dict[str, Any] = {}
         self.why_whole: str | None = None
         self.eval()
+        self.whole_prompt = WholePrompt(self.parts, self.codec, self.pipeline, self.pad_id)
         self.reading: Reading
         self.reading = self._select_reading(check)
 
@@ -94,7 +96,7 @@ class VLMPolicy(Policy):
     @property
     def base_vlm(self) -> Any:
         """The model itself, without PEFT's wrapper."""
-        return self.vlm.get_base_model() if self.has_lora else self.vlm
+        return self.parts.base_vlm
 
     @property
     def has_lora(self) -> bool:
@@ -273,7 +275,6 @@ class VLMPolicy(Policy):
     def _select_reading(self, check: bool) -> Reading:
         """The reading that the architecture names where it holds here, else whole prompts."""
         rest = (self.codec, self.pipeline, self.pad_id)
-        whole = WholePrompt(self.parts, *rest)
         if self.parts.reading is not SharedPrefix:
             return self.parts.reading(self.parts, *rest)
         if self.parts.placeholder_id not in self.prompts.encode(""):
@@ -287,10 +288,10 @@ class VLMPolicy(Policy):
             frames = np.random.default_rng(0).integers(0, 256, (2, *self.spec.frame_shape), dtype=np.uint8)
             self.reading = shared  # `prepare` asks it
             examples = self.prepare(frames, ["go", "go to the far end of the room and wait"])
-            self.why_whole = shared.why_not(examples.to(self.device))
+            self.why_whole = shared.why_not(examples.to(self.device), self.whole_prompt)
         elif not len(shared.prefix_ids):
             self.why_whole = "the prompts share nothing before the image"
-        return whole if self.why_whole else shared
+        return self.whole_prompt if self.why_whole else shared
 
     def _check_prompt(self, tokens: tuple[int, ...], instruction: str) -> None:
         if not self.reading.accepts(tokens):

@@ -200,17 +200,7 @@ def make_rollouts(plan: RolloutPlan) -> CentralRollouts:
     env = RayVectorEnv(
         plan.make_segment, plan.num_envs, plan.policy.spec.action_names, plan.options or WorkerOptions(1)
     )
-    return CentralRollouts(
-        env,
-        plan.policy,
-        plan.num_steps,
-        plan.seed,
-        reference=plan.policy if plan.reference else None,
-        batch_size=plan.batch_size,
-        rounds=plan.rounds,
-        record=plan.record,
-        ask_expert=plan.ask_expert,
-    )
+    return CentralRollouts.from_plan(plan, env)
 
 
 def call_seconds(calls: int = 200) -> float:

@@ -22,7 +22,7 @@ from manako.experiments.benchmarks.timing import Clocks, Spread, Work, clocks, s
 from manako.experiments.benchmarks.workload import Workload
 from manako.policies import VLMPolicy
 from manako.policies.interface import Evaluated, entropy
-from manako.policies.reading import Reading, WholePrompt
+from manako.policies.reading import Reading
 
 
 class Learner:
@@ -56,7 +56,7 @@ UPDATES = ("ours", "whole prompts", "batch 1")
 def update_work(learner: Learner, name: str, norms: dict[str, float]) -> Work:
     """Returns work: one of the three variants of an update, which notes the gradient's norm."""
     batch, policy = len(learner.samples.values), learner.policy
-    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    whole = policy.whole_prompt
     reading = policy.reading if name == "ours" else whole
     part = 1 if name == "batch 1" else batch
 

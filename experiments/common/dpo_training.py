@@ -26,7 +26,7 @@ from manako.envs import Observations
 from manako.experiments.common.building import make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
 from manako.experiments.common.environments import make_vector_env
-from manako.experiments.common.progress import plain_console, print_parts, print_table
+from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
 from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import DPOCommand
@@ -79,10 +79,8 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
         "memory": {"before": before.summary(), "after": after.summary()},
     }
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
-    console.print(
-        f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
-        f"{after.probes:.0%}\n{time.perf_counter() - started:.0f} s in all; written to {run_dir}"
-    )
+    print_retention(console, before, after)
+    console.print(f"{time.perf_counter() - started:.0f} s in all; written to {run_dir}")
     return 0
 
 

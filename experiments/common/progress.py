@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
+from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy, parameter_table
@@ -123,6 +124,14 @@ def print_parts(console: Console, policy: VLMPolicy) -> None:
     for part, total, learning in parameter_table(policy.parts, policy.value_head):
         state = "learns" if learning else "frozen"
         console.print(f"  {part:<15}{total:>13,} parameters, {learning:>11,} learn  {state}")
+
+
+def print_retention(console: Console, before: Retention, after: Retention) -> None:
+    """Prints what the language model still knows after a training, beside what it knew before."""
+    console.print(
+        f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
+        f"{after.probes:.0%}"
+    )
 
 
 def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: str) -> None:

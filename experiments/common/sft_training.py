@@ -16,7 +16,7 @@ from manako.agent.tuning.supervised import captions, demonstrated_actions, demon
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer
 from manako.experiments.common.building import make_tuning_args, policy_of_run
 from manako.experiments.common.environments import make_vector_env
-from manako.experiments.common.progress import plain_console, print_parts, print_table
+from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
 from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import SFTCommand
@@ -65,10 +65,7 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
         "memory": {"before": before.summary(), "after": after.summary()},
     }
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
-    console.print(
-        f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
-        f"{after.probes:.0%}"
-    )
+    print_retention(console, before, after)
     if run.eval_episodes and sft.stage == "instruct":
         summary = evaluate_run(command, policy, run_dir, SIDE_BY_SIDE)
         write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))

@@ -39,7 +39,7 @@ class Reading(ABC):
     @property
     def vlm(self) -> Any:
         """The model without PEFT's wrapper; LoRA's layers are inside it."""
-        return self.model.vlm.get_base_model() if hasattr(self.model.vlm, "peft_config") else self.model.vlm
+        return self.model.base_vlm
 
     @property
     @abstractmethod

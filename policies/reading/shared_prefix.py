@@ -24,7 +24,6 @@ from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.interface import Rows
 from manako.policies.pixels import PixelPipeline
 from manako.policies.reading.reading import Read, Reading
-from manako.policies.reading.whole_prompt import WholePrompt
 
 if TYPE_CHECKING:  # architectures name their reading
     from manako.policies.architectures.model import Model
@@ -100,15 +99,16 @@ class SharedPrefix(Reading):
                 self._kept = before
 
     @torch.no_grad()
-    def why_not(self, inputs: Rows) -> str | None:
+    def why_not(self, inputs: Rows, whole_prompt: Reading) -> str | None:
         """Returns why it must not be used, in words, or None where it gives what whole prompts give.
 
         Args:
             inputs: prompts of unequal length, on the model's device.
+            whole_prompt: reads the same by the model's own forward.
         """
         if not self._prefix:
             return "the prompts share nothing before the image"
-        expected = WholePrompt(self.model, self.codec, self.pipeline, self.pad_id).read(inputs)
+        expected = whole_prompt.read(inputs)
         try:
             read = self.read(inputs)
         except Exception as error:  # a model without `.model`, or with a cache of its own: said in the run's header

@@ -12,7 +12,6 @@ from manako.agent.rng import ACTIONS, action_draws, make_rng
 from manako.agent.rollout import merge
 from manako.agent.samples import recompute_logprobs, with_advantages
 from manako.policies.interface import sample_categorical
-from manako.policies.reading import WholePrompt
 from tests.helpers.rollout_equality import close_enough, same_bits, same_rows
 from tests.helpers.small_runs import color_env, corridor_env, indices, tiny_policy
 
@@ -109,7 +108,7 @@ def test_actions_rewards_and_flags_are_those_of_the_environments(corridor):
 def test_the_stored_logprob_is_the_policy_s_for_the_stored_action(corridor):
     _, policy, rollout = corridor
     with torch.no_grad():
-        whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+        whole = policy.whole_prompt
         logprobs, values = policy.distribution(rollout.inputs, whole)
     own = logprobs.gather(1, indices(rollout).flatten()[:, None])[:, 0]
     assert rollout.logprobs.shape == rollout.mask.shape == (12, 4, 1) and rollout.mask.all()

@@ -13,7 +13,7 @@ from manako.policies.answers.choice import LABELS
 from manako.policies.answers.closed_set import ActionCodec, Branch
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.language_models.tiny_llama import tiny_tokenizer
-from manako.policies.reading import SharedPrefix, WholePrompt
+from manako.policies.reading import SharedPrefix
 from tests.helpers.foreign_models import FRAME, NAMES, TURNS, byte_tokenizer, frames, llava_folder
 
 
@@ -151,7 +151,7 @@ def test_log_probabilities_against_brute_force(model, action_format, names, llav
     inputs = policy.prepare(frames(3), ("go to the red ball", "go", "open the door and turn around"))
     expected = torch.stack([brute_force(policy, inputs, row) for row in range(3)])
     assert isinstance(policy.reading, SharedPrefix)
-    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    whole = policy.whole_prompt
     for reading in (policy.reading, whole):
         logprobs, _ = policy.distribution(inputs, reading)
         assert torch.allclose(logprobs, expected, atol=1e-4)

@@ -66,7 +66,7 @@ class Output(NamedTuple):
 
 def read(policy, inputs, whole=False):
     """What the policy says of its inputs, by its own reading or by whole prompts."""
-    reading = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id) if whole else None
+    reading = policy.whole_prompt if whole else None
     return Output(*policy.distribution(inputs, reading))
 
 

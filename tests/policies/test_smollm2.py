@@ -27,7 +27,7 @@ from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.interface import entropy
 from manako.policies.language_models.smollm2 import SMOLLM2_INSTALL, smollm2_folder
-from manako.policies.reading import SharedPrefix, WholePrompt
+from manako.policies.reading import SharedPrefix
 from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_a_policy_of_smollm2(names, action_format, cache):
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
     assert (inputs["input_ids"] == policy.parts.placeholder_id).sum(1).tolist() == [16, 16, 16]
     logprobs, _ = policy.distribution(inputs)
-    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    whole = policy.whole_prompt
     assert torch.allclose(logprobs, policy.distribution(inputs, whole)[0], atol=1e-3)
     assert torch.allclose(logprobs.exp().sum(-1), torch.ones(3), atol=1e-5)
     assert (entropy(logprobs) > 0.1).all()  # undecided, as before training it must be

@@ -7,7 +7,7 @@ from torch import nn
 from manako.policies import PolicyError, PolicySource, load_policy, parameter_table, save_policy
 from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed.build import build_vlm
-from manako.policies.reading import SharedPrefix, WholePrompt
+from manako.policies.reading import SharedPrefix
 from manako.policies.trainable import part_of, parts_of, set_trainable
 from tests.helpers.foreign_models import (
     FRAME,
@@ -117,7 +117,7 @@ def test_lora_takes_the_short_way_too(model, sources):
     inputs = train_a_little(policy)
     assert isinstance(policy.reading, SharedPrefix)
     gradients = []
-    whole = WholePrompt(policy.parts, policy.codec, policy.pipeline, policy.pad_id)
+    whole = policy.whole_prompt
     for reading in (policy.reading, whole):
         policy.zero_grad()
         logprobs, values = policy.distribution(inputs, reading)
