@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from manako.errors import first_line
 from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.presets import PRESETS
@@ -22,7 +20,8 @@ from manako.policies.encoders import ENCODERS
 from manako.policies.errors import PolicyError
 from manako.policies.interface import PolicySpec
 from manako.policies.language_models import LANGUAGE_MODELS
-from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+from manako.policies.library_models import load_library_model
+from manako.policies.pretrained import quietly
 from manako.policies.saving import (
     DTYPES,
     LORA_CONFIG_FILE,
@@ -100,7 +99,7 @@ def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[
     if (folder / POLICY_FILE).is_file():
         loaded = _go_on(folder, source, action_names)
     else:
-        loaded = Loaded(_load_any(source.policy, DTYPES[source.dtype]), source)
+        loaded = Loaded(load_library_model(source.policy, DTYPES[source.dtype]), source)
     if folder.is_dir() and loaded.base_sha256 is None:
         return loaded._replace(source=replace(loaded.source, policy=str(folder.resolve())))
     return loaded
@@ -181,7 +180,7 @@ def _load_own(folder: Path, saved: PolicySource, description: dict[str, Any]) ->
                 f"The LoRA weights in {folder} cannot be read ({weight_fault(error)}): use another checkpoint."
             ) from error
     else:
-        model = set_trainable(_load_any(str(folder), DTYPES[saved.dtype]), saved.trainable)
+        model = set_trainable(load_library_model(str(folder), DTYPES[saved.dtype]), saved.trainable)
     head = read_tensors(folder / VALUE_HEAD_FILE)
     with_lora = isinstance(model.vlm, PeftModel)
     whole = with_lora or description["base_sha256"] in (None, digest(frozen_of(model.vlm)))
@@ -203,7 +202,7 @@ def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) 
             inner, _ = _load_own(place, *read_description(place))
             base = inner._replace(vlm=inner.vlm.float().merge_and_unload())
         else:
-            base = _load_any(saved.policy, dtype)
+            base = load_library_model(saved.policy, dtype)
     except PolicyError as error:
         raise PolicyError(f"The base of the LoRA weights in {folder} cannot be loaded: {error}") from error
     base.vlm.to(dtype)
@@ -213,33 +212,3 @@ def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) 
             "versions of its run, or merge the weights there."
         )
     return base
-
-
-def _load_any(name: str, dtype: torch.dtype) -> Model:
-    """Any folder or Hub id that AutoModelForImageTextToText and AutoProcessor load."""
-    if ("/" in name or name.startswith(".")) and not Path(name).exists() and name.count("/") != 1:
-        raise PolicyError(
-            f"There is no folder {name!r}: expected a preset ({', '.join(PRESETS)}), a model folder or a Hub id."
-        )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise PolicyError(f"The folder {name!r} holds no config.json: expected a model folder or a run's checkpoint.")
-    try:
-        with quietly():
-            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-            vlm, loading = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
-            )
-    except ImportError as error:
-        raise PolicyError(
-            f"The processor of {name!r} needs a package that is not installed ({first_line(error)}); processors with a "
-            "video part (SmolVLM, Qwen-VL, InternVL) need torchvision."
-        ) from error
-    except LOADING_ERRORS as error:
-        raise PolicyError(
-            f"No vision-language model at {name!r}: expected a preset ({', '.join(PRESETS)}), a model folder or a Hub "
-            f"id ({first_line(error)})."
-        ) from error
-    check_complete(name, loading)
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise PolicyError(f"{name!r} has no processor for images and text: expected a vision-language model's folder.")
-    return name_parts(vlm.eval(), processor)

@@ -7,6 +7,7 @@ cropping stay with Pillow, once a frame, before the frames are stored. A process
 padding masks) is recognised by comparing the two on a random frame, and is then called as it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,25 +20,39 @@ class PixelPipeline:
     Args:
         image_processor: any of transformers' image processors.
         frame_shape: (H, W, 3) of the frames to come.
+        call: frames (B, H, W, 3) uint8 to all inputs that the model gets of them, by the processor around it, which may
+            give its image processor other defaults; by default the image processor itself.
 
     Attributes:
         is_table: whether the table look-up gives what the processor gives; if not, frames stay as they are and
             the processor is called at every forward.
     """
 
-    def __init__(self, image_processor: Any, frame_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        image_processor: Any,
+        frame_shape: tuple[int, int, int],
+        call: Callable[[np.ndarray], dict[str, torch.Tensor]] | None = None,
+    ) -> None:
         self.image_processor = image_processor
+        self.call = call or self._call_alone
         self.table: torch.Tensor | None = None
         probe = np.random.default_rng(0).integers(0, 256, (2, *frame_shape), dtype=np.uint8)  # (2, H, W, 3)
         self._resizes = True
-        expected = dict(image_processor(images=list(probe), return_tensors="pt", input_data_format="channels_last"))
-        self.extra_keys = tuple(sorted(key for key in expected if key != "pixel_values"))
-        if not self.extra_keys and expected["pixel_values"].ndim == 4:
+        expected = self.call(probe)
+        pixel_values = expected.get("pixel_values")
+        others = {name: value for name, value in expected.items() if name != "pixel_values"}
+        self._constants = {name: value[:1] for name, value in others.items()}  # such as image_sizes
+        same = all(len(value) == 2 and torch.equal(value[0], value[1]) for value in others.values())
+        if same and pixel_values is not None and pixel_values.ndim == 4 and len(pixel_values) == 2:
             self.table = self._ask_table()
             if self.table is not None:
-                stored = self.resize(probe)
+                stored = self._resize_by_processor(probe)
+                if stored is None:
+                    self.table = None
+                    return
                 self._resizes = not torch.equal(stored, torch.from_numpy(probe))  # a resize can keep the size
-                if not torch.equal(self.pixels(stored)["pixel_values"], expected["pixel_values"].float()):
+                if not torch.equal(self.pixels(stored)["pixel_values"], pixel_values.float()):
                     self.table = None
 
     @property
@@ -49,24 +64,14 @@ class PixelPipeline:
         """Returns frames (B, H, W, 3) uint8 resized and cropped to (B, h, w, 3) uint8, what rollouts store."""
         if not self.is_table or not self._resizes:
             return torch.from_numpy(np.ascontiguousarray(images))
-        resized = self.image_processor(
-            images=list(images),
-            do_rescale=False,
-            do_normalize=False,
-            return_tensors="np",
-            input_data_format="channels_last",
-        )["pixel_values"]  # (B, 3, h, w)
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(resized), 1, -1).astype(np.uint8)))
+        resized = self._resize_by_processor(images)
+        assert resized is not None, "the probe had a size"
+        return resized
 
     def pixels(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the model inputs of stored frames (B, h, w, 3) uint8: `pixel_values` (B, 3, h, w) float32, ..."""
         if self.table is None:
-            inputs = self.image_processor(
-                images=[[frame] for frame in frames.cpu().numpy()],
-                return_tensors="pt",
-                input_data_format="channels_last",
-            )
-            return {key: value.to(frames.device) for key, value in inputs.items() if torch.is_tensor(value)}
+            return {name: value.to(frames.device) for name, value in self.call(frames.cpu().numpy()).items()}
         planes = frames.permute(0, 3, 1, 2)  # (B, 3, h, w)
         if frames.device.type == "cpu":
             table, index = self.table.numpy(), planes.numpy()
@@ -74,14 +79,46 @@ class PixelPipeline:
         else:
             channel = torch.arange(3, device=frames.device).view(1, 3, 1, 1)
             values = self.table.to(frames.device)[channel, planes.long()]
-        return {"pixel_values": values}
+        constants = {
+            name: value.to(frames.device).expand(len(frames), *value.shape[1:])
+            for name, value in self._constants.items()
+        }
+        return {"pixel_values": values, **constants}
+
+    def _call_alone(self, frames: np.ndarray) -> dict[str, torch.Tensor]:
+        made = self.image_processor(
+            images=[[frame] for frame in frames], return_tensors="pt", input_data_format="channels_last"
+        )
+        return {name: value for name, value in made.items() if torch.is_tensor(value)}
+
+    def _resize_by_processor(self, images: np.ndarray) -> torch.Tensor | None:
+        """Frames (B, h, w, 3) uint8 by the processor; None where it makes something else of them."""
+        resized = np.asarray(
+            self.image_processor(
+                images=list(images),
+                do_rescale=False,
+                do_normalize=False,
+                return_tensors="np",
+                input_data_format="channels_last",
+            )["pixel_values"]
+        )  # (B, 3, h, w)
+        if resized.ndim != 4 or resized.shape[:2] != (len(images), 3):
+            return None
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(resized, 1, -1).astype(np.uint8)))
 
     def _ask_table(self) -> torch.Tensor | None:
         """The processor's answer to each value of each channel: (3, 256) float32, or None where it has none."""
         ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)  # (16, 16, 3)
-        answer = self.image_processor(
-            images=[ramp], do_resize=False, do_center_crop=False, return_tensors="pt", input_data_format="channels_last"
-        )["pixel_values"]
+        try:
+            answer = self.image_processor(
+                images=[ramp],
+                do_resize=False,
+                do_center_crop=False,
+                return_tensors="pt",
+                input_data_format="channels_last",
+            )["pixel_values"]
+        except (TypeError, ValueError, RuntimeError):  # it cannot do without its resizing
+            return None
         if answer.shape != (1, 3, 16, 16):
             return None
         return answer[0].reshape(3, 256).float()

@@ -7,14 +7,19 @@ order). The system text is the same for every sample, so its keys and values are
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
+from torch import Tensor
 
+from manako.errors import first_line
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
+from manako.policies.processing import Processing
 
+EXAMPLES = ("go", "go to the far end of the room and wait")  # instructions of unequal length
 MAX_INSTRUCTION_CHARS = 2000
 
 
@@ -39,34 +44,46 @@ class PromptBuilder:
     Args:
         model: the model, its processor (chat template, tokenizer, image processor) and its placeholder.
         system: system text; `{actions}` is replaced by the legend.
-        example_frame: a frame (H, W, 3) uint8; processors size the placeholders by it.
+        frame_shape: (H, W, 3); processors size the placeholders by it.
 
     Raises:
-        PolicyError: the system text holds a special token.
+        PolicyError: the system text holds a special token, the chat template leaves out a part of the prompt, or the
+            processor takes no such frames.
 
     Attributes:
         legend: how the actions are listed.
         lead: " " where the prompt ends with a word or colon, else "": what stands before an answer.
+        processing: texts and frames to the model's inputs.
     """
 
-    def __init__(self, model: Model, system: str, example_frame: Any) -> None:
+    def __init__(self, model: Model, system: str, frame_shape: tuple[int, int, int]) -> None:
         self.model, self.processor, self.image_token = model, model.processor, model.placeholder
         self.system = system
         self.legend = ""
-        self.example_frame = example_frame
         tokenizer = self.processor.tokenizer
         special = special_vocabulary(tokenizer)
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        self.special_tokens = sorted({*special, *added, self.image_token})
+        self.special_tokens = sorted({*special, *added, *([self.image_token] if self.image_token else [])})
         held = [token for token in self.special_tokens if token.strip() and token in system]
         if held:
             raise PolicyError(
                 f"The system text {system!r} holds the special token {held[0]!r}: expected plain text, leave it out."
             )
-        self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id}
-        self._ids: dict[str, tuple[int, ...]] = {}
-        self.lead = " " if re.search(r"[\w:,.]\Z", self.render("x")) else ""
-        self._special_count = self._count_special(self.tokenize("x"))
+        self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id, None}
+        self._prompts: dict[str, dict[str, Tensor]] = {}
+        short, long = (self.render(text) for text in EXAMPLES)
+        try:
+            self.processing = Processing(model, frame_shape, (short, long))
+        except Exception as error:  # whatever a processor raises about frames or texts that it cannot take
+            raise PolicyError(
+                f"{type(self.processor).__name__} does not take frames of {frame_shape[0]} x {frame_shape[1]} pixels "
+                f"with one image a prompt ({type(error).__name__}: {first_line(error)}): expected a processor that "
+                "does; give larger frames, or another model."
+            ) from error
+        example = self.tokenize("x")["input_ids"].tolist()
+        end = tokenizer.decode(example[-8:])
+        self.lead = "" if model.answer_start or not re.search(r"[\w:,.]\Z", end) else " "
+        self._special_count = self._count_special(example)
 
     def clean(self, instruction: str) -> str:
         """Returns the instruction as plain data."""
@@ -74,30 +91,14 @@ class PromptBuilder:
 
     def render(self, instruction: str) -> str:
         """Returns the whole prompt as text, one image placeholder in it unless the processor writes it."""
-        system = self.system.replace("{actions}", self.legend)
-        if self.model.render is not None:
-            return self.model.render(system, instruction)
-        found = self._render(instruction)
-        return found[1] if found else f"{system}\n{instruction}\n{self.image_token}\nAnswer:"
+        return self._render(instruction)[1]
 
     def messages(self, instruction: str) -> list[dict[str, Any]]:
-        """Returns the prompt as chat messages, which the processor's template renders to the text of `render`.
+        """Returns the prompt as chat messages, which the processor's template renders to the text of `render`."""
+        return self._render(instruction)[0]
 
-        Raises:
-            PolicyError: the processor has no chat template that takes them.
-        """
-        found = self._render(instruction)
-        if found is None:
-            raise PolicyError(
-                f"The processor {type(self.processor).__name__} has no chat template that keeps system text, "
-                "instruction and image: expected one, for TRL's trainers build prompts with it."
-            )
-        return found[0]
-
-    def _render(self, instruction: str) -> tuple[list[dict[str, Any]], str] | None:
-        """Messages and their text, in the first form that the template keeps whole; None if none is."""
-        if self.model.render is not None or not getattr(self.processor, "chat_template", None):
-            return None
+    def _render(self, instruction: str) -> tuple[list[dict[str, Any]], str]:
+        """Messages and their text, in the first form that the template keeps whole."""
         system = self.system.replace("{actions}", self.legend)
         image = {"type": "image"}
         with_role = [
@@ -107,42 +108,67 @@ class PromptBuilder:
         without_role = [
             {"role": "user", "content": [{"type": "text", "text": f"{system}\n{instruction}"}, image]},
         ]
+        fault = ""
         for messages in (with_role, without_role):  # some templates refuse or drop a system message
             try:
                 text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except TemplateError:
+            except (TemplateError, TypeError, KeyError, ValueError) as error:
+                fault = fault or f"it says {first_line(error)!r}"
                 continue
-            if text.count(self.image_token) == 1 and system.strip() in text and instruction in text:
+            images = text.count(self.image_token) if self.image_token else 1
+            missing = [
+                name
+                for name, part in (("system text", system), ("instruction", instruction))
+                if part.strip() and part.strip() not in text
+            ]
+            if images == 1 and not missing:
                 return messages, text
-        return None
+            fault = f"it gives no {' and no '.join(missing)}" if missing else f"it gives {images} places for an image"
+        raise PolicyError(
+            f"The chat template of {type(self.processor).__name__} does not hold a system text, an instruction and one "
+            f"image ({fault}): expected all of them; correct chat_template.jinja in the model's folder."
+        )
 
-    def encode(self, instruction: str) -> tuple[int, ...]:
-        """Returns the token ids of the prompt with this (cleaned) instruction, image placeholders expanded.
+    def prompt(self, instruction: str) -> dict[str, Tensor]:
+        """Returns what the processor makes of the prompt with this instruction: `input_ids` (L,), ...
 
         Raises:
             PolicyError: the tokenizer makes a special token of the instruction.
         """
-        if instruction not in self._ids:
-            if len(self._ids) > 50_000:
-                self._ids.clear()
+        if instruction not in self._prompts:
+            if len(self._prompts) > 50_000:
+                self._prompts.clear()
             cleaned = self.clean(instruction)
-            ids = self.tokenize(cleaned)
-            if self._count_special(ids) != self._special_count:
+            prompt = self.tokenize(cleaned)
+            if self._count_special(prompt["input_ids"].tolist()) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
                     "plain text, change it."
                 )
-            self._ids[instruction] = ids
-        return self._ids[instruction]
+            self._prompts[instruction] = prompt
+        return self._prompts[instruction]
 
-    def tokenize(self, instruction: str) -> tuple[int, ...]:
-        """Returns the token ids of the prompt with this text as it is, image placeholders expanded."""
-        text = self.render(instruction)
-        bos = self.processor.tokenizer.bos_token
-        # a template that writes the first token itself must not get a second one
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        encoded = self.processor(text=[text], images=[[self.example_frame]], **options)
-        return tuple(int(token) for token in encoded["input_ids"][0])
+    def encode(self, instruction: str) -> tuple[int, ...]:
+        """Returns the token ids of the prompt with this instruction, image placeholders expanded."""
+        return tuple(self.prompt(instruction)["input_ids"].tolist())
 
-    def _count_special(self, ids: tuple[int, ...]) -> int:
+    def tokenize(self, instruction: str) -> dict[str, Tensor]:
+        """Returns what the processor makes of the prompt with this text as it is."""
+        return self.processing.tokenize(self.render(instruction))
+
+    def go_on(self, answer: str) -> tuple[int, ...]:
+        """Returns the tokens by which the tokenizer goes on from a prompt with an answer, the lead before it.
+
+        Raises:
+            PolicyError: it goes on differently after different instructions.
+        """
+        found = {self.processing.go_on(self.render(text), self.lead + answer) for text in EXAMPLES}
+        if len(found) > 1:
+            raise PolicyError(
+                f"The tokenizer makes other tokens of the answer {answer!r} after other instructions: expected a "
+                "prompt whose end does not depend on the instruction; use another model."
+            )
+        return found.pop()
+
+    def _count_special(self, ids: Sequence[int]) -> int:
         return sum(token in self._special_ids for token in ids)

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manako.errors import first_line
 from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Acted, Draws, Evaluated, Policy, PolicySpec, Rows, act_categorical, entropy
-from manako.policies.pixels import PixelPipeline
-from manako.policies.prompts import PromptBuilder
+from manako.policies.prompts import EXAMPLES, PromptBuilder
 from manako.policies.reading import Reading, SharedPrefix, WholePrompt
 from manako.policies.reading.shared_prefix import find_prefix
 from manako.policies.saving import load_weights, save_policy
+from manako.policies.self_check import Differences, Library
 from manako.policies.trainable import parameter_groups
 
 
@@ -50,16 +51,20 @@ class VLMPolicy(Policy):
     Args:
         model: the model and what stands where in it.
         spec: actions, frame shape and prompt.
-        check: compare the shared prefix with whole prompts, and do without it where they differ.
+        check: compare with the library's own forward; refuse a model whose numbers differ, and do without the shared
+            prefix where its numbers do.
 
     Raises:
-        PolicyError: the processor or the tokenizer cannot serve these actions or frames.
+        PolicyError: the processor or the tokenizer cannot serve these actions or frames, or the model's numbers are not
+            the library's.
 
     Attributes:
         vlm: the model, with PEFT around it where there is LoRA.
         parts: what stands where in it.
         reading: how it is run.
-        whole_prompt: the model's own forward, which `reading` is compared with.
+        processing: frames and prompts to the model's inputs.
+        whole_prompt: the model's own forward.
+        checked: how far `whole_prompt` is from the library; None where that was not asked.
         why_whole: why it reads whole prompts although its architecture names a faster reading; None where it does not.
         origin: where the model came from; loading.py fills it, saving.py writes it.
     """
@@ -70,20 +75,20 @@ class VLMPolicy(Policy):
         super().__init__()
         self.vlm, self.processor, self.parts, self.spec = model.vlm, model.processor, model, spec
         self.value_head = ValueHead(self.base_vlm.get_output_embeddings().weight.shape[1]).to(self.base_vlm.device)
+        self.prompts = PromptBuilder(model, spec.system, spec.frame_shape)
+        self.processing = self.prompts.processing
         tokenizer = self.processor.tokenizer
-        example = np.zeros(spec.frame_shape, dtype=np.uint8)  # (H, W, 3)
-        self.prompts = PromptBuilder(model, spec.system, example)
-        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.lead)
+        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on)
         self.prompts.legend = self.codec.legend
-        self.pipeline = PixelPipeline(self.processor.image_processor, spec.frame_shape)
-        self.pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
         self.origin: dict[str, Any] = {}
         self.why_whole: str | None = None
         self.eval()
-        self.whole_prompt = WholePrompt(self.parts, self.codec, self.pipeline, self.pad_id)
-        self.reading: Reading
+        kind = WholePrompt if model.reading is SharedPrefix else model.reading
+        self.whole_prompt = kind(model, self.codec, self.processing)
+        self.reading: Reading = self.whole_prompt
+        self.checked: Differences | None = None
         self.reading = self._select_reading(check)
 
     # ---- what it is ----------------------------------------------------------------------------------------------
@@ -126,6 +131,8 @@ class VLMPolicy(Policy):
     ) -> Rows:
         """Returns rows of `input_ids` (B, L) int64, `lengths` (B,) int64 and `frames` (B, h, w, 3) uint8, resized.
 
+        Beside them stands whatever else the processor makes of the prompts' text.
+
         Raises:
             PolicyError: frames of another shape than the policy was built for, or an instruction that the tokenizer or
                 the model cannot hold.
@@ -135,14 +142,9 @@ class VLMPolicy(Policy):
                 f"Frames of shape {images.shape[1:]} came, but this policy was built for "
                 f"{tuple(self.spec.frame_shape)}: load it again for these frames."
             )
-        ids = [self.prompts.encode(instruction) for instruction in instructions]
-        for tokens, instruction in zip(ids, instructions, strict=True):
-            self._check_prompt(tokens, instruction)
-        lengths = torch.tensor([len(row) for row in ids])  # (B,)
-        longest = int(lengths.max())
-        padded = torch.tensor([[*row, *[self.pad_id] * (longest - len(row))] for row in ids])  # (B, L)
-        columns = {"input_ids": padded, "lengths": lengths, "frames": self.pipeline.resize(images)}
-        return Rows(columns, fillers={"input_ids": self.pad_id})
+        for instruction in set(instructions):
+            self._check_prompt(self.prompts.encode(instruction), instruction)
+        return self.processing.rows([self.prompts.prompt(instruction) for instruction in instructions], images)
 
     def distribution(self, inputs: Rows, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Returns log-probabilities (B, A) and values (B,), float32; gradients flow where they are enabled.
@@ -200,9 +202,10 @@ class VLMPolicy(Policy):
         }
         if not wanting:
             return []
-        frames = self.pipeline.resize(images).to(self.device)
+        pipeline = self.processing.pipeline
+        frames = pipeline.resize(images).to(self.device)
         see = self.base_vlm.model.get_vision_features
-        features = torch.cat([see(**self.pipeline.pixels(part)) for part in frames.split(32)])  # (N, P, Dv)
+        features = torch.cat([see(**pipeline.pixels(part)) for part in frames.split(32)])  # (N, P, Dv)
         return [name for name, adapter in wanting.items() if adapter.fit(features)]
 
     @property
@@ -251,7 +254,7 @@ class VLMPolicy(Policy):
     def describe(self) -> list[tuple[str, str]]:
         """Returns how actions are said and how the model is run, for a run's header."""
         off = f" (no shared prefix: {self.why_whole})" if self.why_whole else ""
-        pixels = "table" if self.pipeline.is_table else "the library's processor"
+        pixels = "table" if self.processing.pipeline.is_table else "the library's processor"
         dtype = str(self.base_vlm.dtype).removeprefix("torch.")
         return [
             ("answers", f"as {self.codec.format}"),
@@ -274,24 +277,69 @@ class VLMPolicy(Policy):
 
     def _select_reading(self, check: bool) -> Reading:
         """The reading that the architecture names where it holds here, else whole prompts."""
-        rest = (self.codec, self.pipeline, self.pad_id)
+        library, alone = None, []
+        if check:
+            frames = np.random.default_rng(0).integers(0, 256, (len(EXAMPLES), *self.spec.frame_shape), dtype=np.uint8)
+            texts = [self.prompts.render(instruction) for instruction in EXAMPLES]
+            library = Library(self.processing, self.codec, texts, frames)
+            alone = [
+                self.prepare(frames[row : row + 1], [instruction]).to(self.device)
+                for row, instruction in enumerate(EXAMPLES)
+            ]
+            together = self.prepare(frames, EXAMPLES).to(self.device)
+            self.checked = self._compare(library, alone, together)
         if self.parts.reading is not SharedPrefix:
-            return self.parts.reading(self.parts, *rest)
+            return self.whole_prompt
         if self.parts.placeholder_id not in self.prompts.encode(""):
             raise PolicyError(
                 f"The rendered prompt holds no image token {self.parts.placeholder!r}: expected a processor that puts "
                 "one where the image stands; use another model."
             )
         special = self.processor.tokenizer.all_special_ids
-        shared = SharedPrefix(self.parts, *rest, find_prefix(self.prompts.encode, self.parts.placeholder_id, special))
-        if check:
-            frames = np.random.default_rng(0).integers(0, 256, (2, *self.spec.frame_shape), dtype=np.uint8)
-            self.reading = shared  # `prepare` asks it
-            examples = self.prepare(frames, ["go", "go to the far end of the room and wait"])
-            self.why_whole = shared.why_not(examples.to(self.device), self.whole_prompt)
-        elif not len(shared.prefix_ids):
+        prefix = find_prefix(self.prompts.encode, int(self.parts.placeholder_id), special)
+        if not len(prefix):
             self.why_whole = "the prompts share nothing before the image"
-        return self.whole_prompt if self.why_whole else shared
+            return self.whole_prompt
+        shared = SharedPrefix(self.parts, self.codec, self.processing, prefix)
+        if library is not None:
+            if shared.is_beyond_window(together):
+                self.why_whole = "a sliding window is shorter than the prompts"
+                return self.whole_prompt
+            try:
+                found = library.compare(shared, alone, together)
+            except Exception as error:  # a model without `.model`, or with a cache of its own: the header says it
+                self.why_whole = f"the model refused it, {type(error).__name__}: {first_line(error)}"
+                return self.whole_prompt
+            if not found.hold:
+                off = f"{found.worst:.1g} of the largest value"
+                self.why_whole = f"it differs from the model's own forward by {off}"
+                return self.whole_prompt
+        return shared
+
+    def _compare(self, library: Library, alone: list[Rows], together: Rows) -> Differences:
+        """How far whole prompts are from the library; raises where that is too far."""
+        kind = type(self.base_vlm).__name__
+        unequal = library.unequal_input(alone)
+        if unequal is not None:
+            raise PolicyError(
+                f"The input {unequal!r} of {kind} is not what {type(self.processor).__name__} makes of one prompt and "
+                "one image: its numbers would be wrong; expected a model whose processor treats each sample alone, use "
+                "another model."
+            )
+        try:
+            found = library.compare(self.whole_prompt, alone, together)
+        except Exception as error:  # the library's own forward over inputs that its own processor made
+            raise PolicyError(
+                f"{kind} does not run over a batch of prompts ({type(error).__name__}: {first_line(error)}): use "
+                "another model."
+            ) from error
+        if not found.hold:
+            raise PolicyError(
+                f"{kind} is not computed here as transformers computes it: off by {found.alone:.1g} of the largest "
+                f"value alone and {found.padded:.1g} in a padded batch, expected at most {found.tolerance:.0g}; its "
+                "numbers would be wrong, use another model."
+            )
+        return found
 
     def _check_prompt(self, tokens: tuple[int, ...], instruction: str) -> None:
         if not self.reading.accepts(tokens):

@@ -174,7 +174,7 @@ def _play(env: EpisodeVectorEnv, actions: np.ndarray) -> Observations:
 
 def preprocessing(bench: Bench) -> tuple[dict[str, Work], bool]:
     """Returns work, N frames to pixels by the library's processor and by ours, and whether their numbers are equal."""
-    pipeline, count = bench.policy.pipeline, bench.workload.num_envs
+    pipeline, count = bench.policy.processing.pipeline, bench.workload.num_envs
     env = EpisodeVectorEnv(bench.workload.env, count, seed=bench.workload.seed)
     frames = env.reset().images  # (N, H, W, 3)
     env.close()

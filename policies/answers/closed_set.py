@@ -7,7 +7,8 @@ the A probabilities add up to 1 whatever the names. No answer holds a special to
 name begins another ("go", "go on"), the end token closes each, as it would in a chat.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,8 @@ class ActionCodec:
         tokenizer: the language model's tokenizer.
         names: A different action names, in the order of the env's `Discrete(A)`.
         action_format: `auto`, or a key of `answers.KINDS`.
-        lead: what stands between the prompt's last character and the answer: "" or " ".
+        go_on: an answer to the tokens by which the tokenizer goes on from the prompt with it; None: there is no prompt,
+            an answer stands alone.
 
     Raises:
         PolicyError: names missing, repeated, or not representable by this tokenizer in this format.
@@ -54,11 +56,15 @@ class ActionCodec:
     """
 
     def __init__(
-        self, tokenizer: Any, names: Sequence[str], action_format: ActionFormat = "auto", lead: str = ""
+        self,
+        tokenizer: Any,
+        names: Sequence[str],
+        action_format: ActionFormat = "auto",
+        go_on: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.names = tuple(names)
-        self.lead = lead
+        self.go_on = go_on or functools.partial(tokenizer.encode, add_special_tokens=False)
         self._check_names()
         if action_format not in ("auto", *KINDS):
             raise PolicyError(f"action_format is {action_format!r}: expected one of auto, {', '.join(KINDS)}.")
@@ -124,9 +130,7 @@ class ActionCodec:
         if len(self.answers) < len(self.names):
             return f"{len(self.names)} actions but only {len(self.answers)} labels"
         special = set(special_vocabulary(self.tokenizer).values())
-        self.token_ids = [
-            tuple(self.tokenizer.encode(self.lead + answer, add_special_tokens=False)) for answer in self.answers
-        ]
+        self.token_ids = [tuple(self.go_on(answer)) for answer in self.answers]
         for answer, ids in zip(self.answers, self.token_ids, strict=True):
             if not ids or special.intersection(ids):
                 return f"{answer!r} becomes a special or unknown token"
@@ -138,9 +142,12 @@ class ActionCodec:
         if len(set(self.token_ids)) < len(self.token_ids):
             return "two names share the same tokens"
         if any(a != b and b[: len(a)] == a for a in self.token_ids for b in self.token_ids):
-            if self.tokenizer.eos_token_id is None:
+            end = (
+                self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+            )
+            if end is None:
                 return "one name begins another and the tokenizer has no end token to tell them apart"
-            self.token_ids = [(*ids, self.tokenizer.eos_token_id) for ids in self.token_ids]
+            self.token_ids = [(*ids, end) for ids in self.token_ids]
         return None
 
 

@@ -10,7 +10,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
 
-ROWS = {"manako": "composed.parts", "blip-2": "blip2"}  # a configuration's model_type -> module of this folder
+ROWS = {  # a configuration's model_type -> module of this folder
+    "manako": "composed.parts",
+    "blip-2": "blip2",
+    "instructblip": "blip2",
+    "kosmos-2": "kosmos2",
+    "idefics": "idefics",
+    "idefics2": "idefics2",
+    "idefics3": "idefics2",
+    "smolvlm": "idefics2",
+    "git": "git",
+    "florence2": "florence2",
+    "gemma3": "gemma",
+    "paligemma": "gemma",
+    "mllama": "mllama",
+    "llava": "llava",
+    "llava_next": "llava",
+    "llava_onevision": "llava",
+    "vipllava": "llava",
+    "mistral3": "llava",
+    "aya_vision": "llava",
+    "internvl": "llava",
+    "qwen2_vl": "qwen_vl",
+    "qwen2_5_vl": "qwen_vl",
+    "qwen3_vl": "qwen_vl",
+}
 
 
 def name_parts(vlm: Any, processor: Any) -> "Model":

@@ -1,6 +1,6 @@
 """What a file of this folder gives: a model that names its parts, so that nobody has to guess them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -8,17 +8,8 @@ from torch import Tensor
 
 from manako.policies.reading.reading import Reading
 
-Render = Callable[[str, str], str]  # system text, instruction -> the prompt's text
-
-
-def no_extra_inputs(input_ids: Tensor) -> dict[str, Tensor]:
-    """Returns nothing: token ids, attention mask and what the image processor makes are all that the model takes."""
-    return {}
-
-
-def last_of_outputs(outputs: Any) -> Tensor:
-    """Returns the last hidden states (B, L, D) from where most models put them."""
-    return outputs.hidden_states[-1]
+# the model's inputs of whole prompts -> positions of their tokens, (..., B, L), as its decoder takes them
+Positions = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
 
 class Model(NamedTuple):
@@ -32,12 +23,16 @@ class Model(NamedTuple):
     encoder: str | None  # the vision encoder's module; None: not known
     adapter: tuple[str, ...]  # what stands between encoder and decoder: modules and bare parameters; (): not known
     decoder: str | None  # the language model's module, where LoRA goes; None: not known
-    placeholder: str  # what stands for the image in a prompt's text
-    placeholder_id: int  # the token that visual tokens replace
+    placeholder: str | None  # what stands for the image in a prompt's text; None: the processor puts the image in
+    placeholder_id: int | None  # the token that visual tokens replace; None: none is replaced
     reading: type[Reading]  # how stored inputs become the hidden state at which the answer is read
-    render: Render | None = None  # None: the processor's chat template, else plain text around the placeholder
-    extra_inputs: Callable[[Tensor], dict[str, Tensor]] = no_extra_inputs  # (B, L) ids -> further inputs of the model
-    last_hidden: Callable[[Any], Tensor] = last_of_outputs  # outputs -> the decoder's last ones, (B, L, D)
+    answer_start: tuple[
+        int, ...
+    ] = ()  # what an encoder-decoder's decoder begins with; (): the answer follows the prompt
+    answer_inputs: Mapping[str, int] = {}  # what the processor would say of an answer's tokens, by input, where that is
+    # not what it says of the prompt's last one
+    positions: Positions | None = None  # None: the model counts its tokens
+    nests_images: bool = True  # whether the processor takes a list of images for each text
 
     @property
     def base_vlm(self) -> Any:

@@ -10,31 +10,30 @@ from torch import Tensor
 
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.interface import Rows
-from manako.policies.pixels import PixelPipeline
 
 if TYPE_CHECKING:  # architectures name their reading
     from manako.policies.architectures.model import Model
+    from manako.policies.processing import Processing
 
 
 class Read(NamedTuple):
     """Where the answer is read, of B samples."""
 
-    hidden: Tensor  # (B, D) at the prompt's last token
+    hidden: Tensor  # (B, D) at the token before the answer
     logits: list[Tensor]  # for each branching node of the codec's token trie (B, children)
 
 
 class Reading(ABC):
-    """Runs a model over rows with `input_ids` (B, L), `lengths` (B,) and `frames` (B, h, w, 3).
+    """Runs a model over rows of `Processing.rows`.
 
     Args:
         model: the model and what stands where in it.
         codec: the actions' tokens.
-        pipeline: frames to pixels.
-        pad_id: the token that fills shorter prompts.
+        processing: rows to the model's inputs.
     """
 
-    def __init__(self, model: "Model", codec: ActionCodec, pipeline: PixelPipeline, pad_id: int) -> None:
-        self.model, self.codec, self.pipeline, self.pad_id = model, codec, pipeline, pad_id
+    def __init__(self, model: "Model", codec: ActionCodec, processing: "Processing") -> None:
+        self.model, self.codec, self.processing = model, codec, processing
 
     @property
     def vlm(self) -> Any:
@@ -63,3 +62,18 @@ class Reading(ABC):
         """Promises that no weight changes inside the block, so what does not depend on the samples may be kept."""
         with torch.no_grad():
             yield
+
+
+@contextmanager
+def what_the_head_sees(vlm: Any) -> Iterator[list[Tensor]]:
+    """Collects what the model's LM head is given inside the block: the last hidden states (B, L, D), a forward each.
+
+    Args:
+        vlm: the plain model; families put these states into different outputs, or into none.
+    """
+    seen: list[Tensor] = []
+    hook = vlm.get_output_embeddings().register_forward_pre_hook(lambda head, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -5,11 +5,12 @@
     hidden (B, D) -> the actions' rows of the LM head (B, A); below the root of a token trie its tokens run on the
                   prompt's cache
 
-A model whose attention is not causal over this layout would get other numbers, so `why_not` compares it with the
-model's own forward over whole prompts, on two prompts of unequal length, before it is used.
+A model whose attention is not causal over this layout would get other numbers, so it is compared with the library's own
+forward over whole prompts before it is used (`self_check.py`).
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -19,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from manako.errors import first_line
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.interface import Rows
-from manako.policies.pixels import PixelPipeline
 from manako.policies.reading.reading import Read, Reading
+from manako.policies.reading.whole_prompt import WholePrompt
 
 if TYPE_CHECKING:  # architectures name their reading
     from manako.policies.architectures.model import Model
+    from manako.policies.processing import Processing
 
 # The prefix is what all these instructions leave alone: a tokenizer may join the text before the instruction with its
 # first character.
@@ -56,19 +57,18 @@ class SharedPrefix(Reading):
     Args:
         model: see `Reading`.
         codec: see `Reading`.
-        pipeline: see `Reading`.
-        pad_id: see `Reading`.
+        processing: see `Reading`.
         prefix_ids: (P,) of `find_prefix`.
     """
 
-    def __init__(
-        self, model: "Model", codec: ActionCodec, pipeline: PixelPipeline, pad_id: int, prefix_ids: Tensor
-    ) -> None:
-        super().__init__(model, codec, pipeline, pad_id)
+    def __init__(self, model: "Model", codec: ActionCodec, processing: "Processing", prefix_ids: Tensor) -> None:
+        super().__init__(model, codec, processing)
         self.prefix_ids = prefix_ids
         self._prefix = tuple(prefix_ids.tolist())
         self._rows = torch.tensor([token for branch in codec.branches for token in branch.children])
         self._kept: DynamicCache | None = None
+        self._whole_prompt = WholePrompt(model, codec, processing)
+        self._longest_path = max(map(len, codec.path_tokens), default=0)
 
     @property
     def name(self) -> str:
@@ -77,12 +77,14 @@ class SharedPrefix(Reading):
 
     def read(self, inputs: Rows) -> Read:
         """Returns hidden states and logits."""
-        hidden, cache = self._run_rest(inputs)
-        return Read(hidden, self._branch_logits(hidden, cache, inputs["lengths"]))
+        if self.is_beyond_window(inputs):
+            return self._whole_prompt.read(inputs)
+        hidden, cache, last = self._run_rest(inputs)
+        return Read(hidden, self._branch_logits(hidden, cache, inputs["lengths"], last))
 
     def read_hidden(self, inputs: Rows) -> Tensor:
         """Returns the hidden states (B, D) at the prompts' last tokens."""
-        return self._run_rest(inputs)[0]
+        return self._whole_prompt.read_hidden(inputs) if self.is_beyond_window(inputs) else self._run_rest(inputs)[0]
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
         """Returns whether the prompt begins with the prefix."""
@@ -98,27 +100,14 @@ class SharedPrefix(Reading):
             finally:
                 self._kept = before
 
-    @torch.no_grad()
-    def why_not(self, inputs: Rows, whole_prompt: Reading) -> str | None:
-        """Returns why it must not be used, in words, or None where it gives what whole prompts give.
+    def is_beyond_window(self, inputs: Rows) -> bool:
+        """Returns whether a layer's sliding window is shorter than these prompts and their answers: it drops keys of the cache.
 
-        Args:
-            inputs: prompts of unequal length, on the model's device.
-            whole_prompt: reads the same by the model's own forward.
+        The check at construction has seen two prompts; longer ones must not depend on how families mask such windows.
         """
-        if not self._prefix:
-            return "the prompts share nothing before the image"
-        expected = whole_prompt.read(inputs)
-        try:
-            read = self.read(inputs)
-        except Exception as error:  # a model without `.model`, or with a cache of its own: said in the run's header
-            return f"the model refused it, {type(error).__name__}: {first_line(error)}"
-        tolerance = 1e-3 if self.vlm.dtype == torch.float32 else 0.1
-        pairs = [(read.hidden, expected.hidden), *zip(read.logits, expected.logits, strict=True)]
-        off = max(float((a - b).abs().max()) / max(1e-3, float(b.abs().max())) for a, b in pairs)
-        return (
-            None if off <= tolerance else f"it differs from the model's own forward by {off:.1g} of the largest value"
-        )
+        longest = int(inputs["lengths"].max()) + self._longest_path
+        layers = DynamicCache(config=self.vlm.config).layers
+        return longest >= min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 
     def run_prefix(self) -> DynamicCache:
         """Returns keys and values of the prefix, batch size 1."""
@@ -126,21 +115,21 @@ class SharedPrefix(Reading):
         self.vlm.model(input_ids=self.prefix_ids.to(self.vlm.device)[None], past_key_values=cache, use_cache=True)
         return cache
 
-    def _run_rest(self, inputs: Rows) -> tuple[Tensor, DynamicCache]:
-        """Hidden states (B, D) at the last token, and keys and values of the whole prompts."""
+    def _run_rest(self, inputs: Rows) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Hidden states (B, D) at the last token, keys and values of the whole prompts, position (..., B) of that token."""
         prefix = self._kept if self._kept is not None else self.run_prefix()
         lengths, shared = inputs["lengths"], len(self.prefix_ids)
-        ids = inputs["input_ids"][:, : int(lengths.max())]
-        cache = self._expand(prefix, len(ids))
-        extra = {name: values[:, shared:] for name, values in self.model.extra_inputs(ids).items()}
-        hidden = self.vlm.model(
-            input_ids=ids[:, shared:],
-            past_key_values=cache,
-            use_cache=True,
-            **self.pipeline.pixels(inputs["frames"]),
-            **extra,
-        ).last_hidden_state  # (B, L - P, D)
-        return hidden[torch.arange(len(ids), device=ids.device), lengths - shared - 1], cache
+        rows = torch.arange(len(lengths), device=lengths.device)
+        given = self.processing.model_inputs(inputs)
+        cache = self._expand(prefix, len(lengths))
+        positions = None if self.model.positions is None else self.model.positions(self.vlm, given)  # (..., B, L)
+        rest = {name: given[name][:, shared:] for name in ("input_ids", *self.processing.of_tokens)}
+        others = {name: value for name, value in given.items() if name not in rest and name != "attention_mask"}
+        if positions is not None:
+            others["position_ids"] = positions[..., shared:]
+        hidden = self.vlm.model(**rest, **others, past_key_values=cache, use_cache=True).last_hidden_state
+        last = lengths - 1 if positions is None else positions[..., rows, lengths - 1]
+        return hidden[rows, lengths - shared - 1], cache, last
 
     def _expand(self, prefix: DynamicCache, batch: int) -> DynamicCache:
         """A cache whose layers are views of the prefix's, repeated over the batch; gradients add up in the one copy."""
@@ -149,13 +138,15 @@ class SharedPrefix(Reading):
             layer.lazy_initialization(source.keys, source.values)
             layer.keys = source.keys.expand(batch, -1, -1, -1)
             layer.values = source.values.expand(batch, -1, -1, -1)
+            if layer.is_sliding:
+                layer.cumulative_length = source.cumulative_length
         return cache
 
-    def _branch_logits(self, hidden: Tensor, cache: DynamicCache, lengths: Tensor) -> list[Tensor]:
+    def _branch_logits(self, hidden: Tensor, cache: DynamicCache, lengths: Tensor, last: Tensor) -> list[Tensor]:
         """Logits (B, children) of each branching node."""
         at_node: dict[tuple[int, ...], Tensor] = {(): hidden}  # (B, D) each
         for path in self.codec.path_tokens:
-            below = self._run_path(path, cache, lengths)  # (B, path, D)
+            below = self._run_path(path, cache, lengths, last)  # (B, path, D)
             for depth in range(1, len(path) + 1):
                 at_node[path[:depth]] = below[:, depth - 1]
         head = self.vlm.get_output_embeddings()
@@ -171,7 +162,7 @@ class SharedPrefix(Reading):
             start = stop
         return logits
 
-    def _run_path(self, path: tuple[int, ...], cache: DynamicCache, lengths: Tensor) -> Tensor:
+    def _run_path(self, path: tuple[int, ...], cache: DynamicCache, lengths: Tensor, last: Tensor) -> Tensor:
         """Hidden states (B, path, D) of a path's tokens behind the prompts."""
         batch, seen = len(lengths), cache.get_seq_length()
         attended = torch.cat(
@@ -185,10 +176,12 @@ class SharedPrefix(Reading):
         for source, layer in zip(cache.layers, branch_cache.layers, strict=True):
             layer.lazy_initialization(source.keys, source.values)
             layer.keys, layer.values = source.keys, source.values
+            if layer.is_sliding:
+                layer.cumulative_length = source.cumulative_length
         return self.vlm.model(
             input_ids=torch.tensor(path, device=lengths.device).expand(batch, -1),
             attention_mask=attended.long(),
-            position_ids=lengths[:, None] + torch.arange(len(path), device=lengths.device),
+            position_ids=last[..., None] + 1 + torch.arange(len(path), device=lengths.device),
             past_key_values=branch_cache,
             use_cache=True,
         ).last_hidden_state

@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manako.policies.interface import Rows
-from manako.policies.reading.reading import Read, Reading
+from manako.policies.reading.reading import Read, Reading, what_the_head_sees
 
 
 class WholePrompt(Reading):
@@ -17,34 +16,30 @@ class WholePrompt(Reading):
 
     def read(self, inputs: Rows) -> Read:
         """Returns hidden states and logits."""
-        lengths = inputs["lengths"]  # (B,)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        passes = [(path, self._run(inputs, path)) for path in self.codec.path_tokens or ((),)]
+        rows, places = torch.arange(len(inputs), device=inputs["lengths"].device), self._places(inputs)
+        passes = [(path, *self._run(inputs, path)) for path in self.codec.path_tokens or ((),)]
         logits = []
         for branch in self.codec.branches:
-            outputs = next(out for path, out in passes if path[: len(branch.path)] == branch.path)
-            logits.append(outputs.logits[rows, lengths - 1 + len(branch.path)][:, list(branch.children)])
-        return Read(self.model.last_hidden(passes[0][1])[rows, lengths - 1], logits)
+            out = next(out for path, _, out in passes if path[: len(branch.path)] == branch.path)  # (B, L + path, V)
+            logits.append(out[rows, places + len(branch.path)][:, list(branch.children)])
+        return Read(passes[0][1][rows, places], logits)
 
     def read_hidden(self, inputs: Rows) -> Tensor:
-        """Returns the hidden states (B, D) at the prompts' last tokens."""
-        lengths = inputs["lengths"]
-        outputs = self._run(inputs, (self.codec.path_tokens or ((),))[0])
-        return self.model.last_hidden(outputs)[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        """Returns the hidden states (B, D) at the token before the answer."""
+        hidden, _ = self._run(inputs, (self.codec.path_tokens or ((),))[0])
+        return hidden[torch.arange(len(inputs), device=hidden.device), self._places(inputs)]
 
-    def _run(self, inputs: Rows, path: tuple[int, ...]) -> Any:
-        """The model's outputs for the prompts followed by the path: logits (B, L + path, V), hidden states."""
-        lengths = inputs["lengths"]
-        ids = F.pad(inputs["input_ids"][:, : int(lengths.max())], (0, len(path)), value=self.pad_id)  # (B, L + path)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        for offset, token in enumerate(path):
-            ids[rows, lengths + offset] = token
-        mask = torch.arange(ids.shape[1], device=ids.device) < (lengths + len(path))[:, None]  # (B, L + path)
-        return self.vlm(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            output_hidden_states=True,
-            use_cache=False,
-            **self.pipeline.pixels(inputs["frames"]),
-            **self.model.extra_inputs(ids),
-        )
+    def _places(self, inputs: Rows) -> Tensor:
+        """Where the token before the answer stands, (B,)."""
+        return inputs["lengths"] - 1
+
+    def _run(self, inputs: Rows, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, L + path, D) and logits (B, L + path, V) of the prompts followed by the path."""
+        given = self.processing.model_inputs(inputs, path)
+        return self._forward(given, given["input_ids"].shape[1])
+
+    def _forward(self, given: dict[str, Any], width: int) -> tuple[Tensor, Tensor]:
+        """The last `width` places of the sequence that the LM head sees; some models put visual tokens before it."""
+        with what_the_head_sees(self.vlm) as seen:
+            logits = self.vlm(**given, use_cache=False).logits
+        return seen[0][:, -width:], logits[:, -width:]

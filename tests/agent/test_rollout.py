@@ -77,7 +77,7 @@ def test_a_slot_s_draws_are_those_of_seed_slot_and_iteration():
 def test_the_frames_are_those_that_the_environments_showed(corridor):
     env, policy, rollout = corridor
     shown = np.concatenate([observations.images for observations in env.shown[:-1]])
-    assert torch.equal(rollout.inputs["frames"], policy.pipeline.resize(shown))
+    assert torch.equal(rollout.inputs["frames"], policy.processing.pipeline.resize(shown))
     assert np.array_equal(rollout.record.images, shown)
     assert len(np.unique(shown.reshape(48, -1), axis=0)) > 20  # else any order would do
 
@@ -91,7 +91,7 @@ def test_the_prompts_are_those_of_the_instructions(corridor):
     for row, text in enumerate(texts):
         expected = policy.prompts.encode(text)
         assert tuple(ids[row, : lengths[row]].tolist()) == expected
-        assert (ids[row, len(expected) :] == policy.pad_id).all()
+        assert (ids[row, len(expected) :] == policy.processing.pad_id).all()
 
 
 def test_actions_rewards_and_flags_are_those_of_the_environments(corridor):
@@ -182,7 +182,8 @@ def test_a_rollout_goes_on_where_the_last_one_stopped():
         np.stack([result.rewards for result in env.results]), np.stack([r.rewards for r in whole_env.results])
     )
     assert torch.equal(
-        policy.pipeline.resize(np.concatenate([o.images for o in whole_env.shown[5:10]])), second.inputs["frames"]
+        policy.processing.pipeline.resize(np.concatenate([o.images for o in whole_env.shown[5:10]])),
+        second.inputs["frames"],
     )
     # the value beyond the first rollout is the value of the second one's first observation, where the episode went on
     going_on = ~(first.terminated[-1] | first.truncated[-1])

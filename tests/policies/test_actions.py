@@ -53,7 +53,7 @@ def test_names_of_one_token(tokenizer):
 
 
 def test_the_lead_belongs_to_the_answer(tokenizer):
-    codec = ActionCodec(tokenizer, NAMES, "token", lead=" ")
+    codec = ActionCodec(tokenizer, NAMES, "token", lambda answer: tokenizer.encode(" " + answer))
     assert [tokenizer.decode(ids) for ids in codec.token_ids] == [f" {name}" for name in NAMES]
 
 
@@ -124,7 +124,7 @@ def test_probabilities_add_up_to_one(names, action_format, tokenizer):
 def brute_force(policy, inputs, row):
     """Each action's log-probability, token by token: the plain model, renormalised over the tokens that may follow."""
     prompt = inputs["input_ids"][row, : inputs["lengths"][row]].tolist()
-    pixels = policy.pipeline.pixels(inputs["frames"][row : row + 1])
+    pixels = policy.processing.pipeline.pixels(inputs["frames"][row : row + 1])
     answers = [tuple(ids) for ids in policy.codec.token_ids]
     logprobs = []
     for answer in answers:

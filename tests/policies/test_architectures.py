@@ -26,13 +26,14 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_a_foreign_models_parts_are_guessed_by_their_full_names(kind, tmp_path):
+def test_a_foreign_models_parts_are_guessed_as_its_row_names_them(kind, tmp_path):
     folder = {"llava": llava_folder, "idefics3": idefics3_folder}[kind](tmp_path)
     vlm, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    model = name_parts(vlm, processor)
+    model = any_vlm.name_parts(vlm, processor)
+    assert model == name_parts(vlm, processor)
     assert (model.encoder, model.adapter, model.decoder) == EXPECTED[kind]
     assert {model.encoder, *model.adapter, model.decoder} <= {name for name, _ in vlm.named_modules()}
-    assert (model.placeholder, model.reading, model.render) == ("<image>", SharedPrefix, None)
+    assert (model.placeholder, model.reading) == ("<image>", SharedPrefix)
     assert model.placeholder_id == processor.tokenizer.convert_tokens_to_ids("<image>")
 
 

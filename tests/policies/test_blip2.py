@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, T5Config
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from manako.policies import PolicyError, PolicySource, load_policy, parameter_table, save_policy
+from manako.policies import PolicySource, load_policy, parameter_table, save_policy
 from manako.policies.architectures import name_parts
+from manako.policies.prompts import PromptBuilder
 from manako.policies.reading import WholePrompt
+from manako.policies.reading.reading import what_the_head_sees
 from manako.policies.saving import digest, learned, load_weights
 from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, TURNS, blip2_folder, frames
 
@@ -65,19 +67,21 @@ def test_the_names_are_names_in_the_model(library):
     assert [name in modules for name in parts.adapter] == [False, True, True]
     assert parts.adapter[0] in parameters  # the query tokens are a bare parameter
     assert parts.reading is WholePrompt
-    assert parts.placeholder == "<image>"
-    assert processor.tokenizer.convert_tokens_to_ids(parts.placeholder) == parts.placeholder_id
-    assert parts.placeholder not in parts.render("Act.", "go")  # the processor writes them
-    ids = processor(text=parts.render("Act.", "go"), images=frames(1)[0], return_tensors="pt")["input_ids"]
+    assert parts.placeholder is None  # the processor writes them
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == parts.placeholder_id
+    text = PromptBuilder(parts, "Act.", FRAME).render("go")
+    assert text == "Act.\ngo\nAnswer:"
+    ids = processor(text=text, images=frames(1)[0], return_tensors="pt")["input_ids"]
     assert (ids == parts.placeholder_id).sum() == processor.num_query_tokens == 4
 
 
 @torch.no_grad()
 def test_the_last_hidden_state_is_the_one_that_logits_are_made_of(library):
     model, processor = library
-    outputs = model(**processor(text="go", images=frames(1)[0], return_tensors="pt"), output_hidden_states=True)
-    hidden = name_parts(model, processor).last_hidden(outputs)  # (B, L, D)
-    torch.testing.assert_close(model.get_output_embeddings()(hidden), outputs.logits)
+    with what_the_head_sees(model) as seen:
+        outputs = model(**processor(text="go", images=frames(1)[0], return_tensors="pt"), output_hidden_states=True)
+    torch.testing.assert_close(model.get_output_embeddings()(seen[0]), outputs.logits)
+    assert torch.equal(seen[0], outputs.language_model_outputs.hidden_states[-1])  # (B, L, D)
 
 
 @torch.no_grad()
@@ -150,13 +154,3 @@ def test_a_saved_policy_is_the_same_policy(trainable, folder, tmp_path):
     other = load(folder, trainable, lora_rank=2)
     load_weights(other, tmp_path)
     assert torch.equal(answers(other), answers(policy))
-
-
-def test_one_that_answers_by_an_encoder_decoder_is_refused(library):
-    model, processor = library
-
-    class WithT5:
-        config = type(model.config)(text_config=T5Config(d_model=32, num_layers=1, num_heads=2))
-
-    with pytest.raises(PolicyError, match="answers by a t5, an encoder-decoder: expected one with a decoder-only"):
-        name_parts(WithT5(), processor)

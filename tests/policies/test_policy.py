@@ -115,7 +115,7 @@ def test_padding_does_not_matter(source):
     policy = loud(load_policy(source, TURNS, FRAME))
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
     word = policy.processor.tokenizer.encode("red", add_special_tokens=False)[0]
-    padded = torch.nn.functional.pad(inputs["input_ids"], (0, 7), value=policy.pad_id)
+    padded = torch.nn.functional.pad(inputs["input_ids"], (0, 7), value=policy.processing.pad_id)
     beyond = torch.arange(padded.shape[1]) >= inputs["lengths"][:, None]
     wider = Rows({**inputs.columns, "input_ids": padded}, inputs.fillers)
     other = Rows({**inputs.columns, "input_ids": padded.masked_fill(beyond, word)}, inputs.fillers)
@@ -225,16 +225,30 @@ def test_a_model_without_the_expected_parts_reads_whole_prompts(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [8, 4096])
-def test_a_sliding_window_reads_whole_prompts(window, tmp_path):
-    """Its cache keeps other layers than the short way fills; the answers stay the model's own."""
+def test_a_sliding_window_shorter_than_the_prompts_reads_whole_prompts(window, tmp_path):
+    """Its cache forgets what the short way needs; the answers stay the model's own."""
     source = PolicySource(policy=str(llava_folder(tmp_path, MistralConfig, sliding_window=window)))
     policy = load_policy(source, TURNS, FRAME)
-    assert isinstance(policy.reading, WholePrompt)
+    assert isinstance(policy.reading, WholePrompt if window == 8 else SharedPrefix)
     inputs = policy.prepare(frames(1), ["go"])
-    pixels = policy.pipeline.pixels(inputs["frames"])
+    pixels = policy.processing.pipeline.pixels(inputs["frames"])
     (branch,) = policy.codec.branches
     logits = policy.vlm(input_ids=inputs["input_ids"], **pixels).logits[0, -1, list(branch.children)]
     assert torch.allclose(read(policy, inputs).logprobs[0], logits.log_softmax(-1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_instruction_longer_than_the_window_reads_whole_prompts_for_that_batch(tmp_path):
+    """The check at construction has seen shorter ones."""
+    policy = load_policy(
+        PolicySource(policy=str(llava_folder(tmp_path, MistralConfig, sliding_window=140))), TURNS, FRAME
+    )
+    assert isinstance(policy.reading, SharedPrefix)
+    inputs = policy.prepare(frames(2), ["go", "go to the red ball " * 20])
+    assert inputs["lengths"][0] < 140 < inputs["lengths"][1]
+    assert policy.reading.is_beyond_window(inputs)
+    short, whole = read(policy, inputs), read(policy, inputs, whole=True)
+    assert torch.equal(short.logprobs, whole.logprobs) and torch.equal(short.values, whole.values)
 
 
 # ---- dropout, frozen weights, precision --------------------------------------------------------------------------

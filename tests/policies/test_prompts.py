@@ -1,11 +1,10 @@
 """Text of an env is data: whatever it holds, the prompt has one image and our special tokens only."""
 
-import numpy as np
 import pytest
 from transformers import AddedToken
 
 from manako.policies import PolicyError, PolicySource, load_policy
-from manako.policies.architectures import name_parts
+from manako.policies.architectures import any_vlm, name_parts
 from manako.policies.architectures.composed import ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
@@ -112,7 +111,9 @@ def test_the_prompt_holds_system_actions_and_instruction(name, policies):
 def test_an_answer_follows_a_word_after_a_space(name, end, lead, policies):
     policy = policies[name]
     assert policy.prompts.render("go").endswith(end)
-    assert policy.prompts.lead == policy.codec.lead == lead
+    assert policy.prompts.lead == lead
+    first = policy.processor.tokenizer.decode(policy.codec.token_ids[0])
+    assert first == f"{lead}up"
 
 
 def test_each_instruction_is_tokenized_once(policies, monkeypatch):
@@ -151,12 +152,34 @@ def test_a_template_without_a_system_role(template, tmp_path):
     assert policy.prompts.render("go") == f"[{system}\ngo<image>]"
 
 
-def test_a_template_that_drops_the_image_is_not_used():
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{{ messages[0]['content'][0]['text'] }}", "it gives 0 places for an image"),
+        ("{{ messages[-1]['content'][1]['type'] }}<image>", "it gives no system text and no instruction"),
+        ("{{ messages | tojson }}<image><image>", "it gives 2 places for an image"),
+        ("{{ raise_exception('images only') }}", "it says 'images only'"),
+        ("{{ messages[3]['content'] + 1 }}", "it says "),
+    ],
+)
+def test_a_template_that_does_not_hold_the_prompt_is_refused(template, fault):
     model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
-    processor.chat_template = "{{ messages[1]['content'][0]['text'] }}"
-    builder = PromptBuilder(name_parts(model, processor), "Act: {actions}.", np.zeros(FRAME, dtype=np.uint8))
+    processor.chat_template = template
+    with pytest.raises(PolicyError, match="correct chat_template.jinja in the model's folder") as caught:
+        PromptBuilder(name_parts(model, processor), "Act: {actions}.", FRAME)
+    assert fault in str(caught.value)
+
+
+def test_a_processor_without_a_template_is_given_a_plain_one():
+    model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
+    processor.chat_template = processor.tokenizer.chat_template = None
+    parts = any_vlm.name_parts(model, processor)
+    builder = PromptBuilder(parts, "Act: {actions}.", FRAME)
     assert builder.render("go") == "Act: .\ngo\n<image>\nAnswer:"
     assert builder.encode("go").count(model.config.image_token_id) == 16
+    answer = [*builder.messages("go"), {"role": "assistant", "content": [{"type": "text", "text": "up"}]}]
+    text = processor.apply_chat_template(answer, tokenize=False)
+    assert text == f"{builder.render('go')} up{processor.tokenizer.eos_token}"
 
 
 def test_the_first_token_is_written_once():
@@ -171,7 +194,7 @@ def test_the_first_token_is_written_once():
     own = processor.chat_template
     for template in (own, "{{ bos_token }}" + own):
         processor = ManakoProcessor(processor.image_processor, tokenizer, 16, template)
-        ids = PromptBuilder(name_parts(model, processor), SYSTEM, np.zeros(FRAME, dtype=np.uint8)).encode("go")
+        ids = PromptBuilder(name_parts(model, processor), SYSTEM, FRAME).encode("go")
         assert ids[0] == first and ids.count(first) == 1
 
 
@@ -182,7 +205,7 @@ def test_a_special_token_made_by_the_tokenizer_is_an_error():
     model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
     processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     processor.tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<stop>", special=True, normalized=True)])
-    builder = PromptBuilder(name_parts(model, processor), SYSTEM, np.zeros(FRAME, dtype=np.uint8))
+    builder = PromptBuilder(name_parts(model, processor), SYSTEM, FRAME)
     assert builder.encode("go <stop>") == builder.encode("go")
     with pytest.raises(PolicyError, match="makes a special token of a part of the instruction 'go ＜stop＞': expected"):
         builder.encode("go ＜stop＞")

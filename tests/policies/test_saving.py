@@ -340,13 +340,13 @@ def test_places_without_a_policy(tmp_path):
     for name, sentence in (
         ("tinny", "No vision-language model at 'tinny': expected a preset (tiny, smollm2), a model folder or a Hub id"),
         ("nobody/no-such-model", "No vision-language model at 'nobody/no-such-model'"),
-        ("./nowhere", "No vision-language model at './nowhere'"),
+        ("./nowhere", "There is no folder './nowhere': expected a preset (tiny, smollm2)"),
         ("/no/such/folder", "There is no folder '/no/such/folder': expected a preset (tiny, smollm2)"),
         (str(tmp_path / "empty"), "holds no config.json: expected a model folder or a run's checkpoint"),
-        (str(text), "No vision-language model at"),
+        (str(text), "is a llama, which transformers does not know as a vision-language model"),
         (str(damaged), "No vision-language model at"),
         (str(unknown), "No vision-language model at"),
-        (str(text / "config.json"), "No vision-language model at"),
+        (str(text / "config.json"), "is a file: expected a preset (tiny, smollm2), a model folder or a Hub id"),
     ):
         with pytest.raises(PolicyError) as caught:
             load_policy(PolicySource(policy=name), NAMES, FRAME)
@@ -395,7 +395,7 @@ def test_what_an_adapter_was_fitted_to_is_saved(trainable, tmp_path):
     policy, plain = (load_policy(source, NAMES, FRAME) for _ in range(2))
     assert policy.fit_adapter(frames(5)) and not policy.fit_adapter(frames(2))  # once
     with torch.no_grad():
-        pixels = policy.pipeline.pixels(policy.pipeline.resize(frames(5)))
+        pixels = policy.processing.pipeline.pixels(policy.processing.pipeline.resize(frames(5)))
         features = policy.base_vlm.model.get_vision_features(**pixels)
     fitted = [buffer for name, buffer in policy.named_buffers() if name.endswith("feature_mean") and buffer.any()]
     assert len(fitted) == 1  # with LoRA, the copy that learns

@@ -1,0 +1,175 @@
+"""What the model is given: all that its processor makes of a prompt and a frame, and nothing else.
+
+    text  ─ processor ─►  input_ids (L,), and whatever else it says of the tokens: token_type_ids (L,),
+                          cross_attention_mask (L, 1, tiles), qformer_input_ids (Q,) ...   stored as rows
+    frame ─ processor ─►  pixel_values, image_grid_thw, pixel_attention_mask ...           made at each forward
+
+Which input is of the text and which of the image is not known by name: two texts of unequal length are processed, and
+what changes is of the text. So a processor's own defaults, and inputs that no one here has heard of, reach the model.
+`self_check.py` compares the result with the library's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from manako.policies.architectures.model import Model
+from manako.policies.interface import Rows
+from manako.policies.pixels import PixelPipeline
+
+NOT_READ = ("labels",)  # for a loss, not for what the model says
+OWN = ("input_ids", "attention_mask")  # made here, of ids and lengths
+
+
+class Processing:
+    """A model's processor for frames of one shape.
+
+    Args:
+        model: the model, its processor, and what its answers' tokens are told.
+        frame_shape: (H, W, 3) of the frames to come.
+        texts: two prompts of unequal length.
+
+    Attributes:
+        of_tokens: names of the inputs with a value for each token of the prompt.
+        of_text: names of the further inputs that the text decides.
+        pipeline: frames to all other inputs.
+        pad_id: the token that fills shorter prompts.
+    """
+
+    def __init__(self, model: Model, frame_shape: tuple[int, int, int], texts: tuple[str, str]) -> None:
+        self.model, self.processor = model, model.processor
+        self.frame_shape = tuple(frame_shape)
+        self._example = np.random.default_rng(0).integers(0, 256, (1, *frame_shape), dtype=np.uint8)  # (1, H, W, 3)
+        self._text = texts[0]
+        short, long = (self.call([text], self._example) for text in texts)
+        changing = [name for name in short if name not in OWN and not _equal(short[name], long.get(name))]
+        lengths = short["input_ids"].shape[1], long["input_ids"].shape[1]
+        self.of_tokens = tuple(name for name in changing if (short[name].shape[1], long[name].shape[1]) == lengths)
+        self.of_text = tuple(name for name in changing if name not in self.of_tokens)
+        self.pipeline = PixelPipeline(model.processor.image_processor, self.frame_shape, self._of_frames)
+        tokenizer = self.processor.tokenizer
+        self.pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def call(self, texts: Sequence[str], frames: np.ndarray) -> dict[str, Tensor]:
+        """Returns what the library's processor makes of texts and frames (B, H, W, 3) uint8, one of each a sample."""
+        pictures: list[Any] = [Image.fromarray(frame) for frame in frames]
+        images = [[picture] for picture in pictures] if self.model.nests_images else pictures
+        begins = self._first_tokens()
+        # a text that writes the first token itself must not get a second one
+        options = {"add_special_tokens": False} if any(texts[0].startswith(token) for token in begins) else {}
+        made = self.processor(text=list(texts), images=images, return_tensors="pt", **options)
+        return {name: value for name, value in made.items() if torch.is_tensor(value) and name not in NOT_READ}
+
+    def tokenize(self, text: str) -> dict[str, Tensor]:
+        """Returns the inputs of one prompt that the text decides, without a batch dimension: `input_ids` (L,), ..."""
+        made = self.call([text], self._example)
+        return {name: made[name][0] for name in ("input_ids", *self.of_tokens, *self.of_text)}
+
+    def go_on(self, text: str, answer: str) -> tuple[int, ...]:
+        """Returns the tokens by which the tokenizer goes on from a prompt with an answer.
+
+        They are those of prompt and answer less those of the prompt: an answer tokenized alone may be another one, since
+        tokenizers of the Llama 2 kind put a space before what they are given. Where no token begins where the prompt
+        ends, since the tokenizer joins the two, or where the processor writes something behind the text, they are the
+        tokens of the answer behind the prompt's last ones.
+        """
+        tokenizer = self.processor.tokenizer
+        if self.model.answer_start:  # an answer of its own, which the decoder begins with
+            return tuple(tokenizer.encode(answer, add_special_tokens=False))
+        before = self.call([text], self._example)["input_ids"][0].tolist()
+        whole = self.call([text + answer], self._example)["input_ids"][0].tolist()
+        if whole[: len(before)] == before:
+            return tuple(whole[len(before) :])
+        for start in range(len(before) - 1, max(-1, len(before) - 4), -1):  # such as PaliGemma's line end
+            end = tokenizer.decode(before[start:])
+            tail = tokenizer.encode(end, add_special_tokens=False)
+            joined = tokenizer.encode(end + answer, add_special_tokens=False)
+            if tail == before[start:] and joined[: len(tail)] == tail:
+                return tuple(joined[len(tail) :])
+        return tuple(tokenizer.encode(answer, add_special_tokens=False))
+
+    def rows(self, prompts: Sequence[dict[str, Tensor]], images: np.ndarray) -> Rows:
+        """Returns rows of B prompts of `tokenize` and frames (B, H, W, 3) uint8: what rollouts store."""
+        lengths = torch.tensor([len(prompt["input_ids"]) for prompt in prompts])  # (B,)
+        fillers = {"input_ids": self.pad_id, **dict.fromkeys([*self.of_tokens, *self.of_text], 0)}
+        columns = {}
+        for name, filler in fillers.items():
+            values = [prompt[name] for prompt in prompts]
+            longest = max(len(value) for value in values)
+            columns[name] = torch.stack([pad(value, 0, longest - len(value), filler) for value in values])
+        columns |= {"lengths": lengths, "frames": self.pipeline.resize(images)}
+        return Rows(columns, fillers)
+
+    def model_inputs(self, inputs: Rows, answer: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Returns the keyword arguments of the model's forward: prompts on the left, the answer's tokens behind each.
+
+        Args:
+            inputs: B rows of `rows`, on the model's device.
+            answer: tokens that follow every prompt.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, L + answer), and all else that the processor makes.
+        """
+        lengths = inputs["lengths"]
+        answers = torch.tensor(tuple(answer), dtype=torch.int64, device=lengths.device).expand(len(lengths), -1)
+        return self.with_answers(inputs, answers, torch.full_like(lengths, len(answer)))
+
+    def with_answers(self, inputs: Rows, answers: Tensor, answer_lengths: Tensor) -> dict[str, Tensor]:
+        """Returns the same with an answer of its own for each prompt.
+
+        Args:
+            inputs: B rows of `rows`, on the model's device.
+            answers: (B, K) int64, padded on the right.
+            answer_lengths: (B,).
+        """
+        lengths = inputs["lengths"]
+        width, longest = int(lengths.max()), answers.shape[1]
+        rows = torch.arange(len(lengths), device=lengths.device)
+        places = lengths[:, None] + torch.arange(longest, device=lengths.device)  # (B, K)
+        ids = pad(inputs["input_ids"][:, :width], 1, longest, self.pad_id)  # (B, L + K)
+        ids[rows[:, None], places] = answers
+        mask = torch.arange(ids.shape[1], device=ids.device) < (lengths + answer_lengths)[:, None]
+        ids = ids.masked_fill(~mask, self.pad_id) if longest else ids
+        columns = {}
+        for name in self.of_tokens:
+            column = pad(inputs[name][:, :width], 1, longest, 0)
+            if longest:  # an answer's tokens are told what the prompt's last one is, unless the architecture knows more
+                last = column[rows, lengths - 1]  # (B, ...)
+                if name in self.model.answer_inputs:
+                    last = torch.full_like(last, self.model.answer_inputs[name])
+                column[rows[:, None], places] = last[:, None].expand(-1, longest, *last.shape[1:])
+            columns[name] = column
+        columns |= {name: inputs[name] for name in self.of_text}
+        given = {"input_ids": ids, "attention_mask": mask.long(), **self.pixels(inputs), **columns}
+        return {name: self._cast(value) for name, value in given.items()}
+
+    def pixels(self, inputs: Rows) -> dict[str, Tensor]:
+        """Returns the inputs that are made of the rows' frames."""
+        return {name: self._cast(value) for name, value in self.pipeline.pixels(inputs["frames"]).items()}
+
+    def _of_frames(self, frames: np.ndarray) -> dict[str, Tensor]:
+        """All inputs that the text does not decide, of frames (B, H, W, 3)."""
+        made = self.call([self._text] * len(frames), frames)
+        return {name: made[name] for name in made if name not in (*OWN, *self.of_tokens, *self.of_text)}
+
+    def _first_tokens(self) -> list[str]:
+        tokenizer = self.processor.tokenizer
+        return [str(token) for token in (tokenizer.bos_token, tokenizer.cls_token) if token]
+
+    def _cast(self, value: Tensor) -> Tensor:
+        """Pixels in the model's precision; some models do it themselves, others refuse."""
+        return value.to(self.model.base_vlm.dtype) if value.is_floating_point() else value
+
+
+def pad(tensor: Tensor, dim: int, count: int, filler: float) -> Tensor:
+    """Returns the tensor with `count` more places at the end of a dimension."""
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, count), value=filler)
+
+
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and torch.equal(one, other)

@@ -1,0 +1,26 @@
+"""Models that read with an encoder and answer with a decoder: the prompt goes to one, the answer's tokens to the other.
+
+prompt and image ── encoder ──┐
+start, path      ── decoder ──┴─►  hidden (B, D) behind the start -> logits of the answer's tokens
+"""
+
+import torch
+from torch import Tensor
+
+from manako.policies.interface import Rows
+from manako.policies.reading.whole_prompt import WholePrompt
+
+
+class EncoderDecoder(WholePrompt):
+    """One pass over whole prompts; the decoder runs over the start tokens and a path of the token trie."""
+
+    name = "whole prompts, encoder and decoder"
+
+    def _places(self, inputs: Rows) -> Tensor:
+        return torch.full_like(inputs["lengths"], len(self.model.answer_start) - 1)
+
+    def _run(self, inputs: Rows, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        given = self.processing.model_inputs(inputs)
+        tokens = torch.tensor([*self.model.answer_start, *path], device=inputs["lengths"].device)
+        decoder_ids = tokens.expand(len(inputs), -1)
+        return self._forward({**given, "decoder_input_ids": decoder_ids}, len(tokens))

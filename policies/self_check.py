@@ -1,0 +1,178 @@
+"""Does a policy compute what plain transformers computes? Asked once, when a policy is made, and by check_model.py.
+
+The reference is the library's own way, `model(**processor(text, images))`, one prompt after the other; behind several
+tokens of an answer it is the library's own `generate`, made to say them. Compared with it, for two prompts of unequal
+length: what the model is given (equal to the last bit), and what it makes of that, alone and in a padded batch.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from manako.errors import first_line
+from manako.policies.errors import PolicyError
+from manako.policies.interface import Rows
+from manako.policies.processing import Processing
+from manako.policies.reading import Read, Reading
+from manako.policies.reading.reading import what_the_head_sees
+
+TOLERANCE = {torch.float32: 1e-5}  # share of the largest number; the rounding of other types is coarser
+COARSE = 0.1
+NOISE, MOST_NOISE = 8, 1e-3  # times what the model differs from itself in a batch of another size, and at most that
+
+
+class Differences(NamedTuple):
+    """How far a policy's numbers are from the library's, as a share of the largest one."""
+
+    alone: float
+    padded: float
+    tolerance: float
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two."""
+        return max(self.alone, self.padded)
+
+    @property
+    def hold(self) -> bool:
+        """Whether the policy computes what the library computes; a number that is not finite does not hold."""
+        return self.worst <= self.tolerance
+
+
+class Library:
+    """What plain transformers says about some prompts and frames.
+
+    Args:
+        processing: its processor and its model.
+        codec: the actions' tokens.
+        texts: B prompts, rendered.
+        frames: (B, H, W, 3) uint8.
+
+    Raises:
+        PolicyError: the library's own forward, or `generate`, fails.
+    """
+
+    def __init__(self, processing: Processing, codec: Any, texts: Sequence[str], frames: np.ndarray) -> None:
+        self.processing, self.codec = processing, codec
+        self.model, self.vlm = processing.model, processing.model.base_vlm
+        self.inputs = [
+            processing.call([text], frame[None]) for text, frame in zip(texts, frames, strict=True)
+        ]  # of the processor
+        try:
+            with torch.no_grad():
+                reads = [self._read(self._place(given)) for given in self.inputs]
+                self.reads = [read for read, _ in reads]
+                self._noise = self._repeated(self._place(self.inputs[0]), reads[0][0])
+        except PolicyError:
+            raise
+        except Exception as error:  # a model that its own processor's inputs do not fit
+            raise PolicyError(
+                f"{type(self.vlm).__name__} does not take what {type(processing.processor).__name__} makes "
+                f"({type(error).__name__}: {first_line(error)}): expected the processor of this model, frames that it "
+                "takes, and a model that acts by text."
+            ) from error
+
+    def compare(self, reading: Reading, alone: Sequence[Rows], together: Rows) -> Differences:
+        """Returns how far a reading's numbers are from the library's.
+
+        Args:
+            reading: how the model is run.
+            alone: each prompt and frame, on the model's device.
+            together: all of them, padded.
+        """
+        with torch.no_grad():
+            each = [_off(reading.read(rows), 0, read) for rows, read in zip(alone, self.reads, strict=True)]
+            batch = reading.read(together)
+        tolerance = TOLERANCE.get(self.vlm.dtype, COARSE)
+        return Differences(
+            max(each),
+            max(_off(batch, row, expected) for row, expected in enumerate(self.reads)),
+            max(tolerance, min(NOISE * self._noise, MOST_NOISE)),
+        )
+
+    def unequal_input(self, alone: Sequence[Rows]) -> str | None:
+        """Returns the name of an input of the model that is not what the processor makes, or None."""
+        for rows, made in zip(alone, self.inputs, strict=True):
+            given, expected = self.processing.model_inputs(rows), self._place(made)
+            for name in expected.keys() | given.keys():
+                one, other = given.get(name), expected.get(name)
+                if one is None or other is None or one.shape != other.shape or not torch.equal(one, other):
+                    return name
+        return None
+
+    def _place(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        placed = {name: value.to(self.vlm.device) for name, value in given.items()}
+        return {
+            name: value.to(self.vlm.dtype) if value.is_floating_point() else value for name, value in placed.items()
+        }
+
+    def _read(self, given: dict[str, Tensor]) -> tuple[Read, Tensor]:
+        """The hidden state (1, D) and the logits (1, children) where the answer is read; and those of the vocabulary."""
+        start = self._start(len(given["input_ids"]))
+        with what_the_head_sees(self.vlm) as seen:
+            whole = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)
+        logits = [
+            (self._generate(given, branch.path) if branch.path else whole)[:, list(branch.children)]
+            for branch in self.codec.branches
+        ]
+        return Read(seen[0][:, -1], logits), whole
+
+    def _repeated(self, given: dict[str, Tensor], read: Read) -> float:
+        """How much the model differs from itself, alone and three times in one batch."""
+        three = {name: torch.cat([value] * 3) for name, value in given.items()}
+        with what_the_head_sees(self.vlm) as seen:
+            self.vlm(**three, **self._start(3), use_cache=False)
+        return share(seen[0][:1, -1], read.hidden)
+
+    def _start(self, batch: int) -> dict[str, Tensor]:
+        if not self.model.answer_start:
+            return {}
+        return {"decoder_input_ids": torch.tensor([self.model.answer_start] * batch, device=self.vlm.device)}
+
+    def _generate(self, given: dict[str, Tensor], path: tuple[int, ...]) -> Tensor:
+        """Logits (1, V) behind the path, which the library's `generate` is made to say."""
+        out = self.vlm.generate(
+            **given,
+            **self._start(1),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=len(path) + 1,
+            max_new_tokens=len(path) + 1,
+            logits_processor=LogitsProcessorList([_Says(path)]),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return out.logits[len(path)]
+
+
+class _Says(LogitsProcessor):
+    """Makes `generate` say the tokens of a path."""
+
+    def __init__(self, path: tuple[int, ...]) -> None:
+        self.path, self.said = path, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns scores (B, V) that leave one token."""
+        if self.said < len(self.path):
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, self.path[self.said]] = 0.0
+        self.said += 1
+        return scores
+
+
+def share(numbers: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference as a share of the largest expected number."""
+    numbers, expected = numbers.float(), expected.float()
+    if not numbers.isfinite().all() or not expected.isfinite().all():
+        return math.inf
+    return float((numbers - expected).abs().max()) / max(1e-3, float(expected.abs().max()))
+
+
+def _off(read: Read, row: int, expected: Read) -> float:
+    pairs = [(read.hidden, expected.hidden), *zip(read.logits, expected.logits, strict=True)]
+    return max(share(numbers[row : row + 1], right) for numbers, right in pairs)
