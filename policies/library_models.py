@@ -226,8 +226,8 @@ def check_tokens(name: str, processor: Any, config: Any) -> None:
     held = max(processor.tokenizer.get_vocab().values(), default=0)
     if isinstance(rows, int) and held >= rows + further:
         raise PolicyError(
-            f"The tokenizer in {name!r} has tokens up to {held}, but the model knows {rows} of them: expected the files "
-            "of one model; copy or download the folder again."
+            f"The tokenizer in {name!r} has tokens up to {held}, but the model knows {rows} of them: expected the "
+            "files of one model; copy or download the folder again."
         )
 
 

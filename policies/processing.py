@@ -43,7 +43,7 @@ class Processing:
 
     def __init__(self, model: Model, frame_shape: tuple[int, int, int], texts: tuple[str, str]) -> None:
         self.model, self.processor = model, model.processor
-        self.frame_shape = tuple(frame_shape)
+        self.frame_shape = frame_shape
         self._example = np.random.default_rng(0).integers(0, 256, (1, *frame_shape), dtype=np.uint8)  # (1, H, W, 3)
         self._text = texts[0]
         short, long = (self.call([text], self._example) for text in texts)
@@ -73,8 +73,8 @@ class Processing:
     def go_on(self, text: str, answer: str) -> tuple[int, ...]:
         """Returns the tokens by which the tokenizer goes on from a prompt with an answer.
 
-        They are those of prompt and answer less those of the prompt: an answer tokenized alone may be another one, since
-        tokenizers of the Llama 2 kind put a space before what they are given. Where no token begins where the prompt
+        They are those of prompt and answer less those of the prompt: an answer tokenized alone may be another one,
+        since tokenizers of the Llama 2 kind put a space before what they are given. Where no token begins where the prompt
         ends, since the tokenizer joins the two, or where the processor writes something behind the text, they are the
         tokens of the answer behind the prompt's last ones.
         """

@@ -112,7 +112,7 @@ class Library:
         }
 
     def _read(self, given: dict[str, Tensor]) -> tuple[Read, Tensor]:
-        """The hidden state (1, D) and the logits (1, children) where the answer is read; and those of the vocabulary."""
+        """The hidden state (1, D) and the logits (1, children) where the answer is read; and all logits there (1, V)."""
         start = self._start(len(given["input_ids"]))
         with what_the_head_sees(self.vlm) as seen:
             whole = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)

@@ -142,9 +142,8 @@ class ActionCodec:
         if len(set(self.token_ids)) < len(self.token_ids):
             return "two names share the same tokens"
         if any(a != b and b[: len(a)] == a for a in self.token_ids for b in self.token_ids):
-            end = (
-                self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
-            )
+            ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+            end = next((token for token in ends if token is not None), None)
             if end is None:
                 return "one name begins another and the tokenizer has no end token to tell them apart"
             self.token_ids = [(*ids, end) for ids in self.token_ids]

@@ -1,7 +1,8 @@
 """Mllama, Llama 3.2 Vision (arXiv:2407.21783): the image enters by cross-attention layers between the decoder's own.
 
 `cross_attention_mask` says which tokens see which tiles. Keys and values of the image are not of the token stream, so
-whole prompts are read. The cross-attention layers lie inside the decoder: they learn with the language model, or by LoRA.
+whole prompts are read. The cross-attention layers lie inside the decoder: they learn with the language model, or by
+LoRA.
 """
 
 from typing import Any

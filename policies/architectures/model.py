@@ -29,8 +29,8 @@ class Model(NamedTuple):
     answer_start: tuple[
         int, ...
     ] = ()  # what an encoder-decoder's decoder begins with; (): the answer follows the prompt
-    answer_inputs: Mapping[str, int] = {}  # what the processor would say of an answer's tokens, by input, where that is
-    # not what it says of the prompt's last one
+    # what the processor would say of an answer's tokens, by input, where that is not what it says of the prompt's last
+    answer_inputs: Mapping[str, int] = {}
     positions: Positions | None = None  # None: the model counts its tokens
     nests_images: bool = True  # whether the processor takes a list of images for each text
 

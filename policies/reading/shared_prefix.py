@@ -101,9 +101,9 @@ class SharedPrefix(Reading):
                 self._kept = before
 
     def is_beyond_window(self, inputs: Rows) -> bool:
-        """Returns whether a layer's sliding window is shorter than these prompts and their answers: it drops keys of the cache.
+        """Returns whether a layer's sliding window is shorter than these prompts and their answers.
 
-        The check at construction has seen two prompts; longer ones must not depend on how families mask such windows.
+        Its cache then drops keys that are read again. The check at construction has seen two prompts; longer ones must not depend on how families mask such windows.
         """
         longest = int(inputs["lengths"].max()) + self._longest_path
         layers = DynamicCache(config=self.vlm.config).layers
@@ -116,7 +116,7 @@ class SharedPrefix(Reading):
         return cache
 
     def _run_rest(self, inputs: Rows) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Hidden states (B, D) at the last token, keys and values of the whole prompts, position (..., B) of that token."""
+        """Hidden states (B, D) at the last token, keys and values of whole prompts, position (..., B) of that token."""
         prefix = self._kept if self._kept is not None else self.run_prefix()
         lengths, shared = inputs["lengths"], len(self.prefix_ids)
         rows = torch.arange(len(lengths), device=lengths.device)
