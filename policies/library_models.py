@@ -27,6 +27,7 @@ from manako.policies.architectures.composed.presets import PRESETS
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+from manako.policies.room import check_room
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PLACES = f"expected a preset ({', '.join(PRESETS)}), a model folder or a Hub id"
@@ -45,6 +46,7 @@ def load_library_model(name: str, dtype: torch.dtype) -> Model:
     """
     config = load_config(name)
     processor = load_processor(name, config)
+    check_room(name, config, dtype)
     try:
         with quietly():
             vlm, loading = AutoModelForImageTextToText.from_pretrained(
