@@ -7,7 +7,7 @@ order). The system text is the same for every sample, so its keys and values are
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,10 +17,12 @@ from manako.errors import first_line
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
+from manako.policies.interface import Messages
 from manako.policies.processing import Processing
 
 EXAMPLES = ("go", "go to the far end of the room and wait")  # instructions of unequal length
 MAX_INSTRUCTION_CHARS = 2000
+MOST_KEPT = 50_000  # tokenized texts
 
 
 def as_plain_line(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
@@ -71,6 +73,7 @@ class PromptBuilder:
             )
         self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id, None}
         self._prompts: dict[str, dict[str, Tensor]] = {}
+        self._made: dict[Any, Any] = {}
         short, long = (self.render(text) for text in EXAMPLES)
         try:
             self.processing = Processing(model, frame_shape, (short, long))
@@ -81,8 +84,7 @@ class PromptBuilder:
                 "does; give larger frames, or another model."
             ) from error
         example = self.tokenize("x")["input_ids"].tolist()
-        end = tokenizer.decode(example[-8:])
-        self.lead = "" if model.answer_start or not re.search(r"[\w:,.]\Z", end) else " "
+        self.lead = "" if model.answer_start else self._find_lead(tokenizer.decode(example[-8:]))
         self._special_count = self._count_special(example)
 
     def clean(self, instruction: str) -> str:
@@ -111,7 +113,7 @@ class PromptBuilder:
         fault = ""
         for messages in (with_role, without_role):  # some templates refuse or drop a system message
             try:
-                text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                text = self._apply(messages, add_generation_prompt=True)
             except (TemplateError, TypeError, KeyError, ValueError) as error:
                 fault = fault or f"it says {first_line(error)!r}"
                 continue
@@ -136,7 +138,7 @@ class PromptBuilder:
             PolicyError: the tokenizer makes a special token of the instruction.
         """
         if instruction not in self._prompts:
-            if len(self._prompts) > 50_000:
+            if len(self._prompts) > MOST_KEPT:
                 self._prompts.clear()
             cleaned = self.clean(instruction)
             prompt = self.tokenize(cleaned)
@@ -169,6 +171,45 @@ class PromptBuilder:
                 "prompt whose end does not depend on the instruction; use another model."
             )
         return found.pop()
+
+    def completed(self, prompt: Messages, completion: Messages) -> tuple[str, str]:
+        """Returns the texts of a prompt and of what stands behind it for a completion, with the template's end of it.
+
+        Some templates write a past answer otherwise than they ask for one; the answer then follows the prompt that the
+        policy acts on.
+        """
+        text, whole = self._apply(prompt, add_generation_prompt=True), self._apply([*prompt, *completion])
+        if whole.startswith(text):
+            return text, whole[len(text) :]
+        answer = completion[0]["content"][0]["text"]
+        return text, self.lead + answer + whole.rpartition(answer)[2]
+
+    def tokenized(self, text: str) -> dict[str, Tensor]:
+        """Returns what the processor makes of a rendered prompt, each distinct one once."""
+        return self._once(text, lambda: self.processing.tokenize(text))
+
+    def answer_to(self, text: str, answer: str) -> tuple[int, ...]:
+        """Returns the tokens of an answer behind a rendered prompt, each distinct pair once."""
+        return self._once((text, answer), lambda: self.processing.go_on(text, answer))
+
+    def _find_lead(self, end: str) -> str:
+        """What the chat template puts between a prompt and an answer, else a space behind a word or colon."""
+        prompt, text = self._render(EXAMPLES[0])
+        whole = self._apply([*prompt, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}])
+        before = whole[len(text) :].partition("x")[0]
+        if whole.startswith(text) and not before.strip():
+            return before
+        return " " if re.search(r"[\w:,.]\Z", end) else ""
+
+    def _apply(self, messages: Messages, **options: Any) -> str:
+        return str(self.processor.apply_chat_template(messages, tokenize=False, **options))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            if len(self._made) > MOST_KEPT:
+                self._made.clear()
+            self._made[key] = make()
+        return self._made[key]
 
     def _count_special(self, ids: Sequence[int]) -> int:
         return sum(token in self._special_ids for token in ids)

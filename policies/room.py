@@ -60,14 +60,12 @@ def without_weights(config: Any, dtype: torch.dtype) -> Any:
 
 def cache_bytes(cache: Any) -> int:
     """Returns the bytes of all keys and values of a cache: layers x 2 x batch x heads x tokens x width of a head."""
-    return sum(
-        tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
-    )
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 def row_bytes(rows: Rows) -> int:
     """Returns the bytes of one sample of rows."""
-    return sum(column[0].numel() * column.element_size() for column in rows.columns.values())
+    return sum(column[0].nbytes for column in rows.columns.values())
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

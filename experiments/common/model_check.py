@@ -1,9 +1,9 @@
 """Everything that check_model.py finds out about a model, one line after another as it is found; imports torch.
 
-    load ─► compare with plain transformers ─► act, timed ─► generate ─► gradients of full, adapter, lora ─► update, timed
+    load ─► compare with plain transformers ─► generate ─► act, timed ─► gradients of each part ─► update, timed
 
-The model is loaded once: what learns is marked on it anew for each `--trainable`, LoRA last, for it goes into the model.
-Weights stay as they are, since the optimizer of the timed update has learning rate 0.
+The model is loaded once: what learns is marked on it anew for each `--trainable`, LoRA last, since it goes into the
+model. Weights stay as they are: the optimizer of the timed update has learning rate 0.
 """
 
 import dataclasses
@@ -76,7 +76,8 @@ class Learning(NamedTuple):
         reached = [_in_words(part) for part, has in self.arrived.items() if has]
         missed = [_in_words(part) for part, has in self.arrived.items() if not has]
         text = f"{_listed(reached)} {'get' if len(reached) > 1 else 'gets'} a gradient" if reached else ""
-        return "; ".join(filter(None, [text, missed and f"NO gradient reaches the {_listed(missed)}"]))
+        nothing = f"no gradient reaches {_listed(missed)}" if missed else ""
+        return "; ".join(filter(None, [text, nothing]))
 
 
 def check_models(command: CheckModelCommand) -> list[tuple[Row, int]]:
@@ -139,9 +140,9 @@ def check_model(name: str, command: CheckModelCommand, shown: Shown) -> tuple[Ro
     show("needs", needs_in_words(loaded.model))
     show("memory", memory_in_words(policy, inputs, need, command))
     show("speed", speed_in_words(policy, acting, learned[source.trainable].rate, command))
-    words = [_short(learned[mode]) for mode in READY_MADE]
     prefix = f"{len(policy.reading.prefix_ids)} tokens" if isinstance(policy.reading, SharedPrefix) else "no"
-    return Row(family, "yes", *words, prefix, row.needs), DOES_NOT_HOLD if faults else HOLDS
+    full, adapter, lora = (_short(learned[mode]) for mode in READY_MADE)
+    return Row(family, "yes", full, adapter, lora, prefix, row.needs), DOES_NOT_HOLD if faults else HOLDS
 
 
 # ---- what it is and how it acts --------------------------------------------------------------------------------------
@@ -162,7 +163,8 @@ def describe(policy: VLMPolicy, shown: Shown) -> bool:
     show(
         "acts",
         f"yes, as transformers computes it: off by {checked.alone:.1g} of the largest value alone and "
-        f"{checked.padded:.1g} in a padded batch, up to {checked.tolerance:.0g} is allowed; frames of {height} x {width}",
+        f"{checked.padded:.1g} in a padded batch, up to {checked.tolerance:.0g} is allowed; "
+        f"frames of {height} x {width}",
     )
     show("reads", reading_in_words(policy))
     show("answers", answers_in_words(policy))
@@ -207,8 +209,8 @@ def answers_in_words(policy: VLMPolicy) -> str:
 def image_tokens(policy: VLMPolicy, shown: Shown) -> int:
     """Returns how many places of the language model's input a frame takes, or how many tokens the adapter makes of it.
 
-    They are the image's tokens in the prompt; else what the model puts in front of the prompt by itself; else, where the
-    image enters by cross-attention, what the adapter gives.
+    They are the image's tokens in the prompt; else what the model puts in front of the prompt by itself; else what the
+    adapter gives, as where the image enters by cross-attention.
     """
     one = _one(policy, shown)
     given = policy.processing.model_inputs(one)

@@ -42,8 +42,8 @@ def check_table_file(file: str | None) -> None:
     path = Path(file)
     if path.exists() and not (path.is_file() and {BEGIN, END} <= {*path.read_text(encoding="utf-8").splitlines()}):
         raise UsageError(
-            f"--table {file!r} exists and holds no lines {BEGIN!r} and {END!r} for a table to stand between: give a new "
-            "file, or write them there."
+            f"--table {file!r} exists and holds no lines {BEGIN!r} and {END!r} for a table to stand between: give a "
+            "new file, or write them there."
         )
     if not path.resolve().parent.is_dir():
         raise UsageError(f"The folder of --table {file!r} does not exist: make it or give another file.")

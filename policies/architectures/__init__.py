@@ -34,6 +34,8 @@ ROWS = {  # a configuration's model_type -> module of this folder
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
+    "qwen3_5": "qwen_vl",
+    "glm4v": "qwen_vl",
 }
 
 

@@ -17,7 +17,7 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     is_pali = config.model_type == "paligemma"
     placeholder = str(processor.image_token if is_pali else processor.boi_token)
     if is_pali:
-        give_template(processor, plain_template("", processor.tokenizer.eos_token, first=placeholder))
+        give_template(processor, plain_template("", processor.tokenizer.eos_token, first=placeholder, lead=""))
     else:
         give_template(processor, plain_template(placeholder, processor.tokenizer.eos_token))
     return Model(

@@ -107,7 +107,8 @@ class SharedPrefix(Reading):
         """
         longest = int(inputs["lengths"].max()) + self._longest_path
         layers = DynamicCache(config=self.vlm.config).layers
-        return longest >= min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
+        windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
+        return longest >= min(windows, default=math.inf)
 
     def run_prefix(self) -> DynamicCache:
         """Returns keys and values of the prefix, batch size 1."""

@@ -1,6 +1,6 @@
-"""Tiny random model folders of families of vision-language models, by name.
+"""Tiny random folders of families of vision-language models, by plain transformers: `FAMILIES[name](folder)`.
 
-python -m tests.helpers.families DIR
+python -m tests.helpers.families FOLDER     # writes one folder a family
 """
 
 from collections.abc import Callable
@@ -11,8 +11,3 @@ from tests.helpers.families.queries_and_cross_attention import QUERIES_AND_CROSS
 from tests.helpers.families.token_stream import TOKEN_STREAM
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {**TOKEN_STREAM, **QUERIES_AND_CROSS_ATTENTION, **MORE}
-
-
-def make_families(folder: Path) -> list[Path]:
-    """A folder of each family inside `folder`, in the table's order."""
-    return [make(folder / name) for name, make in FAMILIES.items()]

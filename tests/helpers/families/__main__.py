@@ -1,6 +1,6 @@
-"""Makes a tiny random model folder of each family.
+"""Writes a tiny random model folder of each family.
 
-python -m tests.helpers.families DIR
+python -m tests.helpers.families FOLDER
 """
 
 import sys
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from tests.helpers.families import make_families
+from tests.helpers.families import FAMILIES
 
 if len(sys.argv) != 2:
-    sys.exit(f"{len(sys.argv) - 1} words came, expected one: python -m tests.helpers.families DIR")
+    sys.exit(f"{len(sys.argv) - 1} words came, expected one: python -m tests.helpers.families FOLDER")
 logging.disable_progress_bar()
-for made in make_families(Path(sys.argv[1])):
-    print(made)
+for name, make in FAMILIES.items():
+    print(make(Path(sys.argv[1]) / name))

@@ -16,6 +16,7 @@ ASCII = [chr(code) for code in range(33, 127)]
 WORDS = " go to the red ball turn up down left right on A B C D USER: ASSISTANT: user assistant system"
 FACTORS = {  # a token looks at many others rather than at one, and what it sees outweighs what it is
     **dict.fromkeys(("q_proj", "k_proj", "qkv", "query", "key"), 0.5),
+    **dict.fromkeys(("q", "k"), 0.3),  # T5 does not divide by the root of the width
     "o_proj": 2.0,
     "down_proj": 0.5,
 }
