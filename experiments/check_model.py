@@ -29,6 +29,7 @@ from manako.experiments.common.settings import CheckModelCommand  # noqa: E402
 def main() -> int:
     """Checks the models one after another; returns the worst exit code."""
     command = read_line()
+    check_table_file(command.check.table)
     from manako.experiments.common.model_check import check_models  # torch and all
 
     checked = check_models(command)
@@ -40,9 +41,7 @@ def main() -> int:
 def read_line(arguments: Sequence[str] | None = None) -> CheckModelCommand:
     """Returns the settings of these words, by default of this program's command line."""
     about = "Checks vision-language models as policies; exit code 0 where everything holds."
-    command = parse(CheckModelCommand, about, arguments, positional="models")
-    check_table_file(command.check.table)
-    return command
+    return parse(CheckModelCommand, about, arguments, positional="models")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from manako.policies.errors import PolicyError
 from manako.policies.source import SYSTEM, ActionFormat
 
+
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
 
 

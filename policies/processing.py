@@ -169,9 +169,8 @@ class Processing:
         start = self.model.answer_start
         lengths = torch.tensor([len(start) + len(answer) for answer in answers])  # (B,)
         longest = int(lengths.max())
-        padded = torch.tensor(
-            [[*start, *answer] + [self.pad_id] * (longest - len(start) - len(answer)) for answer in answers]
-        )  # (B, K)
+        padded = torch.tensor([[*start, *answer] + [self.pad_id] * (longest - len(start) - len(answer))
+                               for answer in answers])  # (B, K)
         if start:
             given = self.model_inputs(inputs)
             places = torch.arange(longest)

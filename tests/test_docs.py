@@ -166,6 +166,7 @@ RUN = {
     "python experiments/run_ppo.py": f"{PPO} --output_dir runs/...",
     "python experiments/run_ppo.py --resume runs/...": "",
     "python experiments/evaluate.py --policy runs/...": "--num_envs 8 --episodes 8",
+    "python experiments/check_model.py runs/.../final": "--num_envs 4",
     "python experiments/run_ppo.py --advantage grpo": f"{PPO} --num_steps 12 --output_dir runs/grpo",
     "python experiments/collect.py --episodes 500 --output data/goto": "--episodes 16 --num_envs 8",
     "python experiments/run_sft.py --dataset data/goto --trainable full": f"{EVALUATION} --output_dir runs/imitation",
@@ -209,6 +210,7 @@ READ_ONLY = {
     "python experiments/submit_ray_job.py": "a cluster's; tests/agent/workers submits to one of its own",
     "python /path/to/experiments/submit_ray_job.py": "likewise",
     "python experiments/run_ppo.py --rollout_backend ray-replica --output_dir /shared/": "the entrypoint of a job",
+    "python experiments/check_model.py families/": "tests/experiments/test_check_model.py compares what it writes",
 }
 NOT_OURS = {
     "python3 -m venv": "makes the environment that these tests run in",
@@ -216,6 +218,7 @@ NOT_OURS = {
     ".venv/bin/pip install": "fills it",
     "pip install -c": "fills it",
     "python -m pytest": "this",
+    "python -m tests.helpers.families": "tests/experiments/test_check_model.py makes the same folders",
     "pytest": "this",
     "bash .ci/run": "runs this",
     "pre-commit install": "changes the git repository",

@@ -12,7 +12,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,7 +34,6 @@ from manako.experiments.common.settings import CheckModelCommand
 from manako.policies import PolicySource, VLMPolicy
 from manako.policies.architectures import ROWS
 from manako.policies.architectures.model import Model
-from manako.policies.errors import PolicyError
 from manako.policies.interface import Draws, Rows
 from manako.policies.loading import load_model, put_policy_around
 from manako.policies.pretrained import quietly
@@ -61,6 +61,7 @@ class Learning(NamedTuple):
 
     arrived: dict[str, bool]  # part -> whether a gradient other than 0 reaches it
     fault: str = ""  # why it was not tried, or failed
+    need: Needed | None = None  # memory; None where nothing could be marked
     rate: float | None = None  # samples a second of an update, where it was timed
 
     @property
@@ -130,15 +131,13 @@ def check_model(name: str, command: CheckModelCommand, shown: Shown) -> tuple[Ro
     faults = [] if describe(policy, shown) else ["generate"]
     acting = acting_rate(policy, shown)
     modes = sorted(dict.fromkeys((*READY_MADE, source.trainable)), key=lambda mode: "lora" in parts_of(mode))
-    learned, need = {}, needed(policy)
+    learned = {}
     for mode in modes:
-        timed = mode == source.trainable
-        learned[mode] = learning(policy, source, mode, inputs, timed)
-        need = needed(policy) if timed else need
+        learned[mode] = learning(policy, source, mode, inputs, timed=mode == source.trainable)
         show("learns" if mode == modes[0] else "", f"{mode}: {learned[mode].text}")
     faults += [mode for mode in (*READY_MADE, source.trainable) if not learned[mode].holds]
     show("needs", needs_in_words(loaded.model))
-    show("memory", memory_in_words(policy, inputs, need, command))
+    show("memory", memory_in_words(policy, inputs, learned[source.trainable].need, command))
     show("speed", speed_in_words(policy, acting, learned[source.trainable].rate, command))
     prefix = f"{len(policy.reading.prefix_ids)} tokens" if isinstance(policy.reading, SharedPrefix) else "no"
     full, adapter, lora = (_short(learned[mode]) for mode in READY_MADE)
@@ -195,7 +194,7 @@ def reading_in_words(policy: VLMPolicy) -> str:
     """Returns how prompts are read, and why not by a shared prefix."""
     if isinstance(policy.reading, SharedPrefix):
         return policy.reading.name
-    return f"{policy.reading.name}; no shared prefix: {policy.why_whole or 'its architecture is not read so'}"
+    return f"{policy.reading.name}; no shared prefix: {policy.why_whole or 'its family is not read so'}"
 
 
 def answers_in_words(policy: VLMPolicy) -> str:
@@ -207,10 +206,10 @@ def answers_in_words(policy: VLMPolicy) -> str:
 
 @torch.no_grad()
 def image_tokens(policy: VLMPolicy, shown: Shown) -> int:
-    """Returns how many places of the language model's input a frame takes, or how many tokens the adapter makes of it.
+    """Returns how many places of the language model's input a frame takes, or how many features it becomes.
 
     They are the image's tokens in the prompt; else what the model puts in front of the prompt by itself; else what the
-    adapter gives, as where the image enters by cross-attention.
+    adapter gives (the encoder, where the adapter is layers of cross-attention).
     """
     one = _one(policy, shown)
     given = policy.processing.model_inputs(one)
@@ -222,11 +221,11 @@ def image_tokens(policy: VLMPolicy, shown: Shown) -> int:
     modules = dict(policy.base_vlm.named_modules())
 
     def note(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if torch.is_tensor(output):
-            made.append(output.numel() // output.shape[-1])
+        features = output if torch.is_tensor(output) else output[0]
+        made.append(features.numel() // features.shape[-1])
 
-    last = [modules[name] for name in policy.parts.adapter if name in modules][-1:]
-    hooks = [module.register_forward_hook(note) for module in last]
+    seeing = [modules[name] for name in (policy.parts.encoder, *policy.parts.adapter) if name in modules]
+    hooks = [module.register_forward_hook(note) for module in seeing]
     try:
         with what_the_head_sees(policy.base_vlm) as seen:
             policy.base_vlm(**given, **_start(policy), use_cache=False)
@@ -273,37 +272,46 @@ def learning(policy: VLMPolicy, source: PolicySource, trainable: str, inputs: Ro
     """Marks what learns, and runs one forward and backward: -log-probability of each action, so that none is certain.
 
     Args:
-        policy: not yet with LoRA inside, unless this is LoRA again.
+        policy: without LoRA, as it is again afterwards.
         source: for the rank of LoRA.
         trainable: see `manako.policies.trainable`.
         inputs: rows of frames.
         timed: also time updates.
     """
-    try:
-        with quietly():
-            model = set_trainable(policy.parts, trainable, source.lora_rank, source.lora_alpha)
-        policy.value_head.requires_grad_("value_head" in parts_of(trainable))
-        check_training_room(policy, trainable, policy.device)
-    except PolicyError as error:
-        return Learning({}, full_text(error))
-    except Exception as error:  # PEFT's, over modules that it does not take
-        return Learning({}, f"{type(error).__name__}: {first_line(error)}")
+    need = None
     count = max(len(policy.codec), min(UPDATE_BATCH, len(inputs)))
-    rows = inputs.select(torch.arange(count) % len(inputs)).to(policy.device)
-    actions = policy.actions_from_env(np.arange(count) % len(policy.codec)).to(policy.device)
     try:
-        _backward(policy, rows, actions)
-        arrived: dict[str, bool] = {}
-        for name, parameter in model.vlm.named_parameters():
-            if parameter.requires_grad:
-                part, gradient = part_of(name, model), parameter.grad
-                arrived[part] = arrived.get(part, False) or (gradient is not None and bool(gradient.any()))
-        rate = update_rate(policy, rows, actions) if timed else None
-    except Exception as error:  # a family's own backward, or a GPU's memory
-        return Learning({}, f"{type(error).__name__} in a batch of {count}: {first_line(error)}")
+        with _marked(policy, source, trainable) as model:
+            need = needed(policy)
+            check_training_room(policy, trainable, policy.device)
+            rows = inputs.select(torch.arange(count) % len(inputs)).to(policy.device)
+            actions = policy.actions_from_env(np.arange(count) % len(policy.codec)).to(policy.device)
+            _backward(policy, rows, actions)
+            arrived: dict[str, bool] = {}
+            for name, parameter in model.vlm.named_parameters():
+                if parameter.requires_grad:
+                    part, gradient = part_of(name, model), parameter.grad
+                    arrived[part] = arrived.get(part, False) or (gradient is not None and bool(gradient.any()))
+            return Learning(arrived, need=need, rate=update_rate(policy, rows, actions) if timed else None)
+    except ManakoError as error:
+        return Learning({}, full_text(error), need)
+    except Exception as error:  # PEFT's, a family's own backward, or a GPU's memory: the others are still asked
+        return Learning({}, f"{type(error).__name__} in a batch of {count}: {first_line(error)}", need)
     finally:
         policy.zero_grad(set_to_none=True)
-    return Learning(arrived, rate=rate)
+
+
+@contextmanager
+def _marked(policy: VLMPolicy, source: PolicySource, trainable: str) -> Iterator[Model]:
+    """Marks what learns inside the block; LoRA goes into the policy's own model, and out of it again."""
+    with quietly():
+        model = set_trainable(policy.parts, trainable, source.lora_rank, source.lora_alpha)
+    policy.value_head.requires_grad_("value_head" in parts_of(trainable))
+    try:
+        yield model
+    finally:
+        if "lora" in parts_of(trainable):
+            model.vlm.unload()
 
 
 def _backward(policy: VLMPolicy, rows: Rows, actions: Rows) -> None:
@@ -355,8 +363,16 @@ def rate_of(work: Callable[[], int], device: torch.device) -> float:
 
 
 @torch.no_grad()
-def memory_in_words(policy: VLMPolicy, inputs: Rows, need: Needed, command: CheckModelCommand) -> str:
+def memory_in_words(policy: VLMPolicy, inputs: Rows, need: Needed | None, command: CheckModelCommand) -> str:
     """Returns what weights, training, cache and rollout take, and what is free."""
+    training = (
+        ""
+        if need is None
+        else (
+            f"; gradients {in_words(need.gradients)} and AdamW's moments {in_words(need.moments)} with trainable "
+            f"{command.policy.trainable}"
+        )
+    )
     num_envs, num_steps = command.environment.num_envs, command.check.num_steps
     cache = "no cache, for whole prompts are read"
     if isinstance(policy.reading, SharedPrefix):
@@ -364,10 +380,8 @@ def memory_in_words(policy: VLMPolicy, inputs: Rows, need: Needed, command: Chec
         longest = int(inputs["lengths"].max())
         cache = f"cache {in_words(a_token * longest)} an environment ({longest} tokens of {in_words(a_token)})"
     return (
-        f"weights {in_words(need.weights)}; gradients {in_words(need.gradients)} and AdamW's moments "
-        f"{in_words(need.moments)} with trainable {command.policy.trainable}; {cache}; rollout of {num_envs} x "
-        f"{num_steps} steps {in_words(row_bytes(inputs) * num_envs * num_steps)}; free now "
-        f"{in_words(free_memory(policy.device))}"
+        f"weights {in_words((need or needed(policy)).weights)}{training}; {cache}; rollout of {num_envs} x {num_steps} "
+        f"steps {in_words(row_bytes(inputs) * num_envs * num_steps)}; free now {in_words(free_memory(policy.device))}"
     )
 
 
@@ -406,8 +420,8 @@ def needs(model: Model) -> str:
 
 def needs_in_words(model: Model) -> str:
     """Returns the same as a sentence."""
-    video = ", but without its video part, which torchvision would give: frames need none"
-    return f"no package that is not installed{video if lacks_video(model) else ''}"
+    video = "; its video part, which wants torchvision, is left out"
+    return f"nothing that is not installed{video if lacks_video(model) else ''}"
 
 
 def missing_package(error: ManakoError) -> str:
