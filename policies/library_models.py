@@ -121,7 +121,7 @@ def load_processor(name: str, config: Any) -> Any:
         with quietly():
             try:
                 processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-            except ImportError as error:
+            except (ImportError, OSError) as error:
                 processor = load_without_video(name, config, error)
     except ImportError as error:
         needed = "torchvision" if "torchvision" in str(error).lower() else "it"
@@ -143,22 +143,27 @@ def load_processor(name: str, config: Any) -> Any:
     return processor
 
 
-def load_without_video(name: str, config: Any, reason: ImportError) -> Any:
+def load_without_video(name: str, config: Any, reason: Exception) -> Any:
     """Returns the processor of a model by its own class, less its video part.
 
+    Args:
+        name: a folder or a Hub id.
+        config: of the model.
+        reason: why the whole one was not loaded; raised where leaving out the video part is no help.
+
     Raises:
-        ImportError: it has no video part to leave out, or needs the package for more than that.
+        ImportError: it needs a package for more than videos.
     """
     kind = real_class(processor_class(name, config))
-    if kind is None:
+    if kind is None or (isinstance(reason, OSError) and "video_processor" not in kind.get_attributes()):
         raise reason
     module = importlib.import_module(kind.__module__)
     if getattr(module, "num2words", "") is None:  # SmolVLM spells out a video's frames with it
         module.num2words = _no_video  # type: ignore[attr-defined]
     attributes = kind.get_attributes()
-    settings = (read_json(name, "processor_config.json") or {}).get("video_processor") or read_json(
-        name, "video_preprocessor_config.json"
-    )
+    settings = (read_json(name, "processor_config.json") or {}).get("video_processor")
+    for file in ("video_preprocessor_config.json", "preprocessor_config.json"):  # where the library looks for them
+        settings = settings or read_json(name, file)
 
     class WithoutVideo(kind):  # type: ignore[misc, valid-type]
         # what some processors look up of it without a video

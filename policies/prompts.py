@@ -54,7 +54,8 @@ class PromptBuilder:
 
     Attributes:
         legend: how the actions are listed.
-        lead: " " where the prompt ends with a word or colon, else "": what stands before an answer.
+        lead: what stands before an answer: what the chat template puts there, else " " behind a word or colon.
+        end: what stands behind an answer: what the chat template puts there, else the tokenizer's end token.
         processing: texts and frames to the model's inputs.
     """
 
@@ -84,7 +85,8 @@ class PromptBuilder:
                 "does; give larger frames, or another model."
             ) from error
         example = self.tokenize("x")["input_ids"].tolist()
-        self.lead = "" if model.answer_start else self._find_lead(tokenizer.decode(example[-8:]))
+        lead, self.end = self._around_answers(tokenizer.decode(example[-8:]))
+        self.lead = "" if model.answer_start else lead
         self._special_count = self._count_special(example)
 
     def clean(self, instruction: str) -> str:
@@ -173,16 +175,13 @@ class PromptBuilder:
         return found.pop()
 
     def completed(self, prompt: Messages, completion: Messages) -> tuple[str, str]:
-        """Returns the texts of a prompt and of what stands behind it for a completion, with the template's end of it.
+        """Returns the texts of a prompt as the policy acts on it, and of what stands behind it for a completion.
 
-        Some templates write a past answer otherwise than they ask for one; the answer then follows the prompt that the
-        policy acts on.
+        Some chat templates write a past answer otherwise than they ask for one, or do not end it: an answer is learned
+        where it is given, with an end.
         """
-        text, whole = self._apply(prompt, add_generation_prompt=True), self._apply([*prompt, *completion])
-        if whole.startswith(text):
-            return text, whole[len(text) :]
-        answer = completion[0]["content"][0]["text"]
-        return text, self.lead + answer + whole.rpartition(answer)[2]
+        text = self._apply(prompt, add_generation_prompt=True)
+        return text, self.lead + completion[0]["content"][0]["text"] + self.end
 
     def tokenized(self, text: str) -> dict[str, Tensor]:
         """Returns what the processor makes of a rendered prompt, each distinct one once."""
@@ -192,14 +191,25 @@ class PromptBuilder:
         """Returns the tokens of an answer behind a rendered prompt, each distinct pair once."""
         return self._once((text, answer), lambda: self.processing.go_on(text, answer))
 
-    def _find_lead(self, end: str) -> str:
-        """What the chat template puts between a prompt and an answer, else a space behind a word or colon."""
+    def _around_answers(self, end_of_prompt: str) -> tuple[str, str]:
+        """What the chat template puts before and behind an answer, where it does."""
         prompt, text = self._render(EXAMPLES[0])
-        whole = self._apply([*prompt, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}])
-        before = whole[len(text) :].partition("x")[0]
-        if whole.startswith(text) and not before.strip():
-            return before
-        return " " if re.search(r"[\w:,.]\Z", end) else ""
+        answer = "x y z"  # in no template
+        whole = self._apply([*prompt, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
+        before, _, end = whole.rpartition(answer)
+        before = before[len(text) :] if before.startswith(text) and not before[len(text) :].strip() else None
+        if before is None:
+            before = " " if re.search(r"[\w:,.]\Z", end_of_prompt) else ""
+        tokenizer = self.processor.tokenizer
+        if not any(token in end for token in self.special_tokens if token.strip()):
+            end = tokenizer.eos_token or tokenizer.sep_token or ""
+        return before, end
+
+    @property
+    def end_id(self) -> int | None:
+        """The first token of `end`; None where nothing ends an answer."""
+        tokens = self.processor.tokenizer.encode(self.end, add_special_tokens=False) if self.end else []
+        return next((token for token in tokens if token in self._special_ids), None)
 
     def _apply(self, messages: Messages, **options: Any) -> str:
         return str(self.processor.apply_chat_template(messages, tokenize=False, **options))

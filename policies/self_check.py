@@ -23,7 +23,7 @@ from manako.policies.reading.reading import what_the_head_sees
 
 TOLERANCE = {torch.float32: 1e-5}  # share of the largest number; the rounding of other types is coarser
 COARSE = 0.1
-NOISE, MOST_NOISE = 8, 1e-3  # times what the model differs from itself in a batch of another size, and at most that
+NOISE, MOST_NOISE = 8, 1e-3  # times what the model differs from itself by rounding, and at most that
 
 
 class Differences(NamedTuple):
@@ -42,6 +42,14 @@ class Differences(NamedTuple):
     def hold(self) -> bool:
         """Whether the policy computes what the library computes; a number that is not finite does not hold."""
         return self.worst <= self.tolerance
+
+
+class Expected(NamedTuple):
+    """What the library says where the answer of one prompt is read."""
+
+    hidden: Tensor  # (1, D)
+    logits: list[Tensor]  # for each branching node of the codec's token trie (1, children)
+    largest: list[float]  # for each of these nodes the largest logit of the vocabulary, without its sign
 
 
 class Library:
@@ -65,9 +73,8 @@ class Library:
         ]  # of the processor
         try:
             with torch.no_grad():
-                reads = [self._read(self._place(given)) for given in self.inputs]
-                self.reads = [read for read, _ in reads]
-                self._noise = self._repeated(self._place(self.inputs[0]), reads[0][0])
+                self.reads = [self._read(self._place(given)) for given in self.inputs]
+                self._noise = self._rounding(self._place(self.inputs[0]), self.reads[0])
         except PolicyError:
             raise
         except Exception as error:  # a model that its own processor's inputs do not fit
@@ -86,7 +93,7 @@ class Library:
             together: all of them, padded.
         """
         with torch.no_grad():
-            each = [_off(reading.read(rows), 0, read) for rows, read in zip(alone, self.reads, strict=True)]
+            each = [_off(reading.read(rows), 0, right) for rows, right in zip(alone, self.reads, strict=True)]
             batch = reading.read(together)
         tolerance = TOLERANCE.get(self.vlm.dtype, COARSE)
         return Differences(
@@ -111,23 +118,36 @@ class Library:
             name: value.to(self.vlm.dtype) if value.is_floating_point() else value for name, value in placed.items()
         }
 
-    def _read(self, given: dict[str, Tensor]) -> tuple[Read, Tensor]:
-        """The hidden state (1, D) and the logits (1, children) where the answer is read; and all logits there (1, V)."""
+    def _read(self, given: dict[str, Tensor]) -> "Expected":
         start = self._start(len(given["input_ids"]))
         with what_the_head_sees(self.vlm) as seen:
-            whole = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)
-        logits = [
-            (self._generate(given, branch.path) if branch.path else whole)[:, list(branch.children)]
-            for branch in self.codec.branches
-        ]
-        return Read(seen[0][:, -1], logits), whole
+            first = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)
+        behind = [self._generate(given, branch.path) if branch.path else first for branch in self.codec.branches]
+        branches = zip(behind, self.codec.branches, strict=True)
+        return Expected(
+            hidden=seen[0][:, -1],
+            logits=[logits[:, list(branch.children)] for logits, branch in branches],
+            largest=[float(logits.abs().max()) for logits in behind],
+        )
 
-    def _repeated(self, given: dict[str, Tensor], read: Read) -> float:
-        """How much the model differs from itself, alone and three times in one batch."""
+    def _rounding(self, given: dict[str, Tensor], expected: "Expected") -> float:
+        """How much the model differs from itself: three times in one batch, and with its inputs rounded once more."""
         three = {name: torch.cat([value] * 3) for name, value in given.items()}
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(value: Tensor) -> Tensor:
+            ulps = torch.randn(value.shape, generator=generator).to(value)
+            return value * (1 + torch.finfo(value.dtype).eps * ulps)
+
+        other = {name: rounded(value) if value.is_floating_point() else value for name, value in given.items()}
+        hook = self.vlm.get_input_embeddings().register_forward_hook(lambda module, given, output: rounded(output))
         with what_the_head_sees(self.vlm) as seen:
+            try:
+                self.vlm(**other, **self._start(1), use_cache=False)
+            finally:
+                hook.remove()
             self.vlm(**three, **self._start(3), use_cache=False)
-        return share(seen[0][:1, -1], read.hidden)
+        return max(share(numbers[:1, -1], expected.hidden) for numbers in seen)
 
     def _start(self, batch: int) -> dict[str, Tensor]:
         if not self.model.answer_start:
@@ -165,14 +185,16 @@ class _Says(LogitsProcessor):
         return scores
 
 
-def share(numbers: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference as a share of the largest expected number."""
+def share(numbers: Tensor, expected: Tensor, largest: float | None = None) -> float:
+    """Returns the largest difference as a share of the largest expected number, or of another one."""
     numbers, expected = numbers.float(), expected.float()
     if not numbers.isfinite().all() or not expected.isfinite().all():
         return math.inf
-    return float((numbers - expected).abs().max()) / max(1e-3, float(expected.abs().max()))
+    largest = float(expected.abs().max()) if largest is None else largest
+    return float((numbers - expected).abs().max()) / max(1e-3, largest)
 
 
-def _off(read: Read, row: int, expected: Read) -> float:
-    pairs = [(read.hidden, expected.hidden), *zip(read.logits, expected.logits, strict=True)]
-    return max(share(numbers[row : row + 1], right) for numbers, right in pairs)
+def _off(read: Read, row: int, expected: Expected) -> float:
+    of_nodes = zip(read.logits, expected.logits, expected.largest, strict=True)
+    off = [share(numbers[row : row + 1], right, largest) for numbers, right, largest in of_nodes]
+    return max(share(read.hidden[row : row + 1], expected.hidden), *off)

@@ -88,7 +88,9 @@ class VLMPolicy(Policy):
         self.prompts = PromptBuilder(model, spec.system, spec.frame_shape)
         self.processing = self.prompts.processing
         tokenizer = self.processor.tokenizer
-        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on)
+        self.codec = ActionCodec(
+            tokenizer, spec.action_names, spec.action_format, self.prompts.go_on, self.prompts.end_id
+        )
         self.prompts.legend = self.codec.legend
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
