@@ -60,7 +60,8 @@ class Learning(NamedTuple):
     """What one `trainable` does."""
 
     arrived: dict[str, bool]  # part -> whether a gradient other than 0 reaches it
-    fault: str = ""  # why it was not tried, or failed
+    fault: str = ""  # why it was refused, or failed
+    refused: bool = False  # it was not tried, as where no module stands between encoder and language model
     need: Needed | None = None  # memory; None where nothing could be marked
     rate: float | None = None  # samples a second of an update, where it was timed
 
@@ -135,10 +136,11 @@ def check_model(name: str, command: CheckModelCommand, shown: Shown) -> tuple[Ro
     for mode in modes:
         learned[mode] = learning(policy, source, mode, inputs, timed=mode == source.trainable)
         show("learns" if mode == modes[0] else "", f"{mode}: {learned[mode].text}")
-    faults += [mode for mode in (*READY_MADE, source.trainable) if not learned[mode].holds]
+    asked = learned[source.trainable]
+    faults += [mode for mode, found in learned.items() if not found.holds and (found is asked or not found.refused)]
     show("needs", needs_in_words(loaded.model))
-    show("memory", memory_in_words(policy, inputs, learned[source.trainable].need, command))
-    show("speed", speed_in_words(policy, acting, learned[source.trainable].rate, command))
+    show("memory", memory_in_words(policy, inputs, asked.need, command))
+    show("speed", speed_in_words(policy, acting, asked.rate, command))
     prefix = f"{len(policy.reading.prefix_ids)} tokens" if isinstance(policy.reading, SharedPrefix) else "no"
     full, adapter, lora = (_short(learned[mode]) for mode in READY_MADE)
     return Row(family, "yes", full, adapter, lora, prefix, row.needs), DOES_NOT_HOLD if faults else HOLDS
@@ -294,9 +296,9 @@ def learning(policy: VLMPolicy, source: PolicySource, trainable: str, inputs: Ro
                     arrived[part] = arrived.get(part, False) or (gradient is not None and bool(gradient.any()))
             return Learning(arrived, need=need, rate=update_rate(policy, rows, actions) if timed else None)
     except ManakoError as error:
-        return Learning({}, full_text(error), need)
+        return Learning({}, full_text(error), refused=True, need=need)
     except Exception as error:  # PEFT's, a family's own backward, or a GPU's memory: the others are still asked
-        return Learning({}, f"{type(error).__name__} in a batch of {count}: {first_line(error)}", need)
+        return Learning({}, f"{type(error).__name__} in a batch of {count}: {first_line(error)}", need=need)
     finally:
         policy.zero_grad(set_to_none=True)
 

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from manako import make_env
-from manako.experiments import check_model
+from manako.experiments import check_model, run_dpo, run_ppo, run_sft
 from manako.experiments.common import model_check
 from manako.experiments.common.command_line import UsageError, run_main
 from manako.experiments.common.model_table import BEGIN, END, Row, check_table_file, table_text, write_table
@@ -215,6 +215,13 @@ def test_generate_that_does_not_work(families, run, quickly, monkeypatch):
     assert code == 1 and said(out)["generate"] == "no: RuntimeError: no cache"
 
 
+def test_a_part_that_is_not_there_is_a_fault_where_it_was_asked_for(families, run, quickly):
+    """Chameleon's image goes into the vocabulary: there is no adapter."""
+    code, out, _ = run(families / "chameleon")
+    assert code == 0 and "\nadapter: no: ChameleonForConditionalGeneration has no module" in said(out)["learns"]
+    assert run(families / "chameleon", "--trainable", "adapter")[0] == 1
+
+
 def test_a_training_that_does_not_fit(families, run, quickly, monkeypatch):
     monkeypatch.setattr(room, "free_memory", lambda device="cpu": 300 * 1024)
     code, out, _ = run(families / "llava")
@@ -222,6 +229,18 @@ def test_a_training_that_does_not_fit(families, run, quickly, monkeypatch):
     assert code == 1 and learns[0].startswith("full: no: Training does not fit: with trainable: full, gradients and")
     assert learns[1] == "adapter: adapter gets a gradient"
     assert "steps/s acting" in said(out)["speed"] and "samples/s" not in said(out)["speed"]
+
+
+@pytest.mark.parametrize("runner, words", [(run_ppo, []), (run_dpo, []), (run_sft, ["--stage", "align"])])
+def test_a_training_that_does_not_fit_is_refused(runner, words, tmp_path, monkeypatch, capsys):
+    """By the runners themselves, before anything is written."""
+    monkeypatch.setattr(room, "free_memory", lambda device="cpu": 1000)
+    words = ["--output_dir", str(tmp_path / "run"), *words]
+    monkeypatch.setattr(sys, "argv", ["runner.py", "--policy", "tiny", "--trainable", "adapter", *words])
+    with pytest.raises(SystemExit) as stop:
+        run_main(runner.main)
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err.startswith("error: Training does not fit: with trainable: adapter, gradients and")
 
 
 def test_a_package_that_is_not_there(families, run, monkeypatch):
