@@ -38,7 +38,6 @@ from manako.policies.interface import Draws, Rows
 from manako.policies.loading import load_model, put_policy_around
 from manako.policies.pretrained import quietly
 from manako.policies.reading import SharedPrefix
-from manako.policies.reading.reading import what_the_head_sees
 from manako.policies.room import Needed, cache_bytes, check_training_room, free_memory, in_words, needed, row_bytes
 from manako.policies.trainable import READY_MADE, parameter_table, part_of, parts_of, set_trainable
 
@@ -210,8 +209,8 @@ def answers_in_words(policy: VLMPolicy) -> str:
 def image_tokens(policy: VLMPolicy, shown: Shown) -> int:
     """Returns how many places of the language model's input a frame takes, or how many features it becomes.
 
-    They are the image's tokens in the prompt; else what the model puts in front of the prompt by itself; else what the
-    adapter gives (the encoder, where the adapter is layers of cross-attention).
+    They are the image's tokens in the prompt; where these are none, or one for all, they are what the adapter gives, or
+    the encoder, where the adapter is layers of cross-attention.
     """
     one = _one(policy, shown)
     given = policy.processing.model_inputs(one)
@@ -229,13 +228,11 @@ def image_tokens(policy: VLMPolicy, shown: Shown) -> int:
     seeing = [modules[name] for name in (policy.parts.encoder, *policy.parts.adapter) if name in modules]
     hooks = [module.register_forward_hook(note) for module in seeing]
     try:
-        with what_the_head_sees(policy.base_vlm) as seen:
-            policy.base_vlm(**given, **_start(policy), use_cache=False)
+        policy.base_vlm(**given, **_start(policy), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    in_front = 0 if policy.parts.answer_start else seen[0].shape[1] - len(ids)
-    return in_front or (made[-1] if made else in_prompt)
+    return made[-1] if made else in_prompt
 
 
 @torch.no_grad()
