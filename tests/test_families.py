@@ -1,11 +1,10 @@
 """One contract for every family of vision-language models: computed as transformers computes it, and it learns.
 
-Each family is a tiny random folder (tests/helpers/families). The reference is plain transformers: the library's model on
-what the library's processor makes of a chat, one sample at a time.
+Each family is a tiny random folder (tests/helpers/families). The reference is plain transformers: the library's model
+on what the library's processor makes of a chat, one sample at a time.
 """
 
 import gc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +14,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from trl import DPOConfig, KTOConfig, SFTConfig
 
-from manako.agent.backends import RolloutPlan
-from manako.agent.collector import RolloutCollector
-from manako.agent.losses import ppo_loss
 from manako.agent.tuning import preferences
 from manako.agent.tuning.supervised import FEATURES, assistant_message, check_tokens, every_action
 from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer
-from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker, unpack
-from manako.envs import EpisodeVectorEnv
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.interface import Draws
 from manako.policies.library_models import load_config, load_processor
@@ -30,7 +24,6 @@ from manako.policies.trainable import part_of
 from tests.helpers.families import FAMILIES
 from tests.helpers.families.more import MORE
 from tests.helpers.foreign_models import NAMES, TURNS, frames
-from tests.helpers.rollout_equality import same_bits
 
 # families of which something is missing, and the sentence that says so
 REFUSED = {
@@ -65,7 +58,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """accelerate collects garbage at every end of training: what the imports made need not be looked at each time."""
+    """Accelerate collects garbage at every end of training: what the imports made need not be looked at each time."""
     gc.collect()
     gc.freeze()
     yield
