@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from manako.policies.errors import PolicyError
 from manako.policies.source import SYSTEM, ActionFormat
 
-
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
 
 

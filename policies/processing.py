@@ -81,9 +81,9 @@ class Processing:
         """Returns the tokens by which the tokenizer goes on from a prompt with an answer.
 
         They are those of prompt and answer less those of the prompt: an answer tokenized alone may be another one,
-        since tokenizers of the Llama 2 kind put a space before what they are given. Where no token begins where the prompt
-        ends, since the tokenizer joins the two, or where the processor writes something behind the text, they are the
-        tokens of the answer behind the prompt's last ones.
+        since tokenizers of the Llama 2 kind put a space before what they are given. Where no token begins where the
+        prompt ends, since the tokenizer joins the two, or where the processor writes something behind the text, they
+        are the tokens of the answer behind the prompt's last ones.
         """
         tokenizer = self.processor.tokenizer
         if self.model.answer_start:  # an answer of its own, which the decoder begins with
@@ -169,8 +169,9 @@ class Processing:
         start = self.model.answer_start
         lengths = torch.tensor([len(start) + len(answer) for answer in answers])  # (B,)
         longest = int(lengths.max())
-        padded = torch.tensor([[*start, *answer] + [self.pad_id] * (longest - len(start) - len(answer))
-                               for answer in answers])  # (B, K)
+        padded = torch.tensor(
+            [[*start, *answer] + [self.pad_id] * (longest - len(start) - len(answer)) for answer in answers]
+        )  # (B, K)
         if start:
             given = self.model_inputs(inputs)
             places = torch.arange(longest)

@@ -55,7 +55,8 @@ class PromptBuilder:
     Attributes:
         legend: how the actions are listed.
         lead: what stands before an answer: what the chat template puts there, else " " behind a word or colon.
-        end: what stands behind an answer: what the chat template puts there, else the tokenizer's end token.
+        end: what the chat template puts behind an answer.
+        end_token: the special token in it, else the tokenizer's end token; "" where there is none.
         processing: texts and frames to the model's inputs.
     """
 
@@ -86,6 +87,8 @@ class PromptBuilder:
             ) from error
         example = self.tokenize("x")["input_ids"].tolist()
         lead, self.end = self._around_answers(tokenizer.decode(example[-8:]))
+        found = re.search("|".join(re.escape(token) for token in self.special_tokens if token.strip()), self.end)
+        self.end_token = found[0] if found else str(tokenizer.eos_token or tokenizer.sep_token or "")
         self.lead = "" if model.answer_start else lead
         self._special_count = self._count_special(example)
 
@@ -174,14 +177,19 @@ class PromptBuilder:
             )
         return found.pop()
 
-    def completed(self, prompt: Messages, completion: Messages) -> tuple[str, str]:
+    def completed(self, prompt: Messages, completion: Messages, must_end: bool) -> tuple[str, str]:
         """Returns the texts of a prompt as the policy acts on it, and of what stands behind it for a completion.
 
-        Some chat templates write a past answer otherwise than they ask for one, or do not end it: an answer is learned
-        where it is given, with an end.
+        Some chat templates write a past answer otherwise than they ask for one: an answer is learned where it is given.
+
+        Args:
+            prompt: chat messages.
+            completion: the answer's message.
+            must_end: put the end token behind an answer that the chat template does not end.
         """
         text = self._apply(prompt, add_generation_prompt=True)
-        return text, self.lead + completion[0]["content"][0]["text"] + self.end
+        end = self.end_token if must_end and self.end_token not in self.end else self.end
+        return text, self.lead + completion[0]["content"][0]["text"] + end
 
     def tokenized(self, text: str) -> dict[str, Tensor]:
         """Returns what the processor makes of a rendered prompt, each distinct one once."""
@@ -197,19 +205,10 @@ class PromptBuilder:
         answer = "x y z"  # in no template
         whole = self._apply([*prompt, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
         before, _, end = whole.rpartition(answer)
-        before = before[len(text) :] if before.startswith(text) and not before[len(text) :].strip() else None
-        if before is None:
-            before = " " if re.search(r"[\w:,.]\Z", end_of_prompt) else ""
-        tokenizer = self.processor.tokenizer
-        if not any(token in end for token in self.special_tokens if token.strip()):
-            end = tokenizer.eos_token or tokenizer.sep_token or ""
-        return before, end
-
-    @property
-    def end_id(self) -> int | None:
-        """The first token of `end`; None where nothing ends an answer."""
-        tokens = self.processor.tokenizer.encode(self.end, add_special_tokens=False) if self.end else []
-        return next((token for token in tokens if token in self._special_ids), None)
+        lead = before[len(text) :]
+        if not before.startswith(text) or lead.strip():
+            lead = " " if re.search(r"[\w:,.]\Z", end_of_prompt) else ""
+        return lead, end
 
     def _apply(self, messages: Messages, **options: Any) -> str:
         return str(self.processor.apply_chat_template(messages, tokenize=False, **options))

@@ -88,9 +88,8 @@ class VLMPolicy(Policy):
         self.prompts = PromptBuilder(model, spec.system, spec.frame_shape)
         self.processing = self.prompts.processing
         tokenizer = self.processor.tokenizer
-        self.codec = ActionCodec(
-            tokenizer, spec.action_names, spec.action_format, self.prompts.go_on, self.prompts.end_id
-        )
+        end = tokenizer.convert_tokens_to_ids(self.prompts.end_token) if self.prompts.end_token else None
+        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on, end)
         self.prompts.legend = self.codec.legend
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
@@ -260,7 +259,10 @@ class VLMPolicy(Policy):
         behind the tokens that its decoder begins with as `input_ids`.
         """
         self._check_frames(images)
-        texts = [self.prompts.completed(prompt, done) for prompt, done in zip(prompts, completions, strict=True)]
+        texts = [
+            self.prompts.completed(prompt, completion, self.codec.ends)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         rows = self.processing.rows([self.prompts.tokenized(prompt) for prompt, _ in texts], images)
         return self.processing.training_inputs(rows, [self.prompts.answer_to(*text) for text in texts])
 

@@ -27,7 +27,8 @@ from manako.policies.answers import KINDS
 from manako.policies.architectures import ROWS
 from manako.policies.encoders import ENCODERS
 from manako.policies.reading import SharedPrefix
-from tests.helpers.foreign_models import FRAME, NAMES, frames, llava_folder
+from tests.helpers.families.more import got_ocr2
+from tests.helpers.foreign_models import FRAME, NAMES, frames
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -368,9 +369,9 @@ def test_the_encoder(added):
 
 
 def test_the_architecture(added, tmp_path):
-    folder = str(llava_folder(tmp_path))
+    folder = str(got_ocr2(tmp_path))
     guessed = load_policy(PolicySource(policy=folder, trainable="adapter"), NAMES, FRAME)
-    added("policies/architectures/llava.py")
+    added("policies/architectures/got_ocr2.py")
     named = load_policy(PolicySource(policy=folder, trainable="adapter"), NAMES, FRAME)
     assert named.parts[2:7] == guessed.parts[2:7]
     assert torch.equal(actions(named), actions(guessed))

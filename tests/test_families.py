@@ -1,11 +1,10 @@
 """One contract for every family of vision-language models: computed as transformers computes it, and it learns.
 
-Each family is a tiny random folder (tests/helpers/families). The reference is plain transformers: the library's model on
-what the library's processor makes of a chat, one sample at a time.
+Each family is a tiny random folder (tests/helpers/families). The reference is plain transformers: the library's model
+on what the library's processor makes of a chat, one sample at a time.
 """
 
 import gc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +14,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from trl import DPOConfig, KTOConfig, SFTConfig
 
-from manako.agent.backends import RolloutPlan
-from manako.agent.collector import RolloutCollector
-from manako.agent.losses import ppo_loss
 from manako.agent.tuning import preferences
 from manako.agent.tuning.supervised import FEATURES, assistant_message, check_tokens, every_action
 from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer
-from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker, unpack
-from manako.envs import EpisodeVectorEnv
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.interface import Draws
 from manako.policies.library_models import load_config, load_processor
@@ -30,7 +24,6 @@ from manako.policies.trainable import part_of
 from tests.helpers.families import FAMILIES
 from tests.helpers.families.more import MORE
 from tests.helpers.foreign_models import NAMES, TURNS, frames
-from tests.helpers.rollout_equality import same_bits
 
 # families of which something is missing, and the sentence that says so
 REFUSED = {
@@ -65,7 +58,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """accelerate collects garbage at every end of training: what the imports made need not be looked at each time."""
+    """Accelerate collects garbage at every end of training: what the imports made need not be looked at each time."""
     gc.collect()
     gc.freeze()
     yield
@@ -123,6 +116,51 @@ def test_a_policy_computes_what_plain_transformers_computes(family, folders):
         assert torch.equal(policy.distribution(inputs)[0], together)  # nothing is kept from call to call
         others = policy.distribution(policy.prepare(images[::-1], INSTRUCTIONS))[0]
         assert (others - together).abs().max() > 1e-3  # the image counts
+
+
+def with_an_answer(folder, policy, answer):
+    """Token ids behind the prompt where the library itself puts an answer; None where that is not behind the prompt."""
+    processor = load_processor(folder, load_config(folder))
+    picture = Image.fromarray(frames(1, (64, 64, 3))[0])
+    prompt = policy.prompt_tokens("go")
+    if policy.parts.answer_start:
+        return processor.tokenizer(text_target=answer, add_special_tokens=False)["input_ids"]
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        whole = processor(text=policy.prompt("go"), images=picture, suffix=answer)["input_ids"][0]
+    elif processor.chat_template:
+        chat = [*policy.messages("go"), assistant_message(answer)[0]]
+        for message in chat:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = picture
+        made = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        whole = made["input_ids"][0]
+    else:
+        own = {"add_special_tokens": False} if policy.prompt("go").startswith("[CLS]") else {}
+        whole = processor(text=[f"{policy.prompt('go')} {answer}"], images=[picture], **own)["input_ids"][0]
+    whole = [int(token) for token in whole]
+    return whole[len(prompt) :] if whole[: len(prompt)] == prompt else None
+
+
+@pytest.mark.parametrize("family", [family for family in ACTING if family not in NO_ANSWERS_OF_SEVERAL_TOKENS])
+def test_an_answers_tokens_are_those_by_which_the_tokenizer_goes_on(family, folders):
+    policy = load(folders[family], ("turn left", "turn right"), action_format="trie")
+    elsewhere = 0
+    for answer, tokens in zip(("turn left", "turn right"), policy.codec.token_ids, strict=True):
+        following = with_an_answer(folders[family], policy, answer)
+        elsewhere += following is None
+        assert following is None or tuple(following[: len(tokens)]) == tokens
+        assert "".join(policy.processor.tokenizer.decode(list(tokens)).split()) == answer.replace(" ", "")
+    # templates that write a past answer otherwise than they ask for one, and a separator that ends each text
+    assert elsewhere == (2 if family in ("llava_onevision", "pixtral", "qwen3_5", "chameleon") else 0)
+
+
+def test_an_answer_alone_is_another_one_with_a_tokenizer_of_the_llama_2_kind(folders):
+    policy = load(folders["llava"], ("turn left", "turn right"), action_format="trie")
+    tokenizer = policy.processor.tokenizer
+    alone = tokenizer.tokenize(policy.prompts.lead + "turn left")
+    assert alone == ["▁", "▁turn", "▁left"]
+    assert tokenizer.convert_ids_to_tokens(policy.codec.token_ids[0]) == ["▁turn", "▁left"]
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -56,7 +56,7 @@ class KTOCollator(Collator):
     """Rows of prompt, answer, image and whether the answer is liked."""
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        """Returns the inputs; `label`, B booleans; and `KL_` ids and masks, the same prompts before another's answer."""
+        """Returns the inputs; `label`, B booleans; and ids and masks of the same prompts before another's answer."""
         answers = [row["completion"] for row in rows]
         # all in one batch, so that what the processor says of the tokens serves both
         both = self.inputs(rows * 2, answers + answers[-1:] + answers[:-1])

@@ -53,6 +53,7 @@ class ActionCodec:
         format: the format in use.
         answers: for each action the text that the policy emits.
         token_ids: for each action its answer's tokens.
+        ends: whether the end token is one of them.
         branches: the trie's branching nodes, root first.
     """
 
@@ -66,6 +67,7 @@ class ActionCodec:
     ) -> None:
         self.tokenizer = tokenizer
         self.names = tuple(names)
+        self.ends = False
         self.end_id = tokenizer.eos_token_id if end_id is None else end_id
         self.go_on = go_on or functools.partial(tokenizer.encode, add_special_tokens=False)
         self._check_names()
@@ -148,6 +150,7 @@ class ActionCodec:
             if self.end_id is None:
                 return "one name begins another and the tokenizer has no end token to tell them apart"
             self.token_ids = [(*ids, self.end_id) for ids in self.token_ids]
+            self.ends = True
         return None
 
 

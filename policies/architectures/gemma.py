@@ -18,8 +18,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     placeholder = str(processor.image_token if is_pali else processor.boi_token)
     if is_pali:
         give_template(processor, plain_template("", processor.tokenizer.eos_token, first=placeholder, lead=""))
-    else:
-        give_template(processor, plain_template(placeholder, processor.tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,

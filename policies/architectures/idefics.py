@@ -7,7 +7,6 @@ Whole prompts are read, for the image is not in the token stream. The adapter is
 from typing import Any
 
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import WholePrompt
 
 
@@ -15,7 +14,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     """Names the parts; see `manako.policies.architectures.name_parts`."""
     modules = dict(plain(vlm).named_modules())
     tokenizer = processor.tokenizer
-    give_template(processor, plain_template(None, tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,

@@ -103,7 +103,8 @@ class SharedPrefix(Reading):
     def is_beyond_window(self, inputs: Rows) -> bool:
         """Returns whether a layer's sliding window is shorter than these prompts and their answers.
 
-        Its cache then drops keys that are read again. The check at construction has seen two prompts; longer ones must not depend on how families mask such windows.
+        Its cache then drops keys that are read again. The check at construction has seen two prompts; longer ones must
+        not depend on how families mask such windows.
         """
         longest = int(inputs["lengths"].max()) + self._longest_path
         layers = DynamicCache(config=self.vlm.config).layers

@@ -1,6 +1,6 @@
 """Tiny random folders of families of vision-language models, by plain transformers: `FAMILIES[name](folder)`.
 
-    python -m tests.helpers.families FOLDER     # writes one folder a family
+python -m tests.helpers.families FOLDER     # writes one folder a family
 """
 
 from collections.abc import Callable

@@ -107,6 +107,17 @@ def edit_json(folder: Path, name: str, **changes: Any) -> None:
     write_json(folder, name, {key: value for key, value in content.items() if value is not None})
 
 
+def as_llama2_file(folder: Path) -> None:
+    """Gives tokenizer.json what Llama 2's on the Hub holds: '▁' is put before whatever comes, also before a space.
+
+    "up" after "ASSISTANT: " is ["▁up"], but " up" alone is ["▁", "▁up"].
+    """
+    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content |= {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
+    write_json(folder, "tokenizer.json", content)
+
+
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
     """The entries of a text configuration that name a tokenizer's special tokens."""
     return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}

@@ -55,6 +55,7 @@ from tests.helpers.families.common import (
     CLIP_SIZES,
     SQUARE,
     add_bos,
+    as_llama2_file,
     edit_json,
     gemma_tokenizer,
     llama2_tokenizer,
@@ -235,6 +236,7 @@ def llava(folder: Path) -> Path:
     image = {"image_processor_type": "CLIPImageProcessor", **CLIP_SIZES, **CLIP}
     options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     write_processor(folder, "LlavaProcessor", tokenizer, image, LLAVA_TEMPLATE, image_token="<image>", **options)
+    as_llama2_file(folder)
     return folder
 
 
