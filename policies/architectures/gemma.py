@@ -27,5 +27,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder=placeholder,
         placeholder_id=config.image_token_id,
         reading=WholePrompt if is_pali else SharedPrefix,
+        by_place=() if is_pali else ("token_type_ids",),
         answer_inputs={"token_type_ids": 1} if is_pali else {},
     )

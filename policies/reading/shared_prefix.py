@@ -125,7 +125,8 @@ class SharedPrefix(Reading):
         given = self.processing.model_inputs(inputs)
         cache = self._expand(prefix, len(lengths))
         positions = None if self.model.positions is None else self.model.positions(self.vlm, given)  # (..., B, L)
-        rest = {name: given[name][:, shared:] for name in ("input_ids", *self.processing.of_tokens)}
+        cut = [name for name in self.processing.of_tokens if name not in self.model.by_place]
+        rest = {name: given[name][:, shared:] for name in ("input_ids", *cut)}
         others = {name: value for name, value in given.items() if name not in rest and name != "attention_mask"}
         if positions is not None:
             others["position_ids"] = positions[..., shared:]
