@@ -9,6 +9,7 @@ A model whose attention is not causal over this layout would get other numbers, 
 forward over whole prompts before it is used (`self_check.py`).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -106,10 +107,13 @@ class SharedPrefix(Reading):
         Its cache then drops keys that are read again. The check at construction has seen two prompts; longer ones must
         not depend on how families mask such windows.
         """
-        longest = int(inputs["lengths"].max()) + self._longest_path
+        return int(inputs["lengths"].max()) + self._longest_path >= self._window
+
+    @functools.cached_property
+    def _window(self) -> float:
+        """How many tokens every layer remembers."""
         layers = DynamicCache(config=self.vlm.config).layers
-        windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
-        return longest >= min(windows, default=math.inf)
+        return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=math.inf)
 
     def run_prefix(self) -> DynamicCache:
         """Returns keys and values of the prefix, batch size 1."""
