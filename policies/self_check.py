@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from manako.errors import first_line
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Rows
+from manako.policies.pixels import in_words
 from manako.policies.processing import Processing
 from manako.policies.reading import Read, Reading
 from manako.policies.reading.reading import what_the_head_sees
@@ -54,7 +55,7 @@ class Library:
         frames: (B, H, W, 3) uint8.
 
     Raises:
-        PolicyError: the library's own forward, or `generate`, fails.
+        PolicyError: the library's own forward, or `generate`, fails, or makes numbers that say nothing of the image.
     """
 
     def __init__(self, processing: Processing, codec: Any, texts: Sequence[str], frames: np.ndarray) -> None:
@@ -67,14 +68,16 @@ class Library:
             with torch.no_grad():
                 reads = [self._read(self._place(given)) for given in self.inputs]
                 self.reads = [read for read, _ in reads]
-                self._noise = self._repeated(self._place(self.inputs[0]), reads[0][0])
+                other = processing.call(texts[:1], frames[1:2])
+                self._noise = self._repeated(self._place(self.inputs[0]), self._place(other), reads[0][0])
         except PolicyError:
             raise
         except Exception as error:  # a model that its own processor's inputs do not fit
             raise PolicyError(
                 f"{type(self.vlm).__name__} does not take what {type(processing.processor).__name__} makes "
+                f"of {in_words(processing.frame_shape, processing.processor)} "
                 f"({type(error).__name__}: {first_line(error)}): expected the processor of this model, frames that it "
-                "takes, and a model that acts by text."
+                "takes, and a model that acts by text; give larger frames, or another model."
             ) from error
 
     def compare(self, reading: Reading, alone: Sequence[Rows], together: Rows) -> Differences:
@@ -112,7 +115,7 @@ class Library:
         }
 
     def _read(self, given: dict[str, Tensor]) -> tuple[Read, Tensor]:
-        """The hidden state (1, D) and the logits (1, children) where the answer is read; and all logits there (1, V)."""
+        """Hidden state (1, D) and logits (1, children) where the answer is read, and all logits there (1, V)."""
         start = self._start(len(given["input_ids"]))
         with what_the_head_sees(self.vlm) as seen:
             whole = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)
@@ -120,14 +123,28 @@ class Library:
             (self._generate(given, branch.path) if branch.path else whole)[:, list(branch.children)]
             for branch in self.codec.branches
         ]
-        return Read(seen[0][:, -1], logits), whole
+        hidden = seen[0][:, -1]
+        if not all(numbers.isfinite().all() for numbers in (hidden, *logits)):
+            raise PolicyError(
+                f"{type(self.vlm).__name__} makes numbers that are not finite of a prompt and an image: expected whole "
+                "weights and an image processor that divides by no 0; copy or download the folder again."
+            )
+        return Read(hidden, logits), whole
 
-    def _repeated(self, given: dict[str, Tensor], read: Read) -> float:
-        """How much the model differs from itself, alone and three times in one batch."""
-        three = {name: torch.cat([value] * 3) for name, value in given.items()}
+    def _repeated(self, given: dict[str, Tensor], other: dict[str, Tensor], read: Read) -> float:
+        """How much the model differs from itself, alone and in a batch of three; the third has another image."""
+        if any(given[name].shape != other[name].shape for name in given):
+            other = given
+        three = {name: torch.cat([value, value, other[name]]) for name, value in given.items()}
         with what_the_head_sees(self.vlm) as seen:
             self.vlm(**three, **self._start(3), use_cache=False)
-        return share(seen[0][:1, -1], read.hidden)
+        hidden = seen[0][:, -1]  # (3, D)
+        if other is not given and torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], hidden[2]):
+            raise PolicyError(
+                f"{type(self.vlm).__name__} makes the same of every image: expected weights and an image processor by "
+                "which the image decides; copy or download the folder again, or use another model."
+            )
+        return share(hidden[:1], read.hidden)
 
     def _start(self, batch: int) -> dict[str, Tensor]:
         if not self.model.answer_start:
