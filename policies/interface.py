@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from manako.policies.errors import PolicyError
 from manako.policies.source import SYSTEM, ActionFormat
 
+Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
+
 
 class Rows:
     """Tensors of B samples that belong together; `agent/` moves rows about and never looks inside.
@@ -266,6 +268,25 @@ class Policy(nn.Module, ABC):
     def messages(self, instruction: str) -> list[dict[str, Any]]:
         """Returns the chat that TRL's trainers are given; the processor's template renders it to `prompt`."""
         raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
+
+    def training_inputs(
+        self, images: np.ndarray, prompts: Sequence[Messages], completions: Sequence[Messages]
+    ) -> dict[str, Tensor]:
+        """Returns what `model` is given of B prompts, each followed by its completion, for TRL's losses.
+
+        Args:
+            images: (B, H, W, 3) uint8, one for each prompt.
+            prompts: chat messages.
+            completions: the answers' messages.
+
+        Returns:
+            `input_ids`, `attention_mask` and `completion_mask` (B, L), 1 in the last where a completion is; and
+            whatever else the model takes.
+
+        Raises:
+            PolicyError: frames of another shape, or a chat template that puts something between prompt and completion.
+        """
+        raise PolicyError(f"{type(self).__name__} has no model to train on text: expected one with a language model.")
 
     def answers(self, actions: Rows) -> list[str]:
         """Returns the text of each action, for datasets, pairs and figures."""

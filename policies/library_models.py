@@ -25,12 +25,12 @@ from manako.policies.architectures import ROWS, name_parts
 from manako.policies.architectures.composed.presets import PRESETS
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
-from manako.policies.pretrained import NOT_QUANTIZED, check_complete, check_holds, check_place, quietly, refusal
+from manako.policies.pretrained import NOT_QUANTIZED, check_complete, check_found, check_holds, quietly, refusal
+from manako.policies.room import check_room
 
 PLACES = f"expected a preset ({', '.join(PRESETS)}), a model folder or a Hub id"
 ONE_MODEL = "expected the files of one model; copy or download the folder again"
-FILES = (  # names of which a folder has one, and the usual one
-    (r"(pytorch_)?model.*\.(safetensors|bin)", "model.safetensors"),
+PROCESSOR_FILES = (  # names of which a folder has one, and the usual one
     (r"(pre)?processor_config\.json", "preprocessor_config.json"),
     (r"tokenizer_config\.json|tekken\.json", "tokenizer_config.json"),
     (r"tokenizer\.json|vocab\..*|.*\.model|.*\.tiktoken|tekken\.json", "tokenizer.json"),
@@ -52,6 +52,8 @@ def load_library_model(name: str, dtype: torch.dtype) -> Model:
     processor = load_processor(name, config)
     check_processor(name, processor, config)
     check_tokens(name, processor, config)
+    check_room(name, config, dtype)
+    check_holds(name, r"(pytorch_)?model.*\.(safetensors|bin)", "model.safetensors")
     try:
         with quietly():
             vlm, loading = AutoModelForImageTextToText.from_pretrained(
@@ -90,7 +92,7 @@ def load_config(name: str) -> Any:
     Raises:
         PolicyError: there is none, or it is of another kind of model.
     """
-    check_place(name, "vision-language model", PLACES)
+    check_found(name, "vision-language model", PLACES)
     try:
         with quietly():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -114,7 +116,7 @@ def load_processor(name: str, config: Any) -> Any:
     Raises:
         PolicyError: there is none for images and text, or it needs a package.
     """
-    for pattern, file in FILES:
+    for pattern, file in PROCESSOR_FILES:
         check_holds(name, pattern, file)
     if Path(name).is_dir() and "image_processor" not in (read_json(name, "processor_config.json") or {}):
         check_holds(name, r"preprocessor_config\.json", "preprocessor_config.json")
@@ -122,7 +124,7 @@ def load_processor(name: str, config: Any) -> Any:
         with quietly():
             try:
                 processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-            except ImportError as error:
+            except (ImportError, OSError) as error:
                 processor = load_without_video(name, config, error)
     except Exception as error:  # whatever tokenizers and processors say to their settings
         raise refusal(
@@ -150,22 +152,27 @@ def check_processor(name: str, processor: Any, config: Any) -> None:
         )
 
 
-def load_without_video(name: str, config: Any, reason: ImportError) -> Any:
+def load_without_video(name: str, config: Any, reason: Exception) -> Any:
     """Returns the processor of a model by its own class, less its video part.
 
+    Args:
+        name: a folder or a Hub id.
+        config: of the model.
+        reason: why the whole one was not loaded; raised where leaving out the video part is no help.
+
     Raises:
-        ImportError: it has no video part to leave out, or needs the package for more than that.
+        ImportError: it needs a package for more than videos.
     """
     kind = real_class(processor_class(name, config))
-    if kind is None:
+    if kind is None or (isinstance(reason, OSError) and "video_processor" not in kind.get_attributes()):
         raise reason
     module = importlib.import_module(kind.__module__)
     if getattr(module, "num2words", "") is None:  # SmolVLM spells out a video's frames with it
         module.num2words = _no_video  # type: ignore[attr-defined]
     attributes = kind.get_attributes()
-    settings = (read_json(name, "processor_config.json") or {}).get("video_processor") or read_json(
-        name, "video_preprocessor_config.json"
-    )
+    settings = (read_json(name, "processor_config.json") or {}).get("video_processor")
+    for file in ("video_preprocessor_config.json", "preprocessor_config.json"):  # where the library looks for them
+        settings = settings or read_json(name, file)
 
     class WithoutVideo(kind):  # type: ignore[misc, valid-type]
         # what some processors look up of it without a video

@@ -69,21 +69,43 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     Raises:
         PolicyError: nothing loadable there, damaged files, or parts that do not fit.
     """
-    if source.dtype not in DTYPES:
-        raise PolicyError(f"dtype is {source.dtype!r}: expected one of {', '.join(DTYPES)}.")
     parts = parts_of(source.trainable)
-    model, source, head, base_sha = _load(_with_whole_paths(source), action_names, frame_shape)
-    if base_sha is None:
-        model, base_sha = _mark(model, source)
-    height, width, channels = frame_shape
-    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
-    with quietly():
-        policy = VLMPolicy(model, spec)
+    model, source, head, base_sha = load_model(source, action_names, frame_shape)
+    policy = put_policy_around(model, source, action_names, frame_shape)
     if head is not None:
         fill(policy.value_head, head, Path(source.policy))
     policy.value_head.requires_grad_("value_head" in parts)
     policy.origin = {"source": asdict(source), "base_sha256": base_sha}
     return policy
+
+
+def load_model(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> Loaded:
+    """Loads the model of `load_policy`, with what learns marked: the half that reads files.
+
+    Raises:
+        PolicyError: nothing loadable there, or damaged files.
+    """
+    if source.dtype not in DTYPES:
+        raise PolicyError(f"dtype is {source.dtype!r}: expected one of {', '.join(DTYPES)}.")
+    loaded = _load(_with_whole_paths(source), action_names, frame_shape)
+    if loaded.base_sha256 is not None:
+        return loaded
+    model, base_sha = _mark(loaded.model, loaded.source)
+    return loaded._replace(model=model, base_sha256=base_sha)
+
+
+def put_policy_around(
+    model: Model, source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]
+) -> VLMPolicy:
+    """Returns the policy of a loaded model, for these actions and frames: the half that checks what it computes.
+
+    Raises:
+        PolicyError: the model cannot serve these actions or frames, or its numbers are not the library's.
+    """
+    height, width, channels = frame_shape
+    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
+    with quietly():
+        return VLMPolicy(model, spec)
 
 
 def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> Loaded:

@@ -97,7 +97,7 @@ def check_name(name: str, places: str) -> None:
     raise PolicyError(f"There is no folder {shown}: {places}.")
 
 
-def check_place(name: str, what: str, places: str) -> None:
+def check_found(name: str, what: str, places: str) -> None:
     """Raises PolicyError where a name is no place, a folder is not whole, or the Hub has no such model.
 
     Args:
@@ -199,7 +199,7 @@ def refusal(what: str, error: Exception, else_: str) -> PolicyError:
     package = missing_package(error)
     if package:
         command = f"pip install {TO_INSTALL.get(package, package)}"
-        return PolicyError(f"{what} needs the package {package}, which is not installed: run `{command}`.")
+        return PolicyError(f"{what} needs a package that is not installed: install {package} ({command}).")
     return PolicyError(else_.replace("{error}", _said(error)))
 
 

@@ -46,7 +46,14 @@ class Processing:
         self.frame_shape = frame_shape
         self._example = np.random.default_rng(0).integers(0, 256, (1, *frame_shape), dtype=np.uint8)  # (1, H, W, 3)
         self._text = texts[0]
-        short, long = (self.call([text], self._example) for text in texts)
+        self._nests_images = model.nests_images is not False
+        try:
+            short, long = (self.call([text], self._example) for text in texts)
+        except (TypeError, ValueError):  # some processors want one list of images
+            if model.nests_images is not None:
+                raise
+            self._nests_images = False
+            short, long = (self.call([text], self._example) for text in texts)
         changing = [name for name in short if name not in OWN and not _equal(short[name], long.get(name))]
         lengths = short["input_ids"].shape[1], long["input_ids"].shape[1]
         self.of_tokens = tuple(name for name in changing if (short[name].shape[1], long[name].shape[1]) == lengths)
@@ -58,7 +65,7 @@ class Processing:
     def call(self, texts: Sequence[str], frames: np.ndarray) -> dict[str, Tensor]:
         """Returns what the library's processor makes of texts and frames (B, H, W, 3) uint8, one of each a sample."""
         pictures: list[Any] = [Image.fromarray(frame) for frame in frames]
-        images = [[picture] for picture in pictures] if self.model.nests_images else pictures
+        images = [[picture] for picture in pictures] if self._nests_images else pictures
         begins = self._first_tokens()
         # a text that writes the first token itself must not get a second one
         options = {"add_special_tokens": False} if any(texts[0].startswith(token) for token in begins) else {}
@@ -74,13 +81,13 @@ class Processing:
         """Returns the tokens by which the tokenizer goes on from a prompt with an answer.
 
         They are those of prompt and answer less those of the prompt: an answer tokenized alone may be another one,
-        since tokenizers of the Llama 2 kind put a space before what they are given. Where no token begins where the prompt
-        ends, since the tokenizer joins the two, or where the processor writes something behind the text, they are the
-        tokens of the answer behind the prompt's last ones.
+        since tokenizers of the Llama 2 kind put a space before what they are given. Where no token begins where the
+        prompt ends, since the tokenizer joins the two, or where the processor writes something behind the text, they
+        are the tokens of the answer behind the prompt's last ones.
         """
         tokenizer = self.processor.tokenizer
         if self.model.answer_start:  # an answer of its own, which the decoder begins with
-            return tuple(tokenizer.encode(answer, add_special_tokens=False))
+            return tuple(tokenizer.encode(answer.lstrip(" "), add_special_tokens=False))
         before = self.call([text], self._example)["input_ids"][0].tolist()
         whole = self.call([text + answer], self._example)["input_ids"][0].tolist()
         if whole[: len(before)] == before:
@@ -147,6 +154,39 @@ class Processing:
         columns |= {name: inputs[name] for name in self.of_text}
         given = {"input_ids": ids, "attention_mask": mask.long(), **self.pixels(inputs), **columns}
         return {name: self._cast(value) for name, value in given.items()}
+
+    def training_inputs(self, inputs: Rows, answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Returns the model's inputs with an answer of its own for each prompt, and where the answers are.
+
+        Args:
+            inputs: B rows of `rows`.
+            answers: their tokens.
+
+        Returns:
+            As of `model_inputs`, and `completion_mask` (B, L). Of an encoder-decoder `input_ids`, `attention_mask` and
+            `completion_mask` are of the decoder, `encoder_input_ids` and `encoder_attention_mask` of the prompts.
+        """
+        start = self.model.answer_start
+        lengths = torch.tensor([len(start) + len(answer) for answer in answers])  # (B,)
+        longest = int(lengths.max())
+        padded = torch.tensor(
+            [[*start, *answer] + [self.pad_id] * (longest - len(start) - len(answer)) for answer in answers]
+        )  # (B, K)
+        if start:
+            given = self.model_inputs(inputs)
+            places = torch.arange(longest)
+            mask = (places < lengths[:, None]).long()
+            return {
+                **given,
+                "encoder_input_ids": given["input_ids"],
+                "encoder_attention_mask": given["attention_mask"],
+                "input_ids": padded,
+                "attention_mask": mask,
+                "completion_mask": mask * (places >= len(start)),
+            }
+        given = self.with_answers(inputs, padded, lengths)
+        places = torch.arange(given["input_ids"].shape[1])
+        return {**given, "completion_mask": given["attention_mask"] * (places >= inputs["lengths"][:, None])}
 
     def pixels(self, inputs: Rows) -> dict[str, Tensor]:
         """Returns the inputs that are made of the rows' frames."""

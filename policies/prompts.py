@@ -7,7 +7,7 @@ order). The system text is the same for every sample, so its keys and values are
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,12 +16,14 @@ from manako.errors import first_line
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
+from manako.policies.interface import Messages
 from manako.policies.pixels import in_words
 from manako.policies.processing import Processing
 
 EXAMPLES = ("go", "go to the far end of the room and wait")  # instructions of unequal length
 MAX_INSTRUCTION_CHARS = 2000
 LEAST_SIDE = 4  # of a frame; one of 1 or 3 is taken for colours
+MOST_KEPT = 50_000  # tokenized texts
 
 
 def as_plain_line(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
@@ -53,7 +55,9 @@ class PromptBuilder:
 
     Attributes:
         legend: how the actions are listed.
-        lead: " " where the prompt ends with a word or colon, else "": what stands before an answer.
+        lead: what stands before an answer: what the chat template puts there, else " " behind a word or colon.
+        end: what the chat template puts behind an answer.
+        end_token: the special token in it, else the tokenizer's end token; "" where there is none.
         processing: texts and frames to the model's inputs.
     """
 
@@ -72,6 +76,7 @@ class PromptBuilder:
             )
         self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id, None}
         self._prompts: dict[str, dict[str, Tensor]] = {}
+        self._made: dict[Any, Any] = {}
         if min(frame_shape[:2]) < LEAST_SIDE:
             raise PolicyError(
                 f"Frames of {frame_shape[0]} x {frame_shape[1]} pixels came: expected at least {LEAST_SIDE} each way, "
@@ -101,8 +106,10 @@ class PromptBuilder:
                 f"{tokenizer.convert_tokens_to_ids(token)}): expected config.json and processor of one model; copy or "
                 "download the folder again."
             )
-        end = tokenizer.decode(example[-8:])
-        self.lead = "" if model.answer_start or not re.search(r"[\w:,.]\Z", end) else " "
+        lead, self.end = self._around_answers(tokenizer.decode(example[-8:]))
+        found = re.search("|".join(re.escape(token) for token in self.special_tokens if token.strip()), self.end)
+        self.end_token = found[0] if found else str(tokenizer.eos_token or tokenizer.sep_token or "")
+        self.lead = "" if model.answer_start else lead
         self._special_count = self._count_special(example)
 
     def clean(self, instruction: str) -> str:
@@ -131,7 +138,7 @@ class PromptBuilder:
         fault = ""
         for messages in (with_role, without_role):  # some templates refuse or drop a system message
             try:
-                text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                text = self._apply(messages, add_generation_prompt=True)
             except Exception as error:  # whatever a template does
                 fault = fault or f"it says {first_line(error)!r}"
                 continue
@@ -156,7 +163,7 @@ class PromptBuilder:
             PolicyError: the tokenizer makes a special token of the instruction.
         """
         if instruction not in self._prompts:
-            if len(self._prompts) > 50_000:
+            if len(self._prompts) > MOST_KEPT:
                 self._prompts.clear()
             cleaned = self.clean(instruction)
             prompt = self.tokenize(cleaned)
@@ -189,6 +196,49 @@ class PromptBuilder:
                 "prompt whose end does not depend on the instruction; use another model."
             )
         return found.pop()
+
+    def completed(self, prompt: Messages, completion: Messages, must_end: bool) -> tuple[str, str]:
+        """Returns the texts of a prompt as the policy acts on it, and of what stands behind it for a completion.
+
+        Some chat templates write a past answer otherwise than they ask for one: an answer is learned where it is given.
+
+        Args:
+            prompt: chat messages.
+            completion: the answer's message.
+            must_end: put the end token behind an answer that the chat template does not end.
+        """
+        text = self._apply(prompt, add_generation_prompt=True)
+        end = self.end_token if must_end and self.end_token not in self.end else self.end
+        return text, self.lead + completion[0]["content"][0]["text"] + end
+
+    def tokenized(self, text: str) -> dict[str, Tensor]:
+        """Returns what the processor makes of a rendered prompt, each distinct one once."""
+        return self._once(text, lambda: self.processing.tokenize(text))
+
+    def answer_to(self, text: str, answer: str) -> tuple[int, ...]:
+        """Returns the tokens of an answer behind a rendered prompt, each distinct pair once."""
+        return self._once((text, answer), lambda: self.processing.go_on(text, answer))
+
+    def _around_answers(self, end_of_prompt: str) -> tuple[str, str]:
+        """What the chat template puts before and behind an answer, where it does."""
+        prompt, text = self._render(EXAMPLES[0])
+        answer = "x y z"  # in no template
+        whole = self._apply([*prompt, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
+        before, _, end = whole.rpartition(answer)
+        lead = before[len(text) :]
+        if not before.startswith(text) or lead.strip():
+            lead = " " if re.search(r"[\w:,.]\Z", end_of_prompt) else ""
+        return lead, end
+
+    def _apply(self, messages: Messages, **options: Any) -> str:
+        return str(self.processor.apply_chat_template(messages, tokenize=False, **options))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            if len(self._made) > MOST_KEPT:
+                self._made.clear()
+            self._made[key] = make()
+        return self._made[key]
 
     def _count_special(self, ids: Sequence[int]) -> int:
         return sum(token in self._special_ids for token in ids)

@@ -24,7 +24,7 @@ from manako.policies.reading.reading import what_the_head_sees
 
 TOLERANCE = {torch.float32: 1e-5}  # share of the largest number; the rounding of other types is coarser
 COARSE = 0.1
-NOISE, MOST_NOISE = 8, 1e-3  # times what the model differs from itself in a batch of another size, and at most that
+NOISE, MOST_NOISE = 8, 1e-3  # times what the model differs from itself by rounding, and at most that
 
 
 class Differences(NamedTuple):
@@ -43,6 +43,14 @@ class Differences(NamedTuple):
     def hold(self) -> bool:
         """Whether the policy computes what the library computes; a number that is not finite does not hold."""
         return self.worst <= self.tolerance
+
+
+class Expected(NamedTuple):
+    """What the library says where the answer of one prompt is read."""
+
+    hidden: Tensor  # (1, D)
+    logits: list[Tensor]  # for each branching node of the codec's token trie (1, children)
+    largest: list[float]  # for each of these nodes the largest logit of the vocabulary, without its sign
 
 
 class Library:
@@ -66,10 +74,9 @@ class Library:
         ]  # of the processor
         try:
             with torch.no_grad():
-                reads = [self._read(self._place(given)) for given in self.inputs]
-                self.reads = [read for read, _ in reads]
-                other = processing.call(texts[:1], frames[1:2])
-                self._noise = self._repeated(self._place(self.inputs[0]), self._place(other), reads[0][0])
+                self.reads = [self._read(self._place(given)) for given in self.inputs]
+                image = processing.call(texts[:1], frames[1:2])
+                self._noise = self._rounding(self._place(self.inputs[0]), self._place(image), self.reads[0])
         except PolicyError:
             raise
         except Exception as error:  # a model that its own processor's inputs do not fit
@@ -89,7 +96,7 @@ class Library:
             together: all of them, padded.
         """
         with torch.no_grad():
-            each = [_off(reading.read(rows), 0, read) for rows, read in zip(alone, self.reads, strict=True)]
+            each = [_off(reading.read(rows), 0, right) for rows, right in zip(alone, self.reads, strict=True)]
             batch = reading.read(together)
         tolerance = TOLERANCE.get(self.vlm.dtype, COARSE)
         return Differences(
@@ -114,37 +121,53 @@ class Library:
             name: value.to(self.vlm.dtype) if value.is_floating_point() else value for name, value in placed.items()
         }
 
-    def _read(self, given: dict[str, Tensor]) -> tuple[Read, Tensor]:
-        """Hidden state (1, D) and logits (1, children) where the answer is read, and all logits there (1, V)."""
+    def _read(self, given: dict[str, Tensor]) -> "Expected":
         start = self._start(len(given["input_ids"]))
         with what_the_head_sees(self.vlm) as seen:
-            whole = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)
-        logits = [
-            (self._generate(given, branch.path) if branch.path else whole)[:, list(branch.children)]
-            for branch in self.codec.branches
-        ]
-        hidden = seen[0][:, -1]
-        if not all(numbers.isfinite().all() for numbers in (hidden, *logits)):
+            first = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)
+        behind = [self._generate(given, branch.path) if branch.path else first for branch in self.codec.branches]
+        branches = zip(behind, self.codec.branches, strict=True)
+        expected = Expected(
+            hidden=seen[0][:, -1],
+            logits=[logits[:, list(branch.children)] for logits, branch in branches],
+            largest=[float(logits.abs().max()) for logits in behind],
+        )
+        if not all(numbers.isfinite().all() for numbers in (expected.hidden, *expected.logits)):
             raise PolicyError(
                 f"{type(self.vlm).__name__} makes numbers that are not finite of a prompt and an image: expected whole "
                 "weights and an image processor that divides by no 0; copy or download the folder again."
             )
-        return Read(hidden, logits), whole
+        return expected
 
-    def _repeated(self, given: dict[str, Tensor], other: dict[str, Tensor], read: Read) -> float:
-        """How much the model differs from itself, alone and in a batch of three; the third has another image."""
-        if any(given[name].shape != other[name].shape for name in given):
-            other = given
-        three = {name: torch.cat([value, value, other[name]]) for name, value in given.items()}
+    def _rounding(self, given: dict[str, Tensor], image: dict[str, Tensor], expected: "Expected") -> float:
+        """How much the model differs from itself: in a batch of three, and with its inputs rounded once more.
+
+        The third of the batch has another image, which has to change what the model says.
+        """
+        if any(given[name].shape != image[name].shape for name in given):
+            image = given
+        three = {name: torch.cat([value, value, image[name]]) for name, value in given.items()}
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(value: Tensor) -> Tensor:
+            ulps = torch.randn(value.shape, generator=generator).to(value)
+            return value * (1 + torch.finfo(value.dtype).eps * ulps)
+
+        other = {name: rounded(value) if value.is_floating_point() else value for name, value in given.items()}
+        hook = self.vlm.get_input_embeddings().register_forward_hook(lambda module, given, output: rounded(output))
         with what_the_head_sees(self.vlm) as seen:
+            try:
+                self.vlm(**other, **self._start(1), use_cache=False)
+            finally:
+                hook.remove()
             self.vlm(**three, **self._start(3), use_cache=False)
-        hidden = seen[0][:, -1]  # (3, D)
-        if other is not given and torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], hidden[2]):
+        alike = seen[-1][:, -1]  # (3, D)
+        if image is not given and torch.equal(alike[0], alike[1]) and torch.equal(alike[0], alike[2]):
             raise PolicyError(
                 f"{type(self.vlm).__name__} makes the same of every image: expected weights and an image processor by "
                 "which the image decides; copy or download the folder again, or use another model."
             )
-        return share(hidden[:1], read.hidden)
+        return max(share(numbers[:1, -1], expected.hidden) for numbers in seen)
 
     def _start(self, batch: int) -> dict[str, Tensor]:
         if not self.model.answer_start:
@@ -182,14 +205,16 @@ class _Says(LogitsProcessor):
         return scores
 
 
-def share(numbers: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference as a share of the largest expected number."""
+def share(numbers: Tensor, expected: Tensor, largest: float | None = None) -> float:
+    """Returns the largest difference as a share of the largest expected number, or of another one."""
     numbers, expected = numbers.float(), expected.float()
     if not numbers.isfinite().all() or not expected.isfinite().all():
         return math.inf
-    return float((numbers - expected).abs().max()) / max(1e-3, float(expected.abs().max()))
+    largest = float(expected.abs().max()) if largest is None else largest
+    return float((numbers - expected).abs().max()) / max(1e-3, largest)
 
 
-def _off(read: Read, row: int, expected: Read) -> float:
-    pairs = [(read.hidden, expected.hidden), *zip(read.logits, expected.logits, strict=True)]
-    return max(share(numbers[row : row + 1], right) for numbers, right in pairs)
+def _off(read: Read, row: int, expected: Expected) -> float:
+    of_nodes = zip(read.logits, expected.logits, expected.largest, strict=True)
+    off = [share(numbers[row : row + 1], right, largest) for numbers, right, largest in of_nodes]
+    return max(share(read.hidden[row : row + 1], expected.hidden), *off)

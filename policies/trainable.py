@@ -89,7 +89,7 @@ def set_trainable(model: Model, trainable: str, lora_rank: int = 16, lora_alpha:
         model.vlm.requires_grad_(True)
         return model
     kind = type(model.base_vlm).__name__
-    if not model.adapter:
+    if "adapter" in parts and not model.adapter:
         raise _unknown_adapter(model)
     if "encoder" in parts and model.encoder is None:
         raise PolicyError(f"{kind} has no module named vision or visual: its encoder is unknown, use trainable: full.")
@@ -171,18 +171,24 @@ def _is_in(name: str, module: str) -> bool:
 def _unknown_adapter(model: Model) -> PolicyError:
     return PolicyError(
         f"{type(model.base_vlm).__name__} has no module named {', '.join(ADAPTER_NAMES)}: its adapter is unknown, use "
-        "trainable: full."
+        "trainable: full, or lora+value_head."
     )
 
 
 def _whole_modules(model: Model, parts: frozenset[str]) -> list[str]:
-    """Names of the modules that learn beside LoRA; PEFT takes every module whose name ends so."""
-    modules = {name for name, _ in model.vlm.named_modules()}
-    adapter = [name.split(".")[-1] for name in model.adapter if name in modules]  # PEFT saves no bare parameters
-    whole = list(dict.fromkeys(adapter)) if "adapter" in parts else []
-    if "encoder" in parts:
-        whole.append(str(model.encoder))
-    return whole
+    """Full names of the modules that learn beside LoRA: PEFT saves no bare parameters, and no lists but their items."""
+    modules = dict(model.vlm.named_modules())
+    names = [*(model.adapter if "adapter" in parts else ()), *([str(model.encoder)] if "encoder" in parts else [])]
+    return [
+        whole
+        for name in names
+        if name in modules
+        for whole in (
+            [f"{name}.{item}" for item, _ in modules[name].named_children()]
+            if isinstance(modules[name], nn.ModuleList)
+            else [name]
+        )
+    ]
 
 
 def _decoder_linears(model: Model) -> list[str]:

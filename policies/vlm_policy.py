@@ -21,7 +21,17 @@ from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
-from manako.policies.interface import Acted, Draws, Evaluated, Policy, PolicySpec, Rows, act_categorical, entropy
+from manako.policies.interface import (
+    Acted,
+    Draws,
+    Evaluated,
+    Messages,
+    Policy,
+    PolicySpec,
+    Rows,
+    act_categorical,
+    entropy,
+)
 from manako.policies.prompts import EXAMPLES, PromptBuilder
 from manako.policies.reading import Reading, SharedPrefix, WholePrompt
 from manako.policies.reading.shared_prefix import find_prefix
@@ -78,7 +88,8 @@ class VLMPolicy(Policy):
         self.prompts = PromptBuilder(model, spec.system, spec.frame_shape)
         self.processing = self.prompts.processing
         tokenizer = self.processor.tokenizer
-        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on)
+        end = tokenizer.convert_tokens_to_ids(self.prompts.end_token) if self.prompts.end_token else None
+        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on, end)
         self.prompts.legend = self.codec.legend
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
@@ -137,11 +148,7 @@ class VLMPolicy(Policy):
             PolicyError: frames of another shape than the policy was built for, or an instruction that the tokenizer or
                 the model cannot hold.
         """
-        if images.shape[1:] != tuple(self.spec.frame_shape):
-            raise PolicyError(
-                f"Frames of shape {images.shape[1:]} came, but this policy was built for "
-                f"{tuple(self.spec.frame_shape)}: load it again for these frames."
-            )
+        self._check_frames(images)
         for instruction in set(instructions):
             self._check_prompt(self.prompts.encode(instruction), instruction)
         return self.processing.rows([self.prompts.prompt(instruction) for instruction in instructions], images)
@@ -243,6 +250,22 @@ class VLMPolicy(Policy):
         """Returns the same as chat messages."""
         return self.prompts.messages(self.prompts.clean(instruction))
 
+    def training_inputs(
+        self, images: np.ndarray, prompts: Sequence[Messages], completions: Sequence[Messages]
+    ) -> dict[str, Tensor]:
+        """Returns what the model is given of B prompts, each followed by its completion; see `Policy`.
+
+        An encoder-decoder is given the prompts as `encoder_input_ids` and `encoder_attention_mask`, and the completions
+        behind the tokens that its decoder begins with as `input_ids`.
+        """
+        self._check_frames(images)
+        texts = [
+            self.prompts.completed(prompt, completion, self.codec.ends)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        rows = self.processing.rows([self.prompts.tokenized(prompt) for prompt, _ in texts], images)
+        return self.processing.training_inputs(rows, [self.prompts.answer_to(*text) for text in texts])
+
     def answers(self, actions: Rows) -> list[str]:
         """Returns what the policy says for each action."""
         return [self.codec.answers[index] for index in actions["index"].tolist()]
@@ -336,6 +359,13 @@ class VLMPolicy(Policy):
                 "numbers would be wrong, use another model."
             )
         return found
+
+    def _check_frames(self, images: np.ndarray) -> None:
+        if images.shape[1:] != tuple(self.spec.frame_shape):
+            raise PolicyError(
+                f"Frames of shape {images.shape[1:]} came, but this policy was built for "
+                f"{tuple(self.spec.frame_shape)}: load it again for these frames."
+            )
 
     def _check_prompt(self, tokens: tuple[int, ...], instruction: str) -> None:
         if not self.reading.accepts(tokens):

@@ -27,7 +27,8 @@ from manako.policies.answers import KINDS
 from manako.policies.architectures import ROWS
 from manako.policies.encoders import ENCODERS
 from manako.policies.reading import SharedPrefix
-from tests.helpers.foreign_models import FRAME, NAMES, frames, llava_folder
+from tests.helpers.families.more import got_ocr2
+from tests.helpers.foreign_models import FRAME, NAMES, frames
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -166,6 +167,7 @@ RUN = {
     "python experiments/run_ppo.py": f"{PPO} --output_dir runs/...",
     "python experiments/run_ppo.py --resume runs/...": "",
     "python experiments/evaluate.py --policy runs/...": "--num_envs 8 --episodes 8",
+    "python experiments/check_model.py runs/.../final": "--num_envs 4",
     "python experiments/run_ppo.py --advantage grpo": f"{PPO} --num_steps 12 --output_dir runs/grpo",
     "python experiments/collect.py --episodes 500 --output data/goto": "--episodes 16 --num_envs 8",
     "python experiments/run_sft.py --dataset data/goto --trainable full": f"{EVALUATION} --output_dir runs/imitation",
@@ -209,6 +211,7 @@ READ_ONLY = {
     "python experiments/submit_ray_job.py": "a cluster's; tests/agent/workers submits to one of its own",
     "python /path/to/experiments/submit_ray_job.py": "likewise",
     "python experiments/run_ppo.py --rollout_backend ray-replica --output_dir /shared/": "the entrypoint of a job",
+    "python experiments/check_model.py families/": "tests/experiments/test_check_model.py compares what it writes",
 }
 NOT_OURS = {
     "python3 -m venv": "makes the environment that these tests run in",
@@ -216,6 +219,7 @@ NOT_OURS = {
     ".venv/bin/pip install": "fills it",
     "pip install -c": "fills it",
     "python -m pytest": "this",
+    "python -m tests.helpers.families": "tests/experiments/test_check_model.py makes the same folders",
     "pytest": "this",
     "bash .ci/run": "runs this",
     "pre-commit install": "changes the git repository",
@@ -365,9 +369,9 @@ def test_the_encoder(added):
 
 
 def test_the_architecture(added, tmp_path):
-    folder = str(llava_folder(tmp_path))
+    folder = str(got_ocr2(tmp_path))
     guessed = load_policy(PolicySource(policy=folder, trainable="adapter"), NAMES, FRAME)
-    added("policies/architectures/llava.py")
+    added("policies/architectures/got_ocr2.py")
     named = load_policy(PolicySource(policy=folder, trainable="adapter"), NAMES, FRAME)
     assert named.parts[2:7] == guessed.parts[2:7]
     assert torch.equal(actions(named), actions(guessed))

@@ -2,7 +2,7 @@
 
 Every row is {"prompt": messages, "completion": messages, "images": [frame]}; the loss is on the completion alone. A
 demonstration's prompt is the very one that the policy acts on, and the first token of its answer the one that it is
-judged by: `check_tokens` holds TRL's rendering against the policy's.
+judged by: `check_tokens` holds what is learned against what the policy acts on.
 """
 
 from collections.abc import Iterable
@@ -110,10 +110,10 @@ def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
 
 
 def check_tokens(batch: dict[str, Any], policy: Policy, row: dict[str, Any], instruction: str) -> None:
-    """Raises where TRL's batch of one row does not hold the policy's own prompt, and behind it one of its answers.
+    """Raises where a batch of one row does not hold the policy's own prompt, and behind it one of its answers.
 
     Args:
-        batch: of TRL's collator.
+        batch: of `SFTCollator`.
         policy: the policy.
         row: the row that it was made of.
         instruction: of that row.
@@ -121,13 +121,14 @@ def check_tokens(batch: dict[str, Any], policy: Policy, row: dict[str, Any], ins
     Raises:
         TrainingError: they differ, so training would be on other tokens than acting.
     """
-    prompt = policy.prompt_tokens(instruction)
-    rendered = [int(id) for id, kept in zip(batch["input_ids"][0], batch["attention_mask"][0], strict=True) if kept]
-    answers = policy.answer_tokens(every_action(policy))
-    starts = any(rendered[len(prompt) : len(prompt) + len(answer)] == answer for answer in answers)
-    if rendered[: len(prompt)] != prompt or not starts:
-        text = policy.processor.tokenizer.decode(rendered[max(0, len(prompt) - 4) : len(prompt) + 4])
+    learned = batch["labels"][0] != -100
+    reads = "encoder_" if "encoder_input_ids" in batch else ""
+    read = batch[f"{reads}attention_mask"][0].bool() if reads else batch["attention_mask"][0].bool() & ~learned
+    prompt, completion = batch[f"{reads}input_ids"][0][read].tolist(), batch["labels"][0][learned].tolist()
+    starts = any(completion[: len(answer)] == answer for answer in policy.answer_tokens(every_action(policy)))
+    if prompt != policy.prompt_tokens(instruction) or not starts:
+        text = policy.processor.tokenizer.decode(prompt[-4:] + completion)
         raise TrainingError(
-            f"TRL renders the answer {row['completion'][0]['content'][0]['text']!r} as {text!r}, which is not what "
+            f"The answer {row['completion'][0]['content'][0]['text']!r} is learned as {text!r}, which is not what "
             "this policy acts on: expected a chat template that puts the answer right behind the prompt."
         )

@@ -1,8 +1,8 @@
 """TRL's own trainers around a policy: what they have to be given; of their code only cloning's loss is replaced.
 
 SFT, DPO and KTO with the policy's model and processor, the adapter's own learning rate, a metrics file, and a stop at a
-loss that is not finite. Without Triton, TRL's LM head scores every position of a prompt against the whole vocabulary
-and then drops those without a label, which is half of a CPU's time; here it is given the labelled ones alone.
+loss that is not finite. What the model is given the policy says (`collators.py`), and how the labels are scored is the
+model's own forward.
 """
 
 import copy
@@ -21,8 +21,10 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from manako.agent.errors import TrainingError
+from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
 from manako.agent.tuning.parameter_groups import regroup
 from manako.policies.interface import Policy
 
@@ -31,6 +33,8 @@ SHARES = {
     "action_accuracy": "actions right",
     "rewards/accuracies": "preferred",
 }
+
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class StepMetricsCallback(TrainerCallback):
@@ -109,10 +113,16 @@ class _OfPolicy:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, and leaves the model as the policy wants it: in evaluation mode."""
         trainer: Any = super()
+        plain = plain_model(self.policy)
+        ends = {name: getattr(plain.config, name, None) for name in SPECIAL_IDS}
+        generation = copy.deepcopy(plain.generation_config)
         try:
             return trainer.train(*args, **kwargs)
         finally:
             self.policy.model.eval()
+            plain.generation_config = generation  # which the Trainer sets to the tokenizer's tokens
+            for name, value in ends.items():
+                setattr(plain.config, name, value)
             for model in (self.policy.model, plain_model(self.policy)):  # TRL's head and accelerate's autocast end here
                 for name in ("forward", "_original_forward"):
                     model.__dict__.pop(name, None)
@@ -124,6 +134,10 @@ class _OfPolicy:
 
 class PolicySFTTrainer(_OfPolicy, SFTTrainer):
     """`trl.SFTTrainer` of a policy."""
+
+    def __init__(self, policy: Policy, args: Any, data: Dataset, run_dir: Path, *others: Any, **named: Any) -> None:
+        named.setdefault("data_collator", SFTCollator(policy))
+        super().__init__(policy, args, data, run_dir, *others, **named)
 
 
 class PolicyCloningTrainer(PolicySFTTrainer):
@@ -190,42 +204,84 @@ class PolicyDPOTrainer(_OfPolicy, DPOTrainer):
     """`trl.DPOTrainer` of a policy; its reference is the policy as it was."""
 
     def __init__(self, policy: Policy, args: DPOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
-        super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
+        others |= {"ref_model": frozen_copy(policy), "data_collator": DPOCollator(policy)}
+        super().__init__(policy, args, data, run_dir, **others)
 
 
 class PolicyKTOTrainer(_OfPolicy, KTOTrainer):
     """`trl.KTOTrainer` of a policy; its reference is the policy as it was."""
 
     def __init__(self, policy: Policy, args: KTOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
-        super().__init__(policy, args, data, run_dir, ref_model=frozen_copy(policy), **others)
+        others |= {"ref_model": frozen_copy(policy), "data_collator": KTOCollator(policy)}
+        super().__init__(policy, args, data, run_dir, **others)
 
 
 def score_labels_only(model: Any) -> None:
-    """Makes the LM head that TRL gave to `model` see the positions with a label alone: same numbers, less work."""
-    of_trl = model.forward
+    """Makes `model` answer TRL's `fused_lm_head=True` by its own forward, the LM head on labelled positions alone.
 
-    @functools.wraps(of_trl)
+    TRL's way calls the model's backbone and repeats what the model does behind it, which fits some families; without
+    Triton it also scores every position against the whole vocabulary. Here whatever the model does with its LM head's
+    logits stays the model's own.
+    """
+    of_trl = model.forward
+    own = functools.partial(type(model).forward, model)
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the names of its arguments
     def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None:
             return of_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        following = labels[:, 1:]  # (B, L - 1)
+        given = _as_model_takes(kwargs)
+        if not model.is_gradient_checkpointing:  # which needs the mode of training
+            for part in model.children():  # no dropout, as when acting: a reference has none, too
+                part.eval()
+        following, width = labels[:, 1:], labels.shape[1]  # (B, L - 1)
         label_mask = following != -100
 
-        def keep(module: Any, given: Any, outputs: Any) -> Any:
-            outputs.last_hidden_state = outputs.last_hidden_state[:, :-1][label_mask][None]  # (1, labels, D)
-            return outputs
+        def keep(head: Any, seen: tuple[torch.Tensor, ...]) -> Any:
+            hidden = seen[0][:, -width:][:, :-1]  # some models put visual tokens before the sequence
+            return (hidden[label_mask][None], *seen[1:])  # (1, labels, D)
 
-        hook = model.base_model.register_forward_hook(keep)
+        hook = model.get_output_embeddings().register_forward_pre_hook(keep)
         try:
-            outputs = of_trl(*args, fused_lm_head=True, shift_labels=following[label_mask][None], **kwargs)
+            logits = own(*args, **given).logits[0].float()  # (labels, V)
         finally:
             hook.remove()
-        for name, values in outputs.items():
-            if name not in ("loss", "aux_loss"):  # (1, labels) -> (B, L - 1), 0 without a label
-                outputs[name] = values.new_zeros(label_mask.shape).masked_scatter(label_mask, values[0])
-        return outputs
+        return _scores(logits, following[label_mask], label_mask)
 
     model.forward = forward
+
+
+def _as_model_takes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An encoder-decoder is given the sequence that has labels as its decoder's."""
+    if "encoder_input_ids" not in kwargs:
+        return kwargs
+    return {
+        **{name: value for name, value in kwargs.items() if not name.startswith("encoder_")},
+        "input_ids": kwargs["encoder_input_ids"],
+        "attention_mask": kwargs["encoder_attention_mask"],
+        "decoder_input_ids": kwargs["input_ids"],
+        "decoder_attention_mask": kwargs["attention_mask"],
+    }
+
+
+def _scores(logits: torch.Tensor, labels: torch.Tensor, label_mask: torch.Tensor) -> FusedCausalLMOutput:
+    """What TRL asks of labelled positions (labels, V), each (B, L - 1), 0 without a label; gradients in `log_probs`."""
+    logprobs = logits.log_softmax(-1)
+    taken = logprobs.gather(1, labels[:, None])[:, 0]
+    with torch.no_grad():
+        p = logprobs.exp()
+        others = {
+            "entropy": -(p * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1),
+            "log_sum_sq_probs": p.square().sum(-1).log(),
+            "mean_logits": logits.mean(-1),
+            "is_top1": logits.argmax(-1) == labels,
+        }
+    spread = {
+        name: values.new_zeros(label_mask.shape).masked_scatter(label_mask, values)
+        for name, values in {"log_probs": taken, **others}.items()
+    }
+    loss = -taken.sum() / label_mask.sum().clamp(min=1)
+    return FusedCausalLMOutput(loss=loss, label_mask=label_mask, **spread)
 
 
 def plain_model(policy: Policy) -> Any:

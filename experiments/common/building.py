@@ -29,6 +29,7 @@ from manako.experiments.common.run_folder import policy_folder
 from manako.experiments.common.settings import PPOCommand, TuningSettings
 from manako.policies import PolicySource, VLMPolicy, load_policy
 from manako.policies.interface import Draws, Policy
+from manako.policies.room import check_place
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = 10_000_000  # parameters
@@ -52,10 +53,21 @@ def make_policy(
 ) -> VLMPolicy:
     """Returns the policy of the run, on the GPU where there is one."""
     policy = load_policy(dataclasses.replace(source, policy=policy_folder(source.policy)), action_names, frame_shape)
+    return place(policy, source.policy, torch_threads)
+
+
+def place(policy: VLMPolicy, name: str, torch_threads: int | None = None) -> VLMPolicy:
+    """Returns a policy where it runs, on the GPU where there is one; sets torch's threads.
+
+    Raises:
+        PolicyError: it does not fit there.
+    """
     # The small matrices of a small model lose more to handing work to threads than they gain.
     small = sum(parameter.numel() for parameter in policy.parameters()) < SMALL_MODEL
     torch.set_num_threads(torch_threads or (1 if small else torch.get_num_threads()))
-    return policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_place(policy, name, device)
+    return policy.to(device)
 
 
 def policy_of_run(

@@ -145,7 +145,7 @@ def read_command_line(
         kind: the dataclass of sections.
         description: what the runner does, for --help.
         arguments: the words; by default those of this program.
-        positional: a setting that is given without a flag, and has to be.
+        positional: a setting that is given without a flag, and has to be; a list of texts, word by word.
         file_without: a file to read where there is no --config and none of these settings came as a flag.
 
     Returns:
@@ -161,7 +161,11 @@ def read_command_line(
     found, rest = parser.parse_known_args(words)
     if rest:
         raise UsageError(f"{rest[0]!r} belongs to no flag: expected pairs such as --num_envs 64.")
-    flags = {name: _read(known[name], text) for name, text in vars(found).items() if name in known}
+    flags = {
+        name: tuple(text) if isinstance(text, list) else _read(known[name], text)
+        for name, text in vars(found).items()
+        if name in known
+    }
     file = getattr(found, "config", None)
     from_file: dict[str, Any] = {}
     given = set(flags)
@@ -366,7 +370,8 @@ def _parser(kind: type, known: Mapping[str, Known], description: str, positional
                 continue
             text = setting.help.replace("%", "%%")
             if setting.name == positional:
-                group.add_argument(setting.name, metavar=setting.name.upper(), help=text)
+                several: dict[str, Any] = {"nargs": "+"} if typing.get_origin(setting.plain) is tuple else {}
+                group.add_argument(setting.name, metavar=setting.name.upper(), help=text, **several)
                 continue
             default = "" if setting.default is None else f" (default: {_shown(setting.default)})"
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.plain is bool else {}

@@ -32,6 +32,7 @@ from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import DPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Draws
+from manako.policies.room import check_training_room
 
 
 def train(command: DPOCommand, run_dir: Path, started: float) -> int:
@@ -48,6 +49,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     environment, dpo, run = command.environment, command.dpo, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
+    check_training_room(policy, command.policy.trainable, policy.device)
     console, before = plain_console(), measure_retention(policy)
     reports: list[dict[str, Any]] = []
     for number in range(dpo.rounds):

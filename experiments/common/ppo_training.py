@@ -19,6 +19,7 @@ from manako.experiments.common.results import evaluate_run, write_final, write_g
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy
+from manako.policies.room import check_training_room
 
 
 def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
@@ -40,6 +41,7 @@ def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: 
 def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
     environment, ppo, run = command.environment, command.ppo, command.run
     policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None)
+    check_training_room(policy, command.policy.trainable, policy.device)
     staging = run_dir / ".staging"
     if checkpoint is not None:
         shutil.rmtree(staging, ignore_errors=True)

@@ -91,6 +91,18 @@ class EvaluateSettings:
     )
 
 
+@dataclass(frozen=True)
+class ModelCheckSettings:
+    """Which models check_model.py asks, and what it writes."""
+
+    models: tuple[str, ...] = setting((), "model folders, run checkpoints, Hub ids or presets (tiny, smollm2)")
+    table: str | None = setting(None, "Markdown file for a table with a row a model; between its markers, if it exists")
+    num_steps: int = setting(PPOSettings.num_steps, "env steps of the rollout whose room is counted", ge=1)
+    torch_threads: int | None = setting(
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+    )
+
+
 # ---- fine-tuning by TRL's trainers -----------------------------------------------------------------------------------
 
 
@@ -191,6 +203,15 @@ class EvaluateCommand:
     environment: EnvSettings = section(EnvSettings, "environment")
     policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *OF_LEARNING, *OF_PRESETS))
     run: EvaluateSettings = section(EvaluateSettings, "evaluation")
+
+
+@dataclass(frozen=True)
+class CheckModelCommand:
+    """Settings of check_model.py."""
+
+    environment: EnvSettings = section(EnvSettings, "environment")
+    policy: PolicySource = section(PolicySource, "policy", without=("policy", *SEED))
+    check: ModelCheckSettings = section(ModelCheckSettings, "check")
 
 
 TrainCommand = PPOCommand | SFTCommand | DPOCommand  # what leaves a run folder behind

@@ -21,6 +21,7 @@ from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import SFTCommand
 from manako.policies import VLMPolicy
+from manako.policies.room import check_training_room
 
 FITTED_FRAMES = 256  # whose features an adapter with statistics is given
 SIDE_BY_SIDE = 32  # environments, for captions and in the evaluation
@@ -40,6 +41,7 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     environment, sft, run = command.environment, command.sft, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
+    check_training_room(policy, command.policy.trainable, policy.device)
     data, frames = training_data(command, policy)
     console = plain_console()
     console.print(f"data         {len(data):,} examples, {sft.stage}")

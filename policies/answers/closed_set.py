@@ -44,6 +44,7 @@ class ActionCodec:
         action_format: `auto`, or a key of `answers.KINDS`.
         go_on: an answer to the tokens by which the tokenizer goes on from the prompt with it; None: there is no prompt,
             an answer stands alone.
+        end_id: the token that ends an answer; None: the tokenizer's end token.
 
     Raises:
         PolicyError: names missing, repeated, or not representable by this tokenizer in this format.
@@ -52,6 +53,7 @@ class ActionCodec:
         format: the format in use.
         answers: for each action the text that the policy emits.
         token_ids: for each action its answer's tokens.
+        ends: whether the end token is one of them.
         branches: the trie's branching nodes, root first.
     """
 
@@ -61,9 +63,12 @@ class ActionCodec:
         names: Sequence[str],
         action_format: ActionFormat = "auto",
         go_on: Callable[[str], Sequence[int]] | None = None,
+        end_id: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.names = tuple(names)
+        self.ends = False
+        self.end_id = tokenizer.eos_token_id if end_id is None else end_id
         self.go_on = go_on or functools.partial(tokenizer.encode, add_special_tokens=False)
         self._check_names()
         if action_format not in ("auto", *KINDS):
@@ -142,11 +147,10 @@ class ActionCodec:
         if len(set(self.token_ids)) < len(self.token_ids):
             return "two names share the same tokens"
         if any(a != b and b[: len(a)] == a for a in self.token_ids for b in self.token_ids):
-            ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
-            end = next((token for token in ends if token is not None), None)
-            if end is None:
+            if self.end_id is None:
                 return "one name begins another and the tokenizer has no end token to tell them apart"
-            self.token_ids = [(*ids, end) for ids in self.token_ids]
+            self.token_ids = [(*ids, self.end_id) for ids in self.token_ids]
+            self.ends = True
         return None
 
 

@@ -34,6 +34,8 @@ ROWS = {  # a configuration's model_type -> module of this folder
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
+    "qwen3_5": "qwen_vl",
+    "glm4v": "qwen_vl",
 }
 
 
@@ -45,10 +47,14 @@ def name_parts(vlm: Any, processor: Any) -> "Model":
         processor: its processor.
 
     Returns:
-        Both, and what stands where in the model.
+        Both, and what stands where in the model. A processor without a chat template is given a plain one.
 
     Raises:
         PolicyError: a model whose prompts have no place for an image, or that the row does not read.
     """
+    from manako.policies.architectures.templates import give_template, plain_template
+
     row = ROWS.get(vlm.config.model_type, "any_vlm")  # PEFT hands on the configuration of the model inside
-    return import_module(f"manako.policies.architectures.{row}").name_parts(vlm, processor)
+    model: Model = import_module(f"manako.policies.architectures.{row}").name_parts(vlm, processor)
+    give_template(processor, plain_template(model.placeholder, processor.tokenizer.eos_token))
+    return model

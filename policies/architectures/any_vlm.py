@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.errors import PolicyError
 from manako.policies.reading import SharedPrefix
 
@@ -23,7 +22,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     base = plain(vlm)
     placeholder, placeholder_id = find_placeholder(processor, base)
     adapter = find_adapter(base)
-    give_template(processor, plain_template(placeholder, processor.tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,

@@ -9,14 +9,12 @@ parameter: they learn with the adapter, but stay as loaded beside LoRA, whose fi
 from typing import Any
 
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import EncoderDecoder, WholePrompt
 
 
 def name_parts(vlm: Any, processor: Any) -> Model:
     """Names the parts; see `manako.policies.architectures.name_parts`."""
     config = plain(vlm).config
-    give_template(processor, plain_template(None, processor.tokenizer.eos_token))
     answers_alone = not config.use_decoder_only_language_model
     return Model(
         vlm=vlm,

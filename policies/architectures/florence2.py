@@ -6,7 +6,6 @@ The processor writes the image's places in front of the text; the decoder begins
 from typing import Any
 
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import EncoderDecoder
 
 
@@ -16,7 +15,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     text, generation = base.config.text_config, base.generation_config
     start = generation.decoder_start_token_id or text.decoder_start_token_id
     first = generation.forced_bos_token_id
-    give_template(processor, plain_template(None, processor.tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,

@@ -17,9 +17,7 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     is_pali = config.model_type == "paligemma"
     placeholder = str(processor.image_token if is_pali else processor.boi_token)
     if is_pali:
-        give_template(processor, plain_template("", processor.tokenizer.eos_token, first=placeholder))
-    else:
-        give_template(processor, plain_template(placeholder, processor.tokenizer.eos_token))
+        give_template(processor, plain_template("", processor.tokenizer.eos_token, first=placeholder, lead=""))
     return Model(
         vlm=vlm,
         processor=processor,
@@ -29,5 +27,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder=placeholder,
         placeholder_id=config.image_token_id,
         reading=WholePrompt if is_pali else SharedPrefix,
+        by_place=() if is_pali else ("token_type_ids",),
         answer_inputs={"token_type_ids": 1} if is_pali else {},
     )

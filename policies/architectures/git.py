@@ -24,5 +24,4 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder=None,
         placeholder_id=None,
         reading=WholePrompt,
-        nests_images=False,
     )

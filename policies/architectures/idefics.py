@@ -1,13 +1,12 @@
 """IDEFICS, the open form of Flamingo (arXiv:2204.14198): perceiver resampler, tanh-gated cross-attention, LLaMA.
 
-`image_attention_mask` says which tokens see which image. Whole prompts are read, for the image is not in the token
-stream. The adapter is the resampler and the gated layers.
+`image_attention_mask` says which tokens see which image; the processor puts the image's place in front of the text.
+Whole prompts are read, for the image is not in the token stream. The adapter is the resampler and the gated layers.
 """
 
 from typing import Any
 
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import WholePrompt
 
 
@@ -15,9 +14,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     """Names the parts; see `manako.policies.architectures.name_parts`."""
     modules = dict(plain(vlm).named_modules())
     tokenizer = processor.tokenizer
-    placeholder = "<image>"
-    around = f"<fake_token_around_image>{placeholder}<fake_token_around_image>"
-    give_template(processor, plain_template(around, tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,
@@ -26,7 +22,8 @@ def name_parts(vlm: Any, processor: Any) -> Model:
             name for name in ("model.perceiver_resampler", "model.gated_cross_attn_layers") if name in modules
         ),
         decoder="model.layers",
-        placeholder=placeholder,
-        placeholder_id=tokenizer.convert_tokens_to_ids(placeholder),
+        placeholder=None,
+        placeholder_id=tokenizer.convert_tokens_to_ids("<image>"),
         reading=WholePrompt,
+        nests_images=False,  # nested ones come behind the text
     )

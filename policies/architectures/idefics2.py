@@ -7,14 +7,12 @@ from typing import Any
 
 from manako.policies.architectures.any_vlm import find_placeholder
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import SharedPrefix
 
 
 def name_parts(vlm: Any, processor: Any) -> Model:
     """Names the parts; see `manako.policies.architectures.name_parts`."""
     placeholder, placeholder_id = find_placeholder(processor, plain(vlm))
-    give_template(processor, plain_template(placeholder, processor.tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,

@@ -6,13 +6,11 @@ The processor writes the image's places in front of the text, `image_embeds_posi
 from typing import Any
 
 from manako.policies.architectures.model import Model
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import WholePrompt
 
 
 def name_parts(vlm: Any, processor: Any) -> Model:
     """Names the parts; see `manako.policies.architectures.name_parts`."""
-    give_template(processor, plain_template(None, processor.tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,
@@ -22,5 +20,4 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder=None,
         placeholder_id=None,
         reading=WholePrompt,
-        nests_images=False,
     )

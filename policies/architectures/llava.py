@@ -8,7 +8,6 @@ from typing import Any
 
 from manako.policies.architectures.any_vlm import find_placeholder
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import SharedPrefix
 
 
@@ -16,7 +15,6 @@ def name_parts(vlm: Any, processor: Any) -> Model:
     """Names the parts; see `manako.policies.architectures.name_parts`."""
     base = plain(vlm)
     placeholder, placeholder_id = find_placeholder(processor, base)
-    give_template(processor, plain_template(placeholder, processor.tokenizer.eos_token))
     row_end = ("model.image_newline",) if "model.image_newline" in dict(base.named_parameters()) else ()
     return Model(
         vlm=vlm,

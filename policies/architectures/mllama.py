@@ -8,14 +8,12 @@ LoRA.
 from typing import Any
 
 from manako.policies.architectures.model import Model, plain
-from manako.policies.architectures.templates import give_template, plain_template
 from manako.policies.reading import WholePrompt
 
 
 def name_parts(vlm: Any, processor: Any) -> Model:
     """Names the parts; see `manako.policies.architectures.name_parts`."""
     placeholder = str(processor.image_token)
-    give_template(processor, plain_template(placeholder, processor.tokenizer.eos_token))
     return Model(
         vlm=vlm,
         processor=processor,

@@ -31,8 +31,9 @@ class Model(NamedTuple):
     ] = ()  # what an encoder-decoder's decoder begins with; (): the answer follows the prompt
     # what the processor would say of an answer's tokens, by input, where that is not what it says of the prompt's last
     answer_inputs: Mapping[str, int] = {}
+    by_place: tuple[str, ...] = ()  # inputs of tokens that are looked up by a token's place in the whole prompt
     positions: Positions | None = None  # None: the model counts its tokens
-    nests_images: bool = True  # whether the processor takes a list of images for each text
+    nests_images: bool | None = None  # whether the processor takes a list of images for each text; None: either
 
     @property
     def base_vlm(self) -> Any:

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from manako.policies.encoders.encoder import Encoder
 from manako.policies.errors import PolicyError
-from manako.policies.pretrained import check_complete, check_place, quietly, refusal
+from manako.policies.pretrained import check_complete, check_found, quietly, refusal
 
 VISION_TOWERS = ("vision_model", "vision_tower", "visual")  # what models call it that have more parts
 
@@ -23,7 +23,7 @@ def load(name: str, others: Iterable[str] = ()) -> Encoder:
         PolicyError: no vision encoder there, weights missing, or a tower that cannot be taken alone.
     """
     places = f"expected {', '.join([*others, 'a folder'])} or a Hub id"
-    check_place(name, "vision encoder", places)
+    check_found(name, "vision encoder", places)
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manako.policies.architectures.composed.processing import vlm_chat_template
 from manako.policies.language_models.language_model import LanguageModel
-from manako.policies.pretrained import check_complete, check_place, quietly, refusal
+from manako.policies.pretrained import check_complete, check_found, quietly, refusal
 
 
 def load(name: str, others: Iterable[str] = (), folder: Path | None = None) -> LanguageModel:
@@ -24,7 +24,7 @@ def load(name: str, others: Iterable[str] = (), folder: Path | None = None) -> L
     """
     place = str(folder or name)
     places = f"expected {', '.join([*others, 'a folder'])} or a Hub id"
-    check_place(place, "language model", places)
+    check_found(place, "language model", places)
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():

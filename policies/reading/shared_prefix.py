@@ -103,11 +103,13 @@ class SharedPrefix(Reading):
     def is_beyond_window(self, inputs: Rows) -> bool:
         """Returns whether a layer's sliding window is shorter than these prompts and their answers.
 
-        Its cache then drops keys that are read again. The check at construction has seen two prompts; longer ones must not depend on how families mask such windows.
+        Its cache then drops keys that are read again. The check at construction has seen two prompts; longer ones must
+        not depend on how families mask such windows.
         """
         longest = int(inputs["lengths"].max()) + self._longest_path
         layers = DynamicCache(config=self.vlm.config).layers
-        return longest >= min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
+        windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
+        return longest >= min(windows, default=math.inf)
 
     def run_prefix(self) -> DynamicCache:
         """Returns keys and values of the prefix, batch size 1."""
@@ -123,7 +125,8 @@ class SharedPrefix(Reading):
         given = self.processing.model_inputs(inputs)
         cache = self._expand(prefix, len(lengths))
         positions = None if self.model.positions is None else self.model.positions(self.vlm, given)  # (..., B, L)
-        rest = {name: given[name][:, shared:] for name in ("input_ids", *self.processing.of_tokens)}
+        cut = [name for name in self.processing.of_tokens if name not in self.model.by_place]
+        rest = {name: given[name][:, shared:] for name in ("input_ids", *cut)}
         others = {name: value for name, value in given.items() if name not in rest and name != "attention_mask"}
         if positions is not None:
             others["position_ids"] = positions[..., shared:]

@@ -270,7 +270,7 @@ def test_exit_codes():
         run_main(bug)
 
 
-@pytest.mark.parametrize("name", ["run_ppo", "evaluate", "collect", "run_sft", "run_dpo", "run_ladder"])
+@pytest.mark.parametrize("name", ["run_ppo", "evaluate", "collect", "run_sft", "run_dpo", "run_ladder", "check_model"])
 def test_the_command_line_is_read_without_the_heavy_libraries(name):
     heavy = ["torch", "transformers", "trl", "peft", "datasets", "ray"]
     code = f"""

@@ -138,3 +138,21 @@ class Unready:
 
     def ready(self) -> dict[str, Any]:
         return {}
+
+
+def make_folder_policy(folder: str, shape: tuple[int, int, int], names: tuple[str, ...]) -> Any:
+    """The policy of a model's folder, whose adapter learns with LoRA."""
+    import torch
+
+    from manako.policies import PolicySource, load_policy
+
+    torch.set_num_threads(1)
+    return load_policy(PolicySource(policy=folder, trainable="lora", lora_rank=2), names, shape)
+
+
+class Host:
+    """A process that is a worker of one policy after the other: what is imported once need not be imported again."""
+
+    def play(self, settings: ReplicaSettings, segment: Segment, weights: Any) -> Any:
+        """Returns what a new worker makes of the weights."""
+        return ReplicaWorker(settings).collect(segment, 0, 1, weights, None)[0]

@@ -4,7 +4,7 @@ import pytest
 from transformers import AddedToken
 
 from manako.policies import PolicyError, PolicySource, load_policy
-from manako.policies.architectures import any_vlm, name_parts
+from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed import ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
@@ -173,7 +173,7 @@ def test_a_template_that_does_not_hold_the_prompt_is_refused(template, fault):
 def test_a_processor_without_a_template_is_given_a_plain_one():
     model, processor = build_vlm("vit", "mlp", "tiny-llama", FRAME)
     processor.chat_template = processor.tokenizer.chat_template = None
-    parts = any_vlm.name_parts(model, processor)
+    parts = name_parts(model, processor)
     builder = PromptBuilder(parts, "Act: {actions}.", FRAME)
     assert builder.render("go") == "Act: .\ngo\n<image>\nAnswer:"
     assert builder.encode("go").count(model.config.image_token_id) == 16

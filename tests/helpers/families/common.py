@@ -16,6 +16,7 @@ ASCII = [chr(code) for code in range(33, 127)]
 WORDS = " go to the red ball turn up down left right on A B C D USER: ASSISTANT: user assistant system"
 FACTORS = {  # a token looks at many others rather than at one, and what it sees outweighs what it is
     **dict.fromkeys(("q_proj", "k_proj", "qkv", "query", "key"), 0.5),
+    **dict.fromkeys(("q", "k"), 0.3),  # T5 does not divide by the root of the width
     "o_proj": 2.0,
     "down_proj": 0.5,
 }
@@ -104,6 +105,17 @@ def edit_json(folder: Path, name: str, **changes: Any) -> None:
     """Change top entries of one JSON file of a model folder; None takes an entry out."""
     content = {**json.loads((folder / name).read_text(encoding="utf-8")), **changes}
     write_json(folder, name, {key: value for key, value in content.items() if value is not None})
+
+
+def as_llama2_file(folder: Path) -> None:
+    """Gives tokenizer.json what Llama 2's on the Hub holds: '▁' is put before whatever comes, also before a space.
+
+    "up" after "ASSISTANT: " is ["▁up"], but " up" alone is ["▁", "▁up"].
+    """
+    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content |= {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
+    write_json(folder, "tokenizer.json", content)
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:

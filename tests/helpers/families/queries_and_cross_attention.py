@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
     BartTokenizer,
@@ -72,7 +72,7 @@ from tests.helpers.families.common import (
 )
 from tests.helpers.foreign_models import TEXT, VISION
 
-QFORMER = {**TEXT, "max_position_embeddings": 64}
+QFORMER = {**TEXT, "max_position_embeddings": 300}
 QUERIES = 4
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
 MLLAMA_TEMPLATE = (
@@ -156,6 +156,7 @@ def llama3_tokenizer(*special: str) -> PreTrainedTokenizerFast:
     vocab, merges = byte_vocabulary((*roles.values(), *heads))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     bos = roles["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, vocab[bos])])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=[*heads, *special], **roles)

@@ -55,6 +55,7 @@ from tests.helpers.families.common import (
     CLIP_SIZES,
     SQUARE,
     add_bos,
+    as_llama2_file,
     edit_json,
     gemma_tokenizer,
     llama2_tokenizer,
@@ -235,6 +236,7 @@ def llava(folder: Path) -> Path:
     image = {"image_processor_type": "CLIPImageProcessor", **CLIP_SIZES, **CLIP}
     options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     write_processor(folder, "LlavaProcessor", tokenizer, image, LLAVA_TEMPLATE, image_token="<image>", **options)
+    as_llama2_file(folder)
     return folder
 
 
@@ -305,7 +307,7 @@ def aya_vision(folder: Path) -> Path:
     layers = ["sliding_attention", "full_attention"]
     config = AyaVisionConfig(
         vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
-        text_config=Cohere2Config(**_text(tokenizer, layer_types=layers, sliding_window=16, logit_scale=0.25)),
+        text_config=Cohere2Config(**_text(tokenizer, layer_types=layers, sliding_window=128, logit_scale=0.25)),
         image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
     )
     _save(folder, AyaVisionForConditionalGeneration, config)
@@ -515,7 +517,7 @@ def gemma3(folder: Path) -> Path:
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     tokenizer = gemma_tokenizer(("<start_of_turn>", "<end_of_turn>"), **named)
     layers = ["sliding_attention", "full_attention"]
-    sizes = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "layer_types": layers}
+    sizes = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 128, "layer_types": layers}
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=Gemma3TextConfig(**_text(tokenizer, **sizes)),

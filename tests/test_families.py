@@ -1,0 +1,254 @@
+"""One contract for every family of vision-language models: computed as transformers computes it, and it learns.
+
+Each family is a tiny random folder (tests/helpers/families). The reference is plain transformers: the library's model
+on what the library's processor makes of a chat, one sample at a time.
+"""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from trl import DPOConfig, KTOConfig, SFTConfig
+
+from manako.agent.tuning import preferences
+from manako.agent.tuning.supervised import FEATURES, assistant_message, check_tokens, every_action
+from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer
+from manako.policies import PolicyError, PolicySource, load_policy
+from manako.policies.interface import Draws
+from manako.policies.library_models import load_config, load_processor
+from manako.policies.trainable import part_of
+from tests.helpers.families import FAMILIES
+from tests.helpers.families.more import MORE
+from tests.helpers.foreign_models import NAMES, TURNS, frames
+
+# families of which something is missing, and the sentence that says so
+REFUSED = {
+    "blip": "names no image token",
+    "fuyu": "does not take frames of 64 x 64 pixels",
+    "kosmos2_5": "names no image token",
+    "pix2struct": "names no image token",
+    "vision_encoder_decoder": "names no image token",
+    "cohere2_vision": "install torchvision (pip install torchvision torch==",
+    "lfm2_vl": "install torchvision (pip install torchvision torch==",
+    "llama4": "install torchvision (pip install torchvision torch==",
+}
+NO_ADAPTER = {"chameleon", "emu3", "ovis2"}  # the image goes into the vocabulary, no module stands between
+NO_ANSWERS_OF_SEVERAL_TOKENS = {"janus": "is not computed here as transformers computes it"}  # its generate differs
+ACTING = [family for family in FAMILIES if family not in REFUSED]
+CONTRACT = [pytest.param(family, marks=[pytest.mark.slow] if family in MORE else []) for family in ACTING]
+SHAPES = [(24, 24, 3), (64, 64, 3), (160, 64, 3)]
+INSTRUCTIONS = ("go to the far end of the red room and turn left there", "up")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One folder a family, written when it is first asked for."""
+
+    class Folders(dict):
+        def __missing__(self, family):
+            self[family] = str(FAMILIES[family](tmp_path_factory.mktemp(family)))
+            return self[family]
+
+    return Folders()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Accelerate collects garbage at every end of training: what the imports made need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def load(folder, names=NAMES, shape=(64, 64, 3), trainable="full", **source):
+    return load_policy(PolicySource(policy=folder, trainable=trainable, lora_rank=2, **source), names, shape)
+
+
+# ---- computed as it is -------------------------------------------------------------------------------------------
+
+
+def of_the_library(folder, policy, image, instruction):
+    """What the library's processor makes of this chat: by its own chat template, or of plain text where it has none."""
+    processor = load_processor(folder, load_config(folder))
+    picture = Image.fromarray(image)
+    messages = policy.messages(instruction)
+    if processor.chat_template:
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = picture
+        return processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    text = policy.prompt(instruction)
+    own = {"add_special_tokens": False} if text.startswith("[CLS]") else {}  # GIT
+    return processor(text=[text], images=[picture], return_tensors="pt", **own)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ACTING)
+def test_a_policy_computes_what_plain_transformers_computes(family, folders):
+    """Alone and in a padded batch, at three sizes of frames; whatever was called before."""
+    folder = folders[family]
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    for shape in SHAPES if family not in MORE else SHAPES[1:2]:
+        policy = load(folder, shape=shape)
+        images = frames(2, shape, seed=3)
+        expected, start = [], policy.parts.answer_start
+        rows = torch.tensor(policy.codec.token_ids)[:, 0]  # (A,), answers of one token
+        for image, instruction in zip(images, INSTRUCTIONS, strict=True):
+            given = of_the_library(folder, policy, image, instruction)
+            decoder = {"decoder_input_ids": torch.tensor([start])} if start else {}
+            expected.append(model(**given, **decoder).logits[0, -1, rows].log_softmax(-1))
+            assert tuple(given["input_ids"][0].tolist()) == tuple(policy.prompt_tokens(instruction))
+        inputs = policy.prepare(images, INSTRUCTIONS)
+        together = policy.distribution(inputs)[0]  # (B, A)
+        alone = [policy.distribution(policy.prepare(images[i : i + 1], INSTRUCTIONS[i : i + 1]))[0][0] for i in (0, 1)]
+        for row, logprobs in enumerate(expected):
+            largest = logprobs.abs().max()
+            assert (alone[row] - logprobs).abs().max() <= 1e-5 * largest, (shape, "alone")
+            assert (together[row] - logprobs).abs().max() <= 1e-5 * largest, (shape, "padded")
+        assert torch.equal(policy.distribution(inputs)[0], together)  # nothing is kept from call to call
+        others = policy.distribution(policy.prepare(images[::-1], INSTRUCTIONS))[0]
+        assert (others - together).abs().max() > 1e-3  # the image counts
+
+
+def with_an_answer(folder, policy, answer):
+    """Token ids behind the prompt where the library itself puts an answer; None where that is not behind the prompt."""
+    processor = load_processor(folder, load_config(folder))
+    picture = Image.fromarray(frames(1, (64, 64, 3))[0])
+    prompt = policy.prompt_tokens("go")
+    if policy.parts.answer_start:
+        return processor.tokenizer(text_target=answer, add_special_tokens=False)["input_ids"]
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        whole = processor(text=policy.prompt("go"), images=picture, suffix=answer)["input_ids"][0]
+    elif processor.chat_template:
+        chat = [*policy.messages("go"), assistant_message(answer)[0]]
+        for message in chat:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = picture
+        made = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        whole = made["input_ids"][0]
+    else:
+        own = {"add_special_tokens": False} if policy.prompt("go").startswith("[CLS]") else {}
+        whole = processor(text=[f"{policy.prompt('go')} {answer}"], images=[picture], **own)["input_ids"][0]
+    whole = [int(token) for token in whole]
+    return whole[len(prompt) :] if whole[: len(prompt)] == prompt else None
+
+
+@pytest.mark.parametrize("family", [family for family in ACTING if family not in NO_ANSWERS_OF_SEVERAL_TOKENS])
+def test_an_answers_tokens_are_those_by_which_the_tokenizer_goes_on(family, folders):
+    policy = load(folders[family], ("turn left", "turn right"), action_format="trie")
+    elsewhere = 0
+    for answer, tokens in zip(("turn left", "turn right"), policy.codec.token_ids, strict=True):
+        following = with_an_answer(folders[family], policy, answer)
+        elsewhere += following is None
+        assert following is None or tuple(following[: len(tokens)]) == tokens
+        assert "".join(policy.processor.tokenizer.decode(list(tokens)).split()) == answer.replace(" ", "")
+    # templates that write a past answer otherwise than they ask for one, and a separator that ends each text
+    assert elsewhere == (2 if family in ("llava_onevision", "pixtral", "qwen3_5", "chameleon") else 0)
+
+
+def test_an_answer_alone_is_another_one_with_a_tokenizer_of_the_llama_2_kind(folders):
+    policy = load(folders["llava"], ("turn left", "turn right"), action_format="trie")
+    tokenizer = policy.processor.tokenizer
+    alone = tokenizer.tokenize(policy.prompts.lead + "turn left")
+    assert alone == ["▁", "▁turn", "▁left"]
+    assert tokenizer.convert_ids_to_tokens(policy.codec.token_ids[0]) == ["▁turn", "▁left"]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_does_not_act_here_says_why(family, folders):
+    with pytest.raises(PolicyError) as caught:
+        load(folders[family])
+    assert REFUSED[family] in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- acts, learns, is saved --------------------------------------------------------------------------------------
+
+
+def settings(kind, folder):
+    return kind(
+        output_dir=str(folder / ".staging"),
+        per_device_train_batch_size=2,
+        max_steps=1,
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        bf16=False,
+    )
+
+
+def datasets(policy, images):
+    """One row a frame for each trainer: prompt and answer; chosen and rejected; each of these with a label."""
+    prompts = [policy.messages(instruction) for instruction in INSTRUCTIONS]
+    answers = [assistant_message(answer) for answer in policy.answers(every_action(policy))]
+    shared = {"prompt": prompts, "images": [[Image.fromarray(image)] for image in images]}
+    told = Dataset.from_dict({**shared, "completion": [answers[0], answers[3]]}, features=FEATURES)
+    pairs = Dataset.from_dict(
+        {**shared, "chosen": [answers[0], answers[3]], "rejected": [answers[1], answers[2]]},
+        features=preferences.FEATURES,
+    )
+    return told, pairs, preferences.unpaired(pairs)
+
+
+@pytest.mark.parametrize("family", CONTRACT)
+def test_a_policy_acts_learns_and_is_saved(family, folders, tmp_path):
+    names = NAMES if family in NO_ANSWERS_OF_SEVERAL_TOKENS else TURNS
+    answers = "token" if names is NAMES else "trie"
+    trainable = "lora+value_head" if family in NO_ADAPTER else "lora"
+    policy = load(folders[family], names, trainable=trainable, action_format=answers)
+    images = frames(2, (64, 64, 3))
+    inputs = policy.prepare(images, INSTRUCTIONS)
+
+    acted = policy.act(inputs, Draws([np.random.default_rng(0), np.random.default_rng(1)]))
+    evaluated = policy.evaluate_actions(inputs, acted.actions)
+    assert (evaluated.logprobs.detach() - acted.logprobs).abs().max() < 1e-6  # the first ratio is 1
+    torch.nn.init.normal_(policy.value_head.out.weight)  # at 0 the values send no gradient on
+    loss = -evaluated.logprobs.mean() + policy.evaluate_actions(inputs, acted.actions).values.square().mean()
+    loss.backward()
+    reached = {
+        part_of(name, policy.parts)
+        for name, parameter in policy.vlm.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().max() > 0
+    }
+    assert reached == ({"lora"} if family in NO_ADAPTER else {"lora", "adapter"})
+    policy.zero_grad()
+
+    told, pairs, liked = datasets(policy, images)
+    trainer = PolicySFTTrainer(policy, settings(SFTConfig, tmp_path), told, tmp_path)
+    check_tokens(trainer.data_collator([told[0]]), policy, told[0], INSTRUCTIONS[0])
+    trainer.train()
+    assert 0 < trainer.rows[0]["loss"] < 30 and trainer.rows[0]["grad_norm"] > 0
+    for kind, config, data, first in (
+        (PolicyDPOTrainer, DPOConfig, pairs, np.log(2)),  # -log sigmoid(0): policy and reference are the same
+        (PolicyKTOTrainer, KTOConfig, liked, 0.5),
+    ):
+        trainer = kind(policy, settings(config, tmp_path), data, tmp_path)
+        trainer.train()
+        assert abs(trainer.rows[0]["loss"] - first) < 1e-4 and trainer.rows[0]["grad_norm"] > 0
+
+    after = policy.distribution(inputs)[0].detach()
+    assert (after - policy_before(folders[family], names, answers, inputs)).abs().max() > 1e-4  # it has learned
+    policy.save(tmp_path / "saved")
+    again = load(str(tmp_path / "saved"), names, trainable=trainable, action_format=answers)
+    assert torch.equal(again.distribution(inputs)[0], after)
+
+    start = {"decoder_input_ids": torch.tensor([policy.parts.answer_start] * 2)} if policy.parts.answer_start else {}
+    said = policy.vlm.generate(**policy.processing.model_inputs(inputs), **start, max_new_tokens=2, do_sample=False)
+    assert said.shape[0] == 2 and said.shape[1] >= 1
+
+
+def policy_before(folder, names, answers, inputs):
+    with torch.no_grad():
+        return load(folder, names, action_format=answers).distribution(inputs)[0]
