@@ -51,8 +51,8 @@ def load_library_model(name: str, dtype: torch.dtype) -> Model:
     config = load_config(name)
     processor = load_processor(name, config)
     check_processor(name, processor, config)
-    check_tokens(name, processor, config)
     check_room(name, config, dtype)
+    check_tokens(name, processor, config)
     check_holds(name, r"(pytorch_)?model.*\.(safetensors|bin)", "model.safetensors")
     try:
         with quietly():
