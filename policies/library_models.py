@@ -8,7 +8,6 @@ sentence here, before weights are read where that is possible. No name that is a
 import importlib
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,15 +21,20 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from manako.errors import first_line
-from manako.policies.architectures import name_parts
+from manako.policies.architectures import ROWS, name_parts
 from manako.policies.architectures.composed.presets import PRESETS
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
-from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+from manako.policies.pretrained import NOT_QUANTIZED, check_complete, check_found, check_holds, quietly, refusal
 from manako.policies.room import check_room
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PLACES = f"expected a preset ({', '.join(PRESETS)}), a model folder or a Hub id"
+ONE_MODEL = "expected the files of one model; copy or download the folder again"
+PROCESSOR_FILES = (  # names of which a folder has one, and the usual one
+    (r"(pre)?processor_config\.json", "preprocessor_config.json"),
+    (r"tokenizer_config\.json|tekken\.json", "tokenizer_config.json"),
+    (r"tokenizer\.json|vocab\..*|.*\.model|.*\.tiktoken|tekken\.json", "tokenizer.json"),
+)
 FURTHER_ROWS = 8  # Mllama's image token lies beyond the vocabulary that its configuration names
 
 
@@ -46,7 +50,10 @@ def load_library_model(name: str, dtype: torch.dtype) -> Model:
     """
     config = load_config(name)
     processor = load_processor(name, config)
+    check_processor(name, processor, config)
     check_room(name, config, dtype)
+    check_tokens(name, processor, config)
+    check_holds(name, r"(pytorch_)?model.*\.(safetensors|bin)", "model.safetensors")
     try:
         with quietly():
             vlm, loading = AutoModelForImageTextToText.from_pretrained(
@@ -57,18 +64,26 @@ def load_library_model(name: str, dtype: torch.dtype) -> Model:
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
             )
-    except ImportError as error:
-        raise PolicyError(
-            f"The model of {name!r} needs a package that is not installed ({first_line(error)}): install it."
+    except Exception as error:  # whatever a model's code says to a configuration and weights that do not fit
+        raise refusal(
+            f"The model of {name!r}",
+            error,
+            f"The weights of {name!r} do not make a {config.model_type} ({{error}}): expected config.json and weights "
+            "of one model; copy or download the folder again.",
         ) from error
-    except LOADING_ERRORS as error:
+    check_complete(name, loading, vlm.state_dict())
+    if vlm.get_output_embeddings() is None:
         raise PolicyError(
-            f"The weights of {name!r} cannot be read ({first_line(error)}): expected a whole model folder; copy or "
-            "download it again."
+            f"{name!r} is a {type(vlm).__name__}, which does not go on from a prompt (it has no output embeddings): "
+            "expected a model that answers a prompt with an image, use another one."
+        )
+    try:
+        return name_parts(vlm.eval(), processor)
+    except (AttributeError, KeyError, TypeError) as error:  # another processor than its architecture's
+        raise PolicyError(
+            f"{type(vlm).__name__} does not know the processor in {name!r}, a {type(processor).__name__} "
+            f"({first_line(error)}): {ONE_MODEL}."
         ) from error
-    check_complete(name, loading)
-    check_tokens(name, processor, config)
-    return name_parts(vlm.eval(), processor)
 
 
 def load_config(name: str) -> Any:
@@ -77,38 +92,22 @@ def load_config(name: str) -> Any:
     Raises:
         PolicyError: there is none, or it is of another kind of model.
     """
-    check_name(name)
+    check_found(name, "vision-language model", PLACES)
     try:
         with quietly():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise PolicyError(
-                f"{name!r} brings custom code, which is not run here: expected a model that transformers itself knows."
-            ) from error
-        raise PolicyError(f"No vision-language model at {name!r}: {PLACES} ({first_line(error)}).") from error
+    except Exception as error:  # whatever a configuration's class says to its values
+        sentence = f"No vision-language model at {name!r}: {PLACES} ({{error}})."
+        raise refusal(f"The model of {name!r}", error, sentence) from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.model_type != "manako":
         raise PolicyError(
             f"{name!r} is a {config.model_type}, which transformers does not know as a vision-language model: {PLACES} "
-            "of a model that takes images and text; a language model alone goes into --language_model."
+            "of a model that takes images and text; a language model alone goes into --language_model, an encoder "
+            "alone into --vision_encoder."
         )
+    if getattr(config, "quantization_config", None):
+        raise PolicyError(f"config.json in {name!r} has a quantization_config: {NOT_QUANTIZED}.")
     return config
-
-
-def check_name(name: str) -> None:
-    """Raises PolicyError where a name is neither a folder with a model nor what the Hub could know."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise PolicyError(
-                f"The folder {name!r} holds no config.json: expected a model folder or a run's checkpoint."
-            )
-        return
-    if folder.exists():
-        raise PolicyError(f"{name!r} is a file: {PLACES}.")
-    is_path = name.startswith(("/", ".", "~")) or "\\" in name or Path(folder.parts[0] if folder.parts else "").is_dir()
-    if is_path or not HUB_ID.fullmatch(name):
-        raise PolicyError(f"There is no folder {name!r}: {PLACES}.")
 
 
 def load_processor(name: str, config: Any) -> Any:
@@ -117,23 +116,22 @@ def load_processor(name: str, config: Any) -> Any:
     Raises:
         PolicyError: there is none for images and text, or it needs a package.
     """
+    for pattern, file in PROCESSOR_FILES:
+        check_holds(name, pattern, file)
+    if Path(name).is_dir() and "image_processor" not in (read_json(name, "processor_config.json") or {}):
+        check_holds(name, r"preprocessor_config\.json", "preprocessor_config.json")
     try:
         with quietly():
             try:
                 processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
             except (ImportError, OSError) as error:
                 processor = load_without_video(name, config, error)
-    except ImportError as error:
-        needed = "torchvision" if "torchvision" in str(error).lower() else "it"
-        command = f"pip install torchvision torch=={torch.__version__.split('+')[0]}" if needed != "it" else "see there"
-        raise PolicyError(
-            f"The processor of {name!r} needs a package that is not installed ({first_line(error)}): install {needed} "
-            f"({command})."
-        ) from error
-    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
-        raise PolicyError(
-            f"The processor of {name!r} cannot be read ({first_line(error)}): expected tokenizer, image processor and "
-            "their settings in the model's folder; copy or download it again."
+    except Exception as error:  # whatever tokenizers and processors say to their settings
+        raise refusal(
+            f"The processor of {name!r}",
+            error,
+            f"The processor of {name!r} cannot be read ({{error}}): expected tokenizer, image processor and their "
+            "settings in the model's folder; copy or download it again.",
         ) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise PolicyError(
@@ -141,6 +139,17 @@ def load_processor(name: str, config: Any) -> Any:
             "both, such as preprocessor_config.json and tokenizer.json, in the model's folder."
         )
     return processor
+
+
+def check_processor(name: str, processor: Any, config: Any) -> None:
+    """Raises PolicyError where the processor is not one of the model's architecture."""
+    row = ROWS.get(config.model_type)
+    own = {PROCESSOR_MAPPING_NAMES.get(kind) for kind, other in ROWS.items() if other == row} - {None}
+    if row and own and not own & {kind.__name__ for kind in type(processor).__mro__}:
+        raise PolicyError(
+            f"The processor in {name!r} is a {type(processor).__name__}, but config.json names a {config.model_type}, "
+            f"whose is {PROCESSOR_MAPPING_NAMES.get(config.model_type)}: {ONE_MODEL}."
+        )
 
 
 def load_without_video(name: str, config: Any, reason: Exception) -> Any:
@@ -226,16 +235,13 @@ def real_class(name: str) -> Any:
 
 
 def check_tokens(name: str, processor: Any, config: Any) -> None:
-    """Raises PolicyError where the tokenizer has more tokens than the model."""
+    """Raises PolicyError where the tokenizer has more tokens than the model, or fewer than half of them."""
     text = config.get_text_config()
     rows = getattr(text, "vocab_size", None)
     further = getattr(config, "additional_vocab_size", None) or FURTHER_ROWS
-    held = max(processor.tokenizer.get_vocab().values(), default=0)
-    if isinstance(rows, int) and held >= rows + further:
-        raise PolicyError(
-            f"The tokenizer in {name!r} has tokens up to {held}, but the model knows {rows} of them: expected the "
-            "files of one model; copy or download the folder again."
-        )
+    held = max(processor.tokenizer.get_vocab().values(), default=0) + 1
+    if isinstance(rows, int) and not rows / 2 <= held <= rows + further:
+        raise PolicyError(f"The tokenizer in {name!r} has {held} tokens, but the model knows {rows}: {ONE_MODEL}.")
 
 
 def _no_video(*args: Any) -> str:

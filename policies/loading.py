@@ -3,6 +3,7 @@
 Each source gives a `Model` that names its parts; `load_policy` then marks what learns and puts a policy around it.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from manako.policies.encoders import ENCODERS
 from manako.policies.errors import PolicyError
 from manako.policies.interface import PolicySpec
 from manako.policies.language_models import LANGUAGE_MODELS
-from manako.policies.library_models import load_library_model
-from manako.policies.pretrained import quietly
+from manako.policies.library_models import PLACES, load_library_model
+from manako.policies.pretrained import check_name, quietly
 from manako.policies.saving import (
     DTYPES,
     LORA_CONFIG_FILE,
@@ -117,6 +118,7 @@ def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[
             f"{', '.join(given)} came, but only a preset ({', '.join(PRESETS)}) has parts to choose, not "
             f"{source.policy!r}: leave it out, or start from a preset."
         )
+    check_name(source.policy, PLACES)
     folder = Path(source.policy)
     if (folder / POLICY_FILE).is_file():
         loaded = _go_on(folder, source, action_names)
@@ -158,13 +160,14 @@ def _mark(model: Model, source: PolicySource) -> tuple[Model, str | None]:
 
 
 def _with_whole_paths(source: PolicySource) -> PolicySource:
-    """The source with the parts' folders as they are found from anywhere."""
+    """The source with the parts' folders as they are found from anywhere, and the user's own folder for a `~`."""
     places: dict[str, Any] = {
-        name: str(Path(value).resolve())
+        name: os.path.abspath(place)
         for name, names in (("vision_encoder", ENCODERS), ("language_model", LANGUAGE_MODELS))
-        if (value := getattr(source, name)) and value not in names and Path(value).is_dir()
+        if (value := getattr(source, name)) and value not in names
+        if os.path.isdir(place := os.path.expanduser(value))
     }
-    return replace(source, **places)
+    return replace(source, policy=os.path.expanduser(source.policy), **places)
 
 
 def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> Model:

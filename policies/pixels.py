@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.image_utils import SizeDict
 
 
 class PixelPipeline:
@@ -122,3 +123,16 @@ class PixelPipeline:
         if answer.shape != (1, 3, 16, 16):
             return None
         return answer[0].reshape(3, 256).float()
+
+
+def in_words(frame_shape: tuple[int, int, int], processor: Any) -> str:
+    """Returns the frames' size and what the processor says of sizes, for a sentence."""
+    said = []
+    for name in ("size", "crop_size", "patch_size", "merge_size"):
+        value = getattr(processor.image_processor, name, None)
+        value = getattr(processor, name, None) if value is None else value
+        if isinstance(value, SizeDict):
+            value = " ".join(f"{key} {number}" for key, number in vars(value).items() if number is not None)
+        if value is not None:
+            said.append(f"{name} {value}")
+    return f"frames of {frame_shape[0]} x {frame_shape[1]} pixels ({', '.join(said) or 'it names no size'})"

@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 
 from manako.errors import first_line
@@ -18,10 +17,12 @@ from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Messages
+from manako.policies.pixels import in_words
 from manako.policies.processing import Processing
 
 EXAMPLES = ("go", "go to the far end of the room and wait")  # instructions of unequal length
 MAX_INSTRUCTION_CHARS = 2000
+LEAST_SIDE = 4  # of a frame; one of 1 or 3 is taken for colours
 MOST_KEPT = 50_000  # tokenized texts
 
 
@@ -76,16 +77,35 @@ class PromptBuilder:
         self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id, None}
         self._prompts: dict[str, dict[str, Tensor]] = {}
         self._made: dict[Any, Any] = {}
+        if min(frame_shape[:2]) < LEAST_SIDE:
+            raise PolicyError(
+                f"Frames of {frame_shape[0]} x {frame_shape[1]} pixels came: expected at least {LEAST_SIDE} each way, "
+                "since processors take a shorter side for colours; give larger frames."
+            )
         short, long = (self.render(text) for text in EXAMPLES)
         try:
             self.processing = Processing(model, frame_shape, (short, long))
         except Exception as error:  # whatever a processor raises about frames or texts that it cannot take
             raise PolicyError(
-                f"{type(self.processor).__name__} does not take frames of {frame_shape[0]} x {frame_shape[1]} pixels "
-                f"with one image a prompt ({type(error).__name__}: {first_line(error)}): expected a processor that "
-                "does; give larger frames, or another model."
+                f"{type(self.processor).__name__} does not take {in_words(frame_shape, self.processor)} with one image "
+                f"a prompt ({type(error).__name__}: {first_line(error)}): expected a processor that does; give larger "
+                "frames, or correct its settings in the model's folder."
             ) from error
         example = self.tokenize("x")["input_ids"].tolist()
+        if model.placeholder_id is not None and model.placeholder_id not in example:
+            token = str(getattr(self.processor, "image_token", self.image_token))
+            if tokenizer.convert_tokens_to_ids(token) == model.placeholder_id:
+                raise PolicyError(
+                    f"{type(self.processor).__name__} makes no image tokens of "
+                    f"{in_words(frame_shape, self.processor)}: expected some; give larger frames, or correct its "
+                    "settings in the model's folder."
+                )
+            raise PolicyError(
+                f"The prompt that {type(self.processor).__name__} makes holds no token {model.placeholder_id}, which "
+                f"{type(model.base_vlm).__name__} takes for the image (the processor's is {token!r}, token "
+                f"{tokenizer.convert_tokens_to_ids(token)}): expected config.json and processor of one model; copy or "
+                "download the folder again."
+            )
         lead, self.end = self._around_answers(tokenizer.decode(example[-8:]))
         found = re.search("|".join(re.escape(token) for token in self.special_tokens if token.strip()), self.end)
         self.end_token = found[0] if found else str(tokenizer.eos_token or tokenizer.sep_token or "")
@@ -119,7 +139,7 @@ class PromptBuilder:
         for messages in (with_role, without_role):  # some templates refuse or drop a system message
             try:
                 text = self._apply(messages, add_generation_prompt=True)
-            except (TemplateError, TypeError, KeyError, ValueError) as error:
+            except Exception as error:  # whatever a template does
                 fault = fault or f"it says {first_line(error)!r}"
                 continue
             images = text.count(self.image_token) if self.image_token else 1

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Rows
-from manako.policies.pretrained import LOADING_ERRORS, quietly
+from manako.policies.pretrained import quietly
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # limit, use, and the part of the use that the kernel gives back: of cgroups v2 and v1
@@ -89,7 +89,7 @@ def check_room(name: str, config: Any, dtype: torch.dtype) -> None:
         return
     try:
         weights = needed(without_weights(config, dtype)).weights
-    except (*LOADING_ERRORS, TypeError, AttributeError, RuntimeError):
+    except Exception:  # a configuration that makes no model: reading its weights says so
         return
     _check_weights(repr(name), weights, dtype, torch.device("cpu"))
 

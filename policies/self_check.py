@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from manako.errors import first_line
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Rows
+from manako.policies.pixels import in_words
 from manako.policies.processing import Processing
 from manako.policies.reading import Read, Reading
 from manako.policies.reading.reading import what_the_head_sees
@@ -62,7 +63,7 @@ class Library:
         frames: (B, H, W, 3) uint8.
 
     Raises:
-        PolicyError: the library's own forward, or `generate`, fails.
+        PolicyError: the library's own forward, or `generate`, fails, or makes numbers that say nothing of the image.
     """
 
     def __init__(self, processing: Processing, codec: Any, texts: Sequence[str], frames: np.ndarray) -> None:
@@ -74,14 +75,16 @@ class Library:
         try:
             with torch.no_grad():
                 self.reads = [self._read(self._place(given)) for given in self.inputs]
-                self._noise = self._rounding(self._place(self.inputs[0]), self.reads[0])
+                image = processing.call(texts[:1], frames[1:2])
+                self._noise = self._rounding(self._place(self.inputs[0]), self._place(image), self.reads[0])
         except PolicyError:
             raise
         except Exception as error:  # a model that its own processor's inputs do not fit
             raise PolicyError(
                 f"{type(self.vlm).__name__} does not take what {type(processing.processor).__name__} makes "
+                f"of {in_words(processing.frame_shape, processing.processor)} "
                 f"({type(error).__name__}: {first_line(error)}): expected the processor of this model, frames that it "
-                "takes, and a model that acts by text."
+                "takes, and a model that acts by text; give larger frames, or another model."
             ) from error
 
     def compare(self, reading: Reading, alone: Sequence[Rows], together: Rows) -> Differences:
@@ -124,15 +127,26 @@ class Library:
             first = self.vlm(**given, **start, use_cache=False).logits[:, -1]  # (1, V)
         behind = [self._generate(given, branch.path) if branch.path else first for branch in self.codec.branches]
         branches = zip(behind, self.codec.branches, strict=True)
-        return Expected(
+        expected = Expected(
             hidden=seen[0][:, -1],
             logits=[logits[:, list(branch.children)] for logits, branch in branches],
             largest=[float(logits.abs().max()) for logits in behind],
         )
+        if not all(numbers.isfinite().all() for numbers in (expected.hidden, *expected.logits)):
+            raise PolicyError(
+                f"{type(self.vlm).__name__} makes numbers that are not finite of a prompt and an image: expected whole "
+                "weights and an image processor that divides by no 0; copy or download the folder again."
+            )
+        return expected
 
-    def _rounding(self, given: dict[str, Tensor], expected: "Expected") -> float:
-        """How much the model differs from itself: three times in one batch, and with its inputs rounded once more."""
-        three = {name: torch.cat([value] * 3) for name, value in given.items()}
+    def _rounding(self, given: dict[str, Tensor], image: dict[str, Tensor], expected: "Expected") -> float:
+        """How much the model differs from itself: in a batch of three, and with its inputs rounded once more.
+
+        The third of the batch has another image, which has to change what the model says.
+        """
+        if any(given[name].shape != image[name].shape for name in given):
+            image = given
+        three = {name: torch.cat([value, value, image[name]]) for name, value in given.items()}
         generator = torch.Generator().manual_seed(0)
 
         def rounded(value: Tensor) -> Tensor:
@@ -147,6 +161,12 @@ class Library:
             finally:
                 hook.remove()
             self.vlm(**three, **self._start(3), use_cache=False)
+        alike = seen[-1][:, -1]  # (3, D)
+        if image is not given and torch.equal(alike[0], alike[1]) and torch.equal(alike[0], alike[2]):
+            raise PolicyError(
+                f"{type(self.vlm).__name__} makes the same of every image: expected weights and an image processor by "
+                "which the image decides; copy or download the folder again, or use another model."
+            )
         return max(share(numbers[:1, -1], expected.hidden) for numbers in seen)
 
     def _start(self, batch: int) -> dict[str, Tensor]:

@@ -313,22 +313,18 @@ class VLMPolicy(Policy):
             self.checked = self._compare(library, alone, together)
         if self.parts.reading is not SharedPrefix:
             return self.whole_prompt
-        if self.parts.placeholder_id not in self.prompts.encode(""):
-            raise PolicyError(
-                f"The rendered prompt holds no image token {self.parts.placeholder!r}: expected a processor that puts "
-                "one where the image stands; use another model."
-            )
+        assert self.parts.placeholder_id is not None, "visual tokens replace it"
         special = self.processor.tokenizer.all_special_ids
-        prefix = find_prefix(self.prompts.encode, int(self.parts.placeholder_id), special)
+        prefix = find_prefix(self.prompts.encode, self.parts.placeholder_id, special)
         if not len(prefix):
             self.why_whole = "the prompts share nothing before the image"
             return self.whole_prompt
         shared = SharedPrefix(self.parts, self.codec, self.processing, prefix)
         if library is not None:
-            if shared.is_beyond_window(together):
-                self.why_whole = "a sliding window is shorter than the prompts"
-                return self.whole_prompt
             try:
+                if shared.is_beyond_window(together):
+                    self.why_whole = "a sliding window is shorter than the prompts"
+                    return self.whole_prompt
                 found = library.compare(shared, alone, together)
             except Exception as error:  # a model without `.model`, or with a cache of its own: the header says it
                 self.why_whole = f"the model refused it, {type(error).__name__}: {first_line(error)}"

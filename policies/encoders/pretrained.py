@@ -5,10 +5,9 @@ from collections.abc import Iterable
 import torch
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
-from manako.errors import first_line
 from manako.policies.encoders.encoder import Encoder
 from manako.policies.errors import PolicyError
-from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+from manako.policies.pretrained import check_complete, check_found, quietly, refusal
 
 VISION_TOWERS = ("vision_model", "vision_tower", "visual")  # what models call it that have more parts
 
@@ -23,17 +22,16 @@ def load(name: str, others: Iterable[str] = ()) -> Encoder:
     Raises:
         PolicyError: no vision encoder there, weights missing, or a tower that cannot be taken alone.
     """
+    places = f"expected {', '.join([*others, 'a folder'])} or a Hub id"
+    check_found(name, "vision encoder", places)
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():
-            model, loading = AutoModel.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            processor = AutoImageProcessor.from_pretrained(name)
-    except LOADING_ERRORS as error:
-        raise PolicyError(
-            f"No vision encoder at {name!r}: expected {', '.join([*others, 'a folder'])} or a Hub id "
-            f"({first_line(error)})."
-        ) from error
+            model, loading = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a model's code says to files that do not fit
+        sentence = f"No vision encoder at {name!r}: {places} ({{error}})."
+        raise refusal(f"The vision encoder of {name!r}", error, sentence) from error
     check_complete(name, loading)
     if "vision_config" in model.config.sub_configs:
         parts = (getattr(model, part, None) for part in VISION_TOWERS)

@@ -6,11 +6,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from manako.errors import first_line
 from manako.policies.architectures.composed.processing import vlm_chat_template
-from manako.policies.errors import PolicyError
 from manako.policies.language_models.language_model import LanguageModel
-from manako.policies.pretrained import LOADING_ERRORS, check_complete, quietly
+from manako.policies.pretrained import check_complete, check_found, quietly, refusal
 
 
 def load(name: str, others: Iterable[str] = (), folder: Path | None = None) -> LanguageModel:
@@ -25,16 +23,15 @@ def load(name: str, others: Iterable[str] = (), folder: Path | None = None) -> L
         PolicyError: no language model there, or weights missing.
     """
     place = str(folder or name)
+    places = f"expected {', '.join([*others, 'a folder'])} or a Hub id"
+    check_found(place, "language model", places)
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(place)
-    except LOADING_ERRORS as error:
-        raise PolicyError(
-            f"No language model at {name!r}: expected {', '.join([*others, 'a folder'])} or a Hub id "
-            f"({first_line(error)})."
-        ) from error
+            model, loading = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # whatever a model's code says to files that do not fit
+        sentence = f"No language model at {name!r}: {places} ({{error}})."
+        raise refusal(f"The language model of {name!r}", error, sentence) from error
     check_complete(name, loading)
     return LanguageModel(model, tokenizer, vlm_chat_template(tokenizer.chat_template))
