@@ -33,6 +33,7 @@ class Model(NamedTuple):
     answer_inputs: Mapping[str, int] = {}
     by_place: tuple[str, ...] = ()  # inputs of tokens that are looked up by a token's place in the whole prompt
     positions: Positions | None = None  # None: the model counts its tokens
+    image_counts: bool = True  # False: a new one may be blind at first, such as behind an adapter that starts at 0
     nests_images: bool | None = None  # whether the processor takes a list of images for each text; None: either
 
     @property

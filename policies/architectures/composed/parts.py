@@ -18,4 +18,5 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder=IMAGE_TOKEN,
         placeholder_id=plain(vlm).config.image_token_id,
         reading=SharedPrefix,
+        image_counts=False,
     )
