@@ -52,8 +52,8 @@ def load_library_model(name: str, dtype: torch.dtype) -> Model:
     processor = load_processor(name, config)
     check_processor(name, processor, config)
     check_room(name, config, dtype)
-    check_tokens(name, processor, config)
     check_holds(name, r"(pytorch_)?model.*\.(safetensors|bin)", "model.safetensors")
+    check_tokens(name, processor, config)
     try:
         with quietly():
             vlm, loading = AutoModelForImageTextToText.from_pretrained(
