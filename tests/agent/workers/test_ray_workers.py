@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from manako.agent.backends import make_rollouts
+from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import ScriptedPlayer
 from manako.agent.data.trajectories import to_dataset
 from manako.agent.errors import TrainingError, WorkersError
@@ -25,7 +27,7 @@ from manako.agent.workers.env_worker import EnvWorker, SegmentNotHere
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.ray_env import CentralRollouts, RayVectorEnv
 from manako.agent.workers.ray_replica import ReplicaRollouts
-from manako.agent.workers.replica_worker import ReplicaWorker
+from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker, unpack
 from manako.agent.workers.segments import Segment, segments_of
 from manako.agent.workers.settings import WorkerSettings
 from manako.agent.workers.supervisor import Supervisor
@@ -35,10 +37,14 @@ from manako.experiments.common.building import make_plan, policy_of_run
 from manako.experiments.common.environments import make_segment
 from manako.policies import PolicySource
 from tests.helpers import ray_segments
+from tests.helpers.families import FAMILIES
+from tests.helpers.families.more import MORE
 from tests.helpers.ray_segments import (
     NUM_STEPS,
+    Host,
     env_maker,
     local,
+    make_folder_policy,
     make_policy,
     replica_settings,
 )
@@ -527,3 +533,25 @@ def test_ten_kills_at_random_moments_change_nothing(backend, tmp_path, caplog):
         replaced += map(float, found)
     print(f"replaced after {min(replaced):.1f} to {max(replaced):.1f} s; {time.monotonic() - start:.0f} s in all")
     assert max(replaced) <= 10
+
+
+@pytest.fixture(scope="module")
+def host(session):
+    return ray.remote(Host).remote()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MORE and family != "blip"])
+def test_a_replica_of_every_family_plays_what_the_learner_plays(family, host, tmp_path):
+    """To the last bit; `blip` does not act."""
+    env = env_maker()(0, 2)
+    folder = str(FAMILIES[family](tmp_path))
+    make = functools.partial(make_folder_policy, folder, env.frame_shape, env.action_names)
+    learner = make()
+    with torch.no_grad():  # weights that the folder does not hold
+        for parameter in trainable_tensors(learner).values():
+            parameter.add_(0.01)
+    settings = ReplicaSettings(make_segment=env_maker(), make_policy=make, num_steps=2, seed=3)
+    theirs = unpack(ray.get(host.play.remote(settings, Segment(0, 2), as_arrays(trainable_tensors(learner)))))
+    ours = RolloutCollector(env, learner, 2, 3).collect(0)
+    same_bits(ours._replace(version=1), theirs)
+    assert ours.logprobs.abs().max() > 0 and ours.values.abs().max() > 0
