@@ -5,6 +5,7 @@ tokens of an answer it is the library's own `generate`, made to say them. Compar
 length: what the model is given (equal to the last bit), and what it makes of that, alone and in a padded batch.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -75,8 +76,8 @@ class Library:
         try:
             with torch.no_grad():
                 self.reads = [self._read(self._place(given)) for given in self.inputs]
-                image = processing.call(texts[:1], frames[1:2])
-                self._noise = self._rounding(self._place(self.inputs[0]), self._place(image), self.reads[0])
+                if self.model.image_counts:
+                    self._look_at_images(texts[0], frames)
         except PolicyError:
             raise
         except Exception as error:  # a model that its own processor's inputs do not fit
@@ -98,12 +99,11 @@ class Library:
         with torch.no_grad():
             each = [_off(reading.read(rows), 0, right) for rows, right in zip(alone, self.reads, strict=True)]
             batch = reading.read(together)
-        tolerance = TOLERANCE.get(self.vlm.dtype, COARSE)
-        return Differences(
-            max(each),
-            max(_off(batch, row, expected) for row, expected in enumerate(self.reads)),
-            max(tolerance, min(NOISE * self._noise, MOST_NOISE)),
-        )
+        padded = max(_off(batch, row, expected) for row, expected in enumerate(self.reads))
+        found = Differences(max(each), padded, TOLERANCE.get(self.vlm.dtype, COARSE))
+        if found.hold:
+            return found
+        return found._replace(tolerance=max(found.tolerance, min(NOISE * self._noise, MOST_NOISE)))
 
     def unequal_input(self, alone: Sequence[Rows]) -> str | None:
         """Returns the name of an input of the model that is not what the processor makes, or None."""
@@ -139,14 +139,26 @@ class Library:
             )
         return expected
 
-    def _rounding(self, given: dict[str, Tensor], image: dict[str, Tensor], expected: "Expected") -> float:
-        """How much the model differs from itself: in a batch of three, and with its inputs rounded once more.
+    def _look_at_images(self, text: str, frames: np.ndarray) -> None:
+        """Raises PolicyError where one text with different images makes the same, all in one batch."""
+        given = [self._place(self.processing.call([text], frame[None])) for frame in frames]
+        if any(len({one[name].shape for one in given}) > 1 for name in given[0]):
+            return
+        batch = {name: torch.cat([one[name] for one in given]) for name in given[0]}
+        with what_the_head_sees(self.vlm) as seen:
+            self.vlm(**batch, **self._start(len(given)), use_cache=False)
+        said = seen[0][:, -1]  # (B, D)
+        if all(torch.equal(said[0], other) for other in said[1:]):
+            raise PolicyError(
+                f"{type(self.vlm).__name__} makes the same of every image: expected weights and an image processor by "
+                "which the image decides; copy or download the folder again, or use another model."
+            )
 
-        The third of the batch has another image, which has to change what the model says, unless it may start blind.
-        """
-        if any(given[name].shape != image[name].shape for name in given):
-            image = given
-        three = {name: torch.cat([value, value, image[name]]) for name, value in given.items()}
+    @functools.cached_property
+    def _noise(self) -> float:
+        """How much the model differs from itself: in a batch of three, and with its inputs rounded once more."""
+        given, expected = self._place(self.inputs[0]), self.reads[0]
+        three = {name: torch.cat([value] * 3) for name, value in given.items()}
         generator = torch.Generator().manual_seed(0)
 
         def rounded(value: Tensor) -> Tensor:
@@ -155,19 +167,12 @@ class Library:
 
         other = {name: rounded(value) if value.is_floating_point() else value for name, value in given.items()}
         hook = self.vlm.get_input_embeddings().register_forward_hook(lambda module, given, output: rounded(output))
-        with what_the_head_sees(self.vlm) as seen:
+        with torch.no_grad(), what_the_head_sees(self.vlm) as seen:
             try:
                 self.vlm(**other, **self._start(1), use_cache=False)
             finally:
                 hook.remove()
             self.vlm(**three, **self._start(3), use_cache=False)
-        alike = seen[-1][:, -1]  # (3, D)
-        counts = self.model.image_counts and image is not given
-        if counts and torch.equal(alike[0], alike[1]) and torch.equal(alike[0], alike[2]):
-            raise PolicyError(
-                f"{type(self.vlm).__name__} makes the same of every image: expected weights and an image processor by "
-                "which the image decides; copy or download the folder again, or use another model."
-            )
         return max(share(numbers[:1, -1], expected.hidden) for numbers in seen)
 
     def _start(self, batch: int) -> dict[str, Tensor]:

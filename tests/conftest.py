@@ -12,6 +12,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray reads it once a process, and several clusters are started here
 
+import gc
+
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made is looked at by no later garbage collection; accelerate makes one after every training."""
+    gc.collect()
+    gc.freeze()

@@ -4,8 +4,6 @@ Each family is a tiny random folder (tests/helpers/families). The reference is p
 on what the library's processor makes of a chat, one sample at a time.
 """
 
-import gc
-
 import numpy as np
 import pytest
 import torch
@@ -57,15 +55,6 @@ def folders(tmp_path_factory):
             return self[family]
 
     return Folders()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Accelerate collects garbage at every end of training: what the imports made need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def load(folder, names=NAMES, shape=(64, 64, 3), trainable="full", **source):

@@ -141,9 +141,8 @@ def test_they_learn_color_match(method, tmp_path):
     assert sum(success[:2]) / 2 < 0.5 < 0.9 < sum(success[-3:]) / 3
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("rloo", marks=pytest.mark.slow), "gigpo"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "rloo", "gigpo"])
 def test_a_vision_language_model_learns_color_match_with_them(method, tmp_path):
     success = color_match(tiny_policy, "value_head", method, tmp_path, num_iterations=12, learning_rate=1.5e-3)
     assert sum(success[:3]) / 3 < 0.5 < 0.9 < sum(success[-3:]) / 3

@@ -478,6 +478,7 @@ def test_a_training_whose_environment_is_lost_ends_saved_and_goes_on_bit_for_bit
     assert trainer.failure is None and difference(weights(whole), weights(again)) == 0
 
 
+@pytest.mark.slow
 def test_an_asynchronous_training_resumes_bit_for_bit_and_logs_its_lag(tmp_path):
     whole, first, second = make_policy(), make_policy(), make_policy()
     with replica(whole, num_iterations=4, asynchronous=True) as rollouts:
