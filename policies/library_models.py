@@ -21,9 +21,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from manako.errors import first_line
-from manako.policies.architectures import ROWS, name_parts
-from manako.policies.architectures.composed.presets import PRESETS
+from manako.policies.architectures import OWN, ROWS, name_parts
 from manako.policies.architectures.model import Model
+from manako.policies.architectures.presets import PRESETS
 from manako.policies.errors import PolicyError
 from manako.policies.pretrained import NOT_QUANTIZED, check_complete, check_found, check_holds, quietly, refusal
 from manako.policies.room import check_room
@@ -35,6 +35,8 @@ PROCESSOR_FILES = (  # names of which a folder has one, and the usual one
     (r"tokenizer_config\.json|tekken\.json", "tokenizer_config.json"),
     (r"tokenizer\.json|vocab\..*|.*\.model|.*\.tiktoken|tekken\.json", "tokenizer.json"),
 )
+for package in OWN.values():  # they make themselves known to the Auto classes
+    importlib.import_module(f"manako.policies.architectures.{package}")
 FURTHER_ROWS = 8  # Mllama's image token lies beyond the vocabulary that its configuration names
 
 
@@ -99,7 +101,7 @@ def load_config(name: str) -> Any:
     except Exception as error:  # whatever a configuration's class says to its values
         sentence = f"No vision-language model at {name!r}: {PLACES} ({{error}})."
         raise refusal(f"The model of {name!r}", error, sentence) from error
-    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.model_type != "manako":
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.model_type not in OWN:
         raise PolicyError(
             f"{name!r} is a {config.model_type}, which transformers does not know as a vision-language model: {PLACES} "
             "of a model that takes images and text; a language model alone goes into --language_model, an encoder "

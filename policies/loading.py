@@ -6,6 +6,7 @@ Each source gives a `Model` that names its parts; `load_policy` then marks what 
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from manako.policies.architectures import name_parts
-from manako.policies.architectures.composed.build import build_vlm
-from manako.policies.architectures.composed.presets import PRESETS
 from manako.policies.architectures.model import Model
+from manako.policies.architectures.presets import PRESETS
 from manako.policies.encoders import ENCODERS
 from manako.policies.errors import PolicyError
 from manako.policies.interface import PolicySpec
@@ -172,7 +172,8 @@ def _with_whole_paths(source: PolicySource) -> PolicySource:
 
 def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> Model:
     preset = PRESETS[source.policy]
-    vlm, processor = build_vlm(
+    architecture = import_module(f"manako.policies.architectures.{preset.architecture}")
+    vlm, processor = architecture.build_vlm(
         source.vision_encoder or preset.vision_encoder,
         source.adapter or preset.adapter,
         source.language_model or preset.language_model,

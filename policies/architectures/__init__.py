@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
 
+OWN = {"manako": "composed"}  # model types of ours -> packages of this folder that make them known to transformers
 ROWS = {  # a configuration's model_type -> module of this folder
     "manako": "composed.parts",
     "blip-2": "blip2",

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """The three parts of a composed VLM by name."""
+    """An architecture of this folder and its three parts by name.
+
+    Attributes:
+        vision_encoder: see `manako.policies.encoders`.
+        adapter: see `manako.policies.adapters`.
+        language_model: see `manako.policies.language_models`.
+        architecture: a module or package of this folder with `build_vlm`.
+    """
 
     vision_encoder: str
     adapter: str
     language_model: str
+    architecture: str = "composed.build"
 
 
 PRESETS: dict[str, Preset] = {
