@@ -197,7 +197,12 @@ def test_a_model_that_is_computed_otherwise(families, run, monkeypatch):
 def test_a_gradient_that_does_not_arrive(families, run, quickly, monkeypatch):
     """Zeros are none."""
     forward = LlavaMultiModalProjector.forward
-    monkeypatch.setattr(LlavaMultiModalProjector, "forward", lambda self, features: 0 * forward(self, features))
+
+    def stopped(self, features):
+        visual = forward(self, features)
+        return visual.detach() + 0 * visual
+
+    monkeypatch.setattr(LlavaMultiModalProjector, "forward", stopped)
     code, out, _ = run(families / "llava")
     assert code == 1 and said(out)["learns"].splitlines() == [
         "full: language model gets a gradient; no gradient reaches encoder and adapter",
