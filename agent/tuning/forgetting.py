@@ -5,11 +5,12 @@ the public domain; the questions are common knowledge that a model of 135 millio
 purpose: seconds on a CPU, a comparison of before and after, no benchmark of the model.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from manako.errors import first_line
 from manako.policies.interface import Policy
 
 TEXTS = (
@@ -54,24 +55,45 @@ class Retention:
     """What the language model still knows.
 
     Attributes:
-        perplexity: of the texts, per token.
-        probes: share of the questions whose right answer is the most probable of four, in [0, 1].
+        perplexity: of the texts, per token; None where the model reads no text alone.
+        probes: share of the questions whose right answer is the most probable of four, in [0, 1]; None as well.
+        why_not: why they were not measured.
     """
 
-    perplexity: float
-    probes: float
+    perplexity: float | None = None
+    probes: float | None = None
+    why_not: str | None = None
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         """Returns it for JSON."""
-        return asdict(self)
+        return {"perplexity": self.perplexity, "probes": self.probes}
 
 
 @torch.no_grad()
 def measure_retention(policy: Policy) -> Retention:
-    """Returns what the language model inside the policy still knows, with its LoRA on."""
-    model, tokenizer = policy.model, policy.processor.tokenizer
+    """Returns what the language model inside the policy still knows, with its LoRA on.
+
+    A model that needs an image beside a text, has too few positions, or answers by an encoder-decoder is not measured.
+    """
+    model = policy.model
+    if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        return Retention(why_not="an encoder-decoder does not go on from a text")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(policy.processor.tokenizer.encode(text)) for text in TEXTS)
+    if positions is not None and longest > positions:
+        return Retention(why_not=f"the text has {longest} tokens, the model reads {positions}")
     was_training = model.training
     model.eval()
+    try:
+        return _measure(policy)
+    except Exception as error:  # families refuse a text without an image each in its own way
+        return Retention(why_not=f"the model takes no such text alone, {type(error).__name__}: {first_line(error)}")
+    finally:
+        model.train(was_training)
+
+
+def _measure(policy: Policy) -> Retention:
+    model, tokenizer = policy.model, policy.processor.tokenizer
     loss, tokens = 0.0, 0
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -82,14 +104,13 @@ def measure_retention(policy: Policy) -> Retention:
     for start, answer, others in QUESTIONS:
         scores = [_score(model, tokenizer, start, ending, policy.device) for ending in (answer, *others)]
         right += scores[0] > max(scores[1:])
-    model.train(was_training)
     return Retention(perplexity=float(torch.tensor(loss / tokens).exp()), probes=right / len(QUESTIONS))
 
 
 def _logprobs(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:
     """Log p of each token (L - 1,) given those before it, float32."""
     row = torch.tensor([ids], device=device)
-    logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, :-1].float()  # (L - 1, V)
+    logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, -len(ids) : -1].float()  # (L - 1, V)
     return logits.log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
 
 

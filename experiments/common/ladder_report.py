@@ -144,8 +144,8 @@ def print_report(result: dict[str, Any], file: Path) -> None:
             f"{row['return_mean']:.2f}",
             f"{row['seconds']:.0f}",
             f"{row['trained_parameters']:,}",
-            f"{row['perplexity']:.1f}",
-            f"{row['probes']:.0%}",
+            "-" if row["perplexity"] is None else f"{row['perplexity']:.1f}",
+            "-" if row["probes"] is None else f"{row['probes']:.0%}",
         )
     console.print(table)
     if rows[0]["starts"] > 1 or result["sampled_actions"]:  # else the episodes are no sample that could be tested

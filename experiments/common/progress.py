@@ -128,6 +128,9 @@ def print_parts(console: Console, policy: VLMPolicy) -> None:
 
 def print_retention(console: Console, before: Retention, after: Retention) -> None:
     """Prints what the language model still knows after a training, beside what it knew before."""
+    if before.perplexity is None or after.perplexity is None:
+        console.print(f"text perplexity and questions not measured: {before.why_not or after.why_not}")
+        return
     console.print(
         f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
         f"{after.probes:.0%}"

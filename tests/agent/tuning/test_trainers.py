@@ -5,11 +5,12 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.forgetting import QUESTIONS, measure_retention
+from manako.agent.tuning.forgetting import QUESTIONS, Retention, measure_retention
 from manako.agent.tuning.preferences import expert_pairs, pair_dataset, unpaired
 from manako.agent.tuning.supervised import CAPTION_PROMPT, captions, check_tokens, demonstrated_actions, demonstrations
 from manako.agent.tuning.trainers import (
@@ -20,7 +21,9 @@ from manako.agent.tuning.trainers import (
     frozen_copy,
 )
 from manako.envs import EpisodeVectorEnv
+from manako.experiments.common.progress import print_retention
 from manako.policies import save_policy
+from tests.helpers.families import FAMILIES
 from tests.helpers.small_runs import GOTO, difference, expert_trajectories, goto_policy, weights
 
 
@@ -249,3 +252,35 @@ def test_forgetting_is_seen():
         policy.base_vlm.get_output_embeddings().weight.mul_(-30)
     assert measure_retention(policy).perplexity > 10 * before.perplexity
     assert len({start for start, _, _ in QUESTIONS}) == len(QUESTIONS) == 20
+
+
+@pytest.mark.parametrize(
+    ("family", "why_not"),
+    [
+        ("qwen2_5_vl", None),
+        ("blip2_t5", "an encoder-decoder does not go on from a text"),
+        ("kosmos2", "the text has 538 tokens, the model reads 300"),
+    ],
+)
+def test_what_a_model_of_another_kind_still_knows(family, why_not, tmp_path):
+    """It is measured, or the reason is said; nobody's run ends in a traceback behind its training."""
+    folder = FAMILIES[family](tmp_path)
+    retention = measure_retention(goto_policy(policy=str(folder)))
+    assert retention.why_not == why_not
+    assert (retention.perplexity is None) == (retention.probes is None) == (why_not is not None)
+
+
+def test_a_model_that_takes_no_text_alone_is_not_measured(tmp_path, monkeypatch):
+    policy = goto_policy()
+
+    def refuse(*args, **kwargs):
+        raise ValueError("You have to specify pixel_values")
+
+    monkeypatch.setattr(policy.model, "forward", refuse)
+    retention = measure_retention(policy)
+    assert retention == Retention(
+        why_not="the model takes no such text alone, ValueError: You have to specify pixel_values"
+    )
+    console = Console(record=True, width=200)
+    print_retention(console, retention, retention)
+    assert "not measured: the model takes no such text alone" in console.export_text()
