@@ -67,8 +67,13 @@ class Retention:
 
 
 @torch.no_grad()
-def measure_retention(policy: Policy) -> Retention:
-    """Returns what the language model inside the policy still knows, with its LoRA on."""
+def measure_retention(policy: Policy) -> Retention | None:
+    """Returns what the language model inside the policy still knows, with its LoRA on.
+
+    None where the policy gives no text a likelihood.
+    """
+    if not policy.learns_text:
+        return None
     model, tokenizer = policy.model, policy.processor.tokenizer
     was_training = model.training
     model.eval()

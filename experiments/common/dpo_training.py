@@ -21,7 +21,7 @@ from manako.agent.tuning.preferences import (
     state_pairs,
     unpaired,
 )
-from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer
+from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, check_learns_text
 from manako.envs import Observations
 from manako.experiments.common.building import make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
@@ -48,6 +48,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     """
     environment, dpo, run = command.environment, command.dpo, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    check_learns_text(policy)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
     console, before = plain_console(), measure_retention(policy)
@@ -78,7 +79,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
         "rounds": reports,
         "seconds": sum(row["seconds"] for row in reports),
         "trained_parameters": sum(p.numel() for p in policy.vlm.parameters() if p.requires_grad),
-        "memory": {"before": before.summary(), "after": after.summary()},
+        "memory": {"before": before.summary(), "after": after.summary()} if before and after else None,
     }
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
     print_retention(console, before, after)

@@ -52,6 +52,7 @@ def evaluate_ladder(
         with contextlib.closing(make_vector_env(environment, min(32, len(seeds)), seed, held_out=True)) as env:
             evaluation = evaluate(policy, env, seeds, sample=sample)
         success[name] = [episode.success for episode in evaluation.episodes]
+        knows = measure_retention(policy)
         learned = 0
         if name != START:
             of_head = policy.value_head.parameters() if trained[name]["runner"] == "ppo" else ()
@@ -63,7 +64,7 @@ def evaluate_ladder(
                 **evaluation.summary(),
                 "seconds": trained[name]["seconds"] if name in trained else 0.0,
                 "trained_parameters": learned,
-                **measure_retention(policy).summary(),
+                **(knows.summary() if knows else {"perplexity": None, "probes": None}),
             }
         )
     result = {
@@ -144,8 +145,8 @@ def print_report(result: dict[str, Any], file: Path) -> None:
             f"{row['return_mean']:.2f}",
             f"{row['seconds']:.0f}",
             f"{row['trained_parameters']:,}",
-            f"{row['perplexity']:.1f}",
-            f"{row['probes']:.0%}",
+            "-" if row["perplexity"] is None else f"{row['perplexity']:.1f}",
+            "-" if row["probes"] is None else f"{row['probes']:.0%}",
         )
     console.print(table)
     if rows[0]["starts"] > 1 or result["sampled_actions"]:  # else the episodes are no sample that could be tested

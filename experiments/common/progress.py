@@ -126,8 +126,10 @@ def print_parts(console: Console, policy: VLMPolicy) -> None:
         console.print(f"  {part:<15}{total:>13,} parameters, {learning:>11,} learn  {state}")
 
 
-def print_retention(console: Console, before: Retention, after: Retention) -> None:
-    """Prints what the language model still knows after a training, beside what it knew before."""
+def print_retention(console: Console, before: Retention | None, after: Retention | None) -> None:
+    """Prints what the language model still knows after a training, beside what it knew before; nothing without it."""
+    if before is None or after is None:
+        return
     console.print(
         f"text perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}, questions {before.probes:.0%} -> "
         f"{after.probes:.0%}"
