@@ -88,6 +88,7 @@ def build_vlm(
 def _make(vision_config: PreTrainedConfig, adapter: str, tokenizer: Any) -> MaskedVLM:
     text_config = VisualBertConfig(
         **SMALL,
+        initializer_range=0.25,
         vocab_size=len(tokenizer),
         num_hidden_layers=2,
         visual_embedding_dim=feature_width(vision_config),

@@ -1,5 +1,7 @@
 """UNITER and ViLBERT: the library's numbers at the mask, the contract of every row, and what a mask cannot say."""
 
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -21,6 +23,9 @@ from manako.agent.tuning.trainers import (
     PolicySFTTrainer,
 )
 from manako.envs import EpisodeVectorEnv
+from manako.experiments import check_model, run_dpo, run_sft
+from manako.experiments.common import model_check
+from manako.experiments.common.command_line import run_main
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.architectures.masked import MASK_TOKEN, grid_boxes
 from manako.policies.reading import WholePrompt
@@ -222,3 +227,20 @@ def test_text_is_neither_generated_nor_learned(row, policies, trajectories, tmp_
         with pytest.raises(TrainingError, match="captions, --loss tokens, DPO and KTO are not for it") as caught:
             kind(policy, settings(tmp_path, config), data, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_the_commands_ask_for_no_text_and_say_why(monkeypatch, capsys, tmp_path):
+    def run(command, *words):
+        monkeypatch.setattr(sys, "argv", [command.__name__, *words])
+        with pytest.raises(SystemExit) as stop:
+            run_main(command.main)
+        return stop.value.code, *capsys.readouterr()
+
+    monkeypatch.setattr(model_check, "TIMES", 0)
+    code, out, _ = run(check_model, "uniter", "--num_envs", "2", "--num_steps", "2")
+    assert code == 0 and "not asked: it answers with one token at a mask" in out
+    folder = tmp_path / "run"
+    for command, words in ((run_sft, ["--stage", "align"]), (run_dpo, ["--pairs", "expert"])):
+        code, _, error = run(command, "--policy", "vilbert", *words, "--output_dir", str(folder))
+        assert code == 2 and "VilbertForMaskedLM answers with one token at a mask" in error
+        assert len(error.strip().splitlines()) == 1 and not folder.exists()
