@@ -172,6 +172,7 @@ class Policy(nn.Module, ABC):
     Attributes:
         spec: what it was made for.
         can_learn: False for remote, scripted, random and recorded players.
+        learns_text: False for a model that says one token at a mask: losses on the tokens of a text are not for it.
         needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
             "episode_seeds", "episode_steps".
         model: the language model with its adapters, as TRL's trainers take it; None where there is none.
@@ -180,6 +181,7 @@ class Policy(nn.Module, ABC):
 
     spec: PolicySpec
     can_learn: ClassVar[bool] = False
+    learns_text: bool = True
     needs: ClassVar[tuple[str, ...]] = ()
     model: Any = None
     processor: Any = None

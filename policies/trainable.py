@@ -107,7 +107,7 @@ def set_trainable(model: Model, trainable: str, lora_rank: int = 16, lora_alpha:
         target_modules=targets,
         fan_in_fan_out=isinstance(model.vlm.get_submodule(targets[0]), Conv1D),
         modules_to_save=_whole_modules(model, parts) or None,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if model.base_vlm.can_generate() else None,
     )
     return model._replace(vlm=get_peft_model(model.vlm, config))
 

@@ -90,7 +90,9 @@ class VLMPolicy(Policy):
         tokenizer = self.processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(self.prompts.end_token) if self.prompts.end_token else None
         self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on, end)
+        self._check_answers()
         self.prompts.legend = self.codec.legend
+        self.learns_text = not model.one_token_answers
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
         self.origin: dict[str, Any] = {}
@@ -359,6 +361,14 @@ class VLMPolicy(Policy):
                 "numbers would be wrong, use another model."
             )
         return found
+
+    def _check_answers(self) -> None:
+        longest = max(zip(map(len, self.codec.token_ids), self.codec.answers, strict=True))
+        if self.parts.one_token_answers and longest[0] > 1:
+            raise PolicyError(
+                f"{type(self.base_vlm).__name__} answers with one token at a mask, but {longest[1]!r} takes "
+                f"{longest[0]}: expected action_format token or choice, or a causal model such as the preset tiny."
+            )
 
     def _check_frames(self, images: np.ndarray) -> None:
         if images.shape[1:] != tuple(self.spec.frame_shape):

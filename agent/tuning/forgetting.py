@@ -76,6 +76,8 @@ def measure_retention(policy: Policy) -> Retention:
     A model that needs an image beside a text, has too few positions, or answers by an encoder-decoder is not measured.
     """
     model = policy.model
+    if not policy.learns_text:
+        return Retention(why_not="it answers with one token at a mask")
     if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
         return Retention(why_not="an encoder-decoder does not go on from a text")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -115,12 +115,13 @@ class _OfPolicy:
         trainer: Any = super()
         plain = plain_model(self.policy)
         ends = {name: getattr(plain.config, name, None) for name in SPECIAL_IDS}
-        generation = copy.deepcopy(plain.generation_config)
+        generation = copy.deepcopy(plain.generation_config) if plain.can_generate() else None
         try:
             return trainer.train(*args, **kwargs)
         finally:
             self.policy.model.eval()
-            plain.generation_config = generation  # which the Trainer sets to the tokenizer's tokens
+            if generation is not None:
+                plain.generation_config = generation  # which the Trainer sets to the tokenizer's tokens
             for name, value in ends.items():
                 setattr(plain.config, name, value)
             for model in (self.policy.model, plain_model(self.policy)):  # TRL's head and accelerate's autocast end here
@@ -136,8 +137,13 @@ class PolicySFTTrainer(_OfPolicy, SFTTrainer):
     """`trl.SFTTrainer` of a policy."""
 
     def __init__(self, policy: Policy, args: Any, data: Dataset, run_dir: Path, *others: Any, **named: Any) -> None:
+        self.check_loss(policy)
         named.setdefault("data_collator", SFTCollator(policy))
         super().__init__(policy, args, data, run_dir, *others, **named)
+
+    def check_loss(self, policy: Policy) -> None:
+        """Raises TrainingError where the loss is not for this policy."""
+        check_learns_text(policy)
 
 
 class PolicyCloningTrainer(PolicySFTTrainer):
@@ -166,6 +172,9 @@ class PolicyCloningTrainer(PolicySFTTrainer):
                 f"The loss on actions was started by {args.world_size} processes: expected one, or --loss tokens."
             )
         super().__init__(policy, args, data, run_dir, *others, data_collator=self.collate)
+
+    def check_loss(self, policy: Policy) -> None:
+        """The loss on actions is for every policy with a closed set of them."""
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns what the policy sees of the U different observations of B rows; `observation` and `action` (B,)."""
@@ -204,6 +213,7 @@ class PolicyDPOTrainer(_OfPolicy, DPOTrainer):
     """`trl.DPOTrainer` of a policy; its reference is the policy as it was."""
 
     def __init__(self, policy: Policy, args: DPOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+        check_learns_text(policy)
         others |= {"ref_model": frozen_copy(policy), "data_collator": DPOCollator(policy)}
         super().__init__(policy, args, data, run_dir, **others)
 
@@ -212,8 +222,22 @@ class PolicyKTOTrainer(_OfPolicy, KTOTrainer):
     """`trl.KTOTrainer` of a policy; its reference is the policy as it was."""
 
     def __init__(self, policy: Policy, args: KTOConfig, data: Dataset, run_dir: Path, **others: Any) -> None:
+        check_learns_text(policy)
         others |= {"ref_model": frozen_copy(policy), "data_collator": KTOCollator(policy)}
         super().__init__(policy, args, data, run_dir, **others)
+
+
+def check_learns_text(policy: Policy) -> None:
+    """Checks that losses on the tokens of a text are for this policy.
+
+    Raises:
+        TrainingError: it says one token at a mask, and so gives no text a likelihood.
+    """
+    if not policy.learns_text:
+        raise TrainingError(
+            f"{type(plain_model(policy)).__name__} answers with one token at a mask, so captions, --loss tokens, DPO "
+            "and KTO are not for it: expected run_sft.py --stage instruct --loss actions, or run_ppo.py."
+        )
 
 
 def score_labels_only(model: Any) -> None:

@@ -13,7 +13,7 @@ from trl import SFTConfig
 from manako.agent.data.trajectories import load_trajectories
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
-from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer
+from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
 from manako.experiments.common.building import make_tuning_args, policy_of_run
 from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
@@ -40,6 +40,8 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     """
     environment, sft, run = command.environment, command.sft, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    if sft.loss != "actions":
+        check_learns_text(policy)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
     data, frames = training_data(command, policy)

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
 
-OWN = {"manako": "composed"}  # model types of ours -> packages of this folder that make them known to transformers
+OWN = {  # model types of ours -> modules or packages of this folder that make them known to transformers
+    "manako": "composed",
+    "manako_uniter": "uniter",
+    "manako_vilbert": "vilbert",
+}
 ROWS = {  # a configuration's model_type -> module of this folder
     "manako": "composed.parts",
+    "manako_uniter": "uniter",
+    "manako_vilbert": "vilbert",
     "blip-2": "blip2",
     "instructblip": "blip2",
     "kosmos-2": "kosmos2",

@@ -34,6 +34,7 @@ class Model(NamedTuple):
     by_place: tuple[str, ...] = ()  # inputs of tokens that are looked up by a token's place in the whole prompt
     positions: Positions | None = None  # None: the model counts its tokens
     image_counts: bool = True  # False: a new one may be blind at first, such as behind an adapter that starts at 0
+    one_token_answers: bool = False  # True: it answers at a mask, so it spells nothing, and is trained on no text
     nests_images: bool | None = None  # whether the processor takes a list of images for each text; None: either
 
     @property
