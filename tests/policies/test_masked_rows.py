@@ -217,7 +217,7 @@ def test_text_is_neither_generated_nor_learned(row, policies, trajectories, tmp_
     with pytest.raises(PolicyError, match="cannot generate: it says one token") as caught:
         policy.vlm.generate(**inputs, max_new_tokens=2)
     assert "\n" not in str(caught.value) and not policy.vlm.can_generate()
-    assert not policy.learns_text and measure_retention(policy) is None
+    assert not policy.learns_text and measure_retention(policy).why_not is not None
     data = demonstrated_actions(trajectories)
     for kind, config in (
         (PolicySFTTrainer, SFTConfig),
