@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from manako.policies.architectures.model import Model
+from manako.policies.features import COLUMN, FrozenFeatures
 from manako.policies.interface import Rows
 from manako.policies.pixels import PixelPipeline
 
@@ -38,6 +39,7 @@ class Processing:
         of_tokens: names of the inputs with a value for each token of the prompt.
         of_text: names of the further inputs that the text decides.
         pipeline: frames to all other inputs.
+        features: stands for the pixels of rows that hold features, while the encoder is frozen; None: pixels do.
         pad_id: the token that fills shorter prompts.
     """
 
@@ -59,6 +61,7 @@ class Processing:
         self.of_tokens = tuple(name for name in changing if (short[name].shape[1], long[name].shape[1]) == lengths)
         self.of_text = tuple(name for name in changing if name not in self.of_tokens)
         self.pipeline = PixelPipeline(model.processor.image_processor, self.frame_shape, self._of_frames)
+        self.features: FrozenFeatures | None = None
         tokenizer = self.processor.tokenizer
         self.pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -188,8 +191,21 @@ class Processing:
         places = torch.arange(given["input_ids"].shape[1])
         return {**given, "completion_mask": given["attention_mask"] * (places >= inputs["lengths"][:, None])}
 
+    @property
+    def stores_features(self) -> bool:
+        """Whether the encoder's features are stored beside the frames, and are what the model is given."""
+        return self.features is not None and self.features.is_frozen
+
+    def with_features(self, inputs: Rows) -> Rows:
+        """Returns the rows with the features of their frames, where these are stored."""
+        if self.features is None or not self.stores_features:
+            return inputs
+        return Rows({**inputs.columns, COLUMN: self.features(inputs["frames"])}, inputs.fillers)
+
     def pixels(self, inputs: Rows) -> dict[str, Tensor]:
-        """Returns the inputs that are made of the rows' frames."""
+        """Returns the inputs that are made of the rows' frames, or the features that stand for them."""
+        if self.stores_features and COLUMN in inputs.columns:
+            return {COLUMN: self._cast(inputs[COLUMN])}
         return {name: self._cast(value) for name, value in self.pipeline.pixels(inputs["frames"]).items()}
 
     def _of_frames(self, frames: np.ndarray) -> dict[str, Tensor]:

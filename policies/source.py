@@ -19,12 +19,16 @@ class PolicySource:
     """Where a policy's model comes from, and what of it learns."""
 
     policy: str = setting("tiny", "preset (tiny, smollm2, uniter, vilbert), model folder, run checkpoint or Hub id")
-    vision_encoder: str | None = setting(None, "replaces a preset's encoder: vit, clip_vit, convnext, folder or Hub id")
+    vision_encoder: str | None = setting(
+        None, "replaces a preset's encoder: vit, clip_vit, convnext, efficientnet_lite0, folder or Hub id"
+    )
     adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp, mlp_zscore")
     language_model: str | None = setting(
         None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id"
     )
-    image_size: int | None = setting(None, "side in pixels that a small random encoder sees", ge=8)
+    image_size: int | None = setting(
+        None, "side in pixels that a small random encoder or efficientnet_lite0 sees", ge=8
+    )
     patch_size: int | None = setting(None, "side in pixels of its patches", ge=2)
     trainable: str = setting(
         "full",

@@ -21,6 +21,7 @@ from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
+from manako.policies.features import MOST_BYTES, FrozenFeatures
 from manako.policies.interface import (
     Acted,
     Draws,
@@ -102,7 +103,9 @@ class VLMPolicy(Policy):
         self.whole_prompt = kind(model, self.codec, self.processing)
         self.reading: Reading = self.whole_prompt
         self.checked: Differences | None = None
-        self.reading = self._select_reading(check)
+        library = self._ask_library() if check else None
+        self.reading = self._select_reading(library)
+        self._store_features(library)
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 
@@ -144,7 +147,8 @@ class VLMPolicy(Policy):
     ) -> Rows:
         """Returns rows of `input_ids` (B, L) int64, `lengths` (B,) int64 and `frames` (B, h, w, 3) uint8, resized.
 
-        Beside them stands whatever else the processor makes of the prompts' text.
+        Beside them stands whatever else the processor makes of the prompts' text, and of a frozen encoder, where they
+        are small, the features of the frames: `image_features` (B, P, Dv) float32, see `manako.policies.features`.
 
         Raises:
             PolicyError: frames of another shape than the policy was built for, or an instruction that the tokenizer or
@@ -153,7 +157,8 @@ class VLMPolicy(Policy):
         self._check_frames(images)
         for instruction in set(instructions):
             self._check_prompt(self.prompts.encode(instruction), instruction)
-        return self.processing.rows([self.prompts.prompt(instruction) for instruction in instructions], images)
+        prompts = [self.prompts.prompt(instruction) for instruction in instructions]
+        return self.processing.with_features(self.processing.rows(prompts, images))
 
     def distribution(self, inputs: Rows, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Returns log-probabilities (B, A) and values (B,), float32; gradients flow where they are enabled.
@@ -281,10 +286,15 @@ class VLMPolicy(Policy):
         off = f" (no shared prefix: {self.why_whole})" if self.why_whole else ""
         pixels = "table" if self.processing.pipeline.is_table else "the library's processor"
         dtype = str(self.base_vlm.dtype).removeprefix("torch.")
-        return [
+        lines = [
             ("answers", f"as {self.codec.format}"),
             ("forward", f"{self.reading.name}{off}; pixels by {pixels}; {self.device}, {dtype}"),
         ]
+        features = self.processing.features
+        if features is not None and features.is_frozen:
+            size = f"{features.shape[0]} x {features.shape[1]}, {features.nbytes:,} bytes a step"
+            lines.append(("features", f"of the frozen encoder, computed once a frame and stored: {size}"))
+        return lines
 
     # ---- on disk -------------------------------------------------------------------------------------------------
 
@@ -300,18 +310,28 @@ class VLMPolicy(Policy):
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
-    def _select_reading(self, check: bool) -> Reading:
+    def _ask_library(self) -> Library:
+        """What plain transformers says about the examples."""
+        texts = [self.prompts.render(instruction) for instruction in EXAMPLES]
+        return Library(self.processing, self.codec, texts, self._example_frames())
+
+    def _example_frames(self) -> np.ndarray:
+        shape = (len(EXAMPLES), *self.spec.frame_shape)  # (B, H, W, 3)
+        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+    def _examples(self) -> tuple[list[Rows], Rows]:
+        """The examples as rows, each alone and all of them padded."""
+        frames = self._example_frames()
+        alone = [
+            self.prepare(frames[row : row + 1], [instruction]).to(self.device)
+            for row, instruction in enumerate(EXAMPLES)
+        ]
+        return alone, self.prepare(frames, EXAMPLES).to(self.device)
+
+    def _select_reading(self, library: Library | None) -> Reading:
         """The reading that the architecture names where it holds here, else whole prompts."""
-        library, alone = None, []
-        if check:
-            frames = np.random.default_rng(0).integers(0, 256, (len(EXAMPLES), *self.spec.frame_shape), dtype=np.uint8)
-            texts = [self.prompts.render(instruction) for instruction in EXAMPLES]
-            library = Library(self.processing, self.codec, texts, frames)
-            alone = [
-                self.prepare(frames[row : row + 1], [instruction]).to(self.device)
-                for row, instruction in enumerate(EXAMPLES)
-            ]
-            together = self.prepare(frames, EXAMPLES).to(self.device)
+        if library is not None:
+            alone, together = self._examples()
             self.checked = self._compare(library, alone, together)
         if self.parts.reading is not SharedPrefix:
             return self.whole_prompt
@@ -336,6 +356,25 @@ class VLMPolicy(Policy):
                 self.why_whole = f"it differs from the model's own forward by {off}"
                 return self.whole_prompt
         return shared
+
+    def _store_features(self, library: Library | None) -> None:
+        """Stores a frozen encoder's features where they are small and the library says the same of them."""
+        pipeline = self.processing.pipeline
+        if self.parts.see is None or self.parts.encoder is None or not pipeline.is_table:
+            return
+        features = FrozenFeatures(self.parts, pipeline, self.spec.frame_shape)
+        if not features.is_frozen or features.nbytes > MOST_BYTES:
+            return
+        self.processing.features = features
+        if library is None:
+            return
+        found = library.compare(self.reading, *self._examples())
+        if not found.hold:
+            raise PolicyError(
+                f"{type(self.base_vlm).__name__} makes something else of its encoder's stored features than of the "
+                f"pixels: off by {found.worst:.1g} of the largest value, expected at most {found.tolerance:.0g}; its "
+                "forward must take `image_features` as what its `see` returns."
+            )
 
     def _compare(self, library: Library, alone: list[Rows], together: Rows) -> Differences:
         """How far whole prompts are from the library; raises where that is too far."""

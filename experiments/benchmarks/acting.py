@@ -33,7 +33,13 @@ class Bench:
         torch.set_num_threads(workload.threads or torch.get_num_threads())
         torch.manual_seed(workload.seed)
         self.env = EpisodeVectorEnv(workload.env, workload.num_envs, seed=workload.seed)
-        source = PolicySource(workload.policy, trainable=workload.trainable, seed=workload.seed)
+        source = PolicySource(
+            workload.policy,
+            trainable=workload.trainable,
+            vision_encoder=workload.vision_encoder,
+            image_size=workload.image_size,
+            seed=workload.seed,
+        )
         self.policy = load_policy(source, self.env.action_names, self.env.frame_shape)
         self.collector = RolloutCollector(self.env, self.policy, workload.num_steps, workload.seed)
         self.iteration = 0

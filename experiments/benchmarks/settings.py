@@ -76,3 +76,28 @@ class RayBenchmarkCommand:
     """Settings of ray_workers.py."""
 
     benchmark: RayBenchmarkSettings = section(RayBenchmarkSettings, "benchmark")
+
+
+@dataclass(frozen=True)
+class FeatureCacheSettings:
+    """What feature_cache.py measures."""
+
+    env: str = setting("manako/GoTo-v0", "Gymnasium id")
+    policy: str = setting("tiny", "preset")
+    vision_encoder: str | None = setting(None, "in place of the preset's")
+    image_size: int | None = setting(None, "side in pixels that it sees", ge=8)
+    trainable: str = setting("adapter", "what learns; not the encoder")
+    num_envs: int = setting(32, "environments side by side", ge=1)
+    num_steps: int = setting(8, "env steps of a rollout", ge=1)
+    minibatch_size: int = setting(128, "samples of an optimizer step", ge=1)
+    repeats: int = setting(5, "turns", ge=1)
+    seconds: float = setting(1.0, "least duration of one measurement", gt=0)
+    threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
+    output: str | None = setting(None, "JSON file for the results, must not exist")
+
+
+@dataclass(frozen=True)
+class FeatureCacheCommand:
+    """Settings of feature_cache.py."""
+
+    benchmark: FeatureCacheSettings = section(FeatureCacheSettings, "benchmark")

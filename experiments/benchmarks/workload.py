@@ -48,6 +48,8 @@ class Workload:
         seconds: least duration of one measurement.
         threads: CPU threads of torch; None for its own choice.
         seed: of everything random.
+        vision_encoder: in place of the preset's.
+        image_size: side that it sees.
     """
 
     policy: str
@@ -64,6 +66,8 @@ class Workload:
     seconds: float
     threads: int | None
     seed: int = 0
+    vision_encoder: str | None = None
+    image_size: int | None = None
 
 
 def make_workload(config: SpeedSettings) -> Workload:

@@ -10,6 +10,8 @@ from manako.policies.reading.reading import Reading
 
 # the model's inputs of whole prompts -> positions of their tokens, (..., B, L), as its decoder takes them
 Positions = Callable[[Any, Mapping[str, Tensor]], Tensor]
+# the plain model, pixels (B, 3, h, w) -> its encoder's features (B, P, Dv), which its forward takes as image_features
+See = Callable[[Any, Tensor], Tensor]
 
 
 class Model(NamedTuple):
@@ -35,6 +37,7 @@ class Model(NamedTuple):
     positions: Positions | None = None  # None: the model counts its tokens
     image_counts: bool = True  # False: a new one may be blind at first, such as behind an adapter that starts at 0
     one_token_answers: bool = False  # True: it answers at a mask, so it spells nothing, and is trained on no text
+    see: See | None = None  # None: its forward takes pixels alone
     nests_images: bool | None = None  # whether the processor takes a list of images for each text; None: either
 
     @property

@@ -4,13 +4,18 @@ To add one: a file with a `build` and a line in `ENCODERS`; `--vision_encoder NA
 `AutoModel` loads needs no file: its folder or Hub id is its name.
 """
 
-from manako.policies.encoders import clip_vit, convnext, pretrained, vit
+from manako.policies.encoders import clip_vit, convnext, efficientnet_lite, pretrained, vit
 from manako.policies.encoders.encoder import BuildEncoder, Encoder
 from manako.policies.errors import PolicyError
 
 __all__ = ["ENCODERS", "Encoder", "build_encoder"]
 
-ENCODERS: dict[str, BuildEncoder] = {"vit": vit.build, "clip_vit": clip_vit.build, "convnext": convnext.build}
+ENCODERS: dict[str, BuildEncoder] = {
+    "vit": vit.build,
+    "clip_vit": clip_vit.build,
+    "convnext": convnext.build,
+    "efficientnet_lite0": efficientnet_lite.build,
+}
 
 
 def build_encoder(
@@ -21,7 +26,8 @@ def build_encoder(
     Args:
         name: a key of `ENCODERS`, a folder or a Hub id.
         frame_shape: (H, W, 3) of the frames; a small random encoder is sized by it.
-        image_size: side of the square that a small random encoder sees; by default the frame's up to 64 pixels.
+        image_size: side of the square that a small random encoder sees, by default the frame's up to 64 pixels; of
+            `efficientnet_lite0` a multiple of 32, by default 224.
         patch_size: side of its patches in pixels; by default 8, and 16 at 64 pixels.
 
     Returns:

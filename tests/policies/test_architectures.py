@@ -13,6 +13,7 @@ from manako.policies import PolicySource, load_policy
 from manako.policies.adapters import ADAPTERS
 from manako.policies.architectures import any_vlm, name_parts
 from manako.policies.architectures.composed.build import build_vlm
+from manako.policies.architectures.composed.parts import see
 from manako.policies.encoders import ENCODERS, vit
 from manako.policies.language_models import LANGUAGE_MODELS, tiny_llama
 from manako.policies.reading import SharedPrefix
@@ -39,7 +40,7 @@ def test_a_foreign_models_parts_are_guessed_as_its_row_names_them(kind, tmp_path
 
 def test_guesses_agree_with_what_the_composed_model_says_of_itself():
     parts = build_vlm("vit", "mlp", "tiny-llama", FRAME)
-    assert name_parts(*parts) == any_vlm.name_parts(*parts)._replace(image_counts=False)
+    assert name_parts(*parts) == any_vlm.name_parts(*parts)._replace(image_counts=False, see=see)
 
 
 def test_names_are_those_of_the_plain_model_under_lora():
@@ -47,7 +48,7 @@ def test_names_are_those_of_the_plain_model_under_lora():
     again = name_parts(lora.vlm, lora.processor)
     assert again == lora.parts and again.vlm is lora.vlm
     assert again[2:] == plain.parts[2:]
-    assert any_vlm.name_parts(lora.vlm, lora.processor)._replace(image_counts=False) == again
+    assert any_vlm.name_parts(lora.vlm, lora.processor)._replace(image_counts=False, see=see) == again
 
 
 class Layer(nn.Module):

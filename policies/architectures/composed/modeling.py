@@ -89,17 +89,23 @@ class ManakoModel(ManakoPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Returns last hidden states (B, L, D) of token ids (B, L) with K placeholders an image, and pixels."""
+        """Returns last hidden states (B, L, D) of token ids (B, L) with K placeholders an image, and pixels.
+
+        In place of pixels it takes what `get_vision_features` made of them, `image_features` (B, P, Dv).
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, D)
-        if pixel_values is not None:
+        if pixel_values is not None or image_features is not None:
             if input_ids is None:
                 raise ValueError("pixel_values need input_ids: their placeholders say where the image stands.")
-            visual = self.get_image_features(pixel_values)  # (images, K, D)
+            if pixel_values is not None:
+                image_features = self.get_vision_features(pixel_values)  # (images, P, Dv)
+            visual = self.adapter(image_features)  # (images, K, D)
             is_image = input_ids == self.config.image_token_id  # (B, L)
             if int(is_image.sum()) != visual.shape[0] * visual.shape[1]:
                 raise ValueError(
@@ -150,6 +156,12 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         """Returns the language model."""
         return self.model.language_model
 
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+        """Gives features to the first step alone, as the library does with pixels."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("image_features", None)
+        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -161,9 +173,13 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Returns logits (B, L or `logits_to_keep`, V) of token ids (B, L) and pixels; the loss too, with labels."""
+        """Returns logits (B, L or `logits_to_keep`, V) of token ids (B, L) and pixels; the loss too, with labels.
+
+        `image_features` may stand for the pixels, see `ManakoModel.forward`.
+        """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -172,6 +188,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            image_features=image_features,
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, L, D)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from manako.policies.architectures.composed.processing import IMAGE_TOKEN
 from manako.policies.architectures.model import Model, plain
 from manako.policies.reading import SharedPrefix
@@ -19,4 +21,10 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder_id=plain(vlm).config.image_token_id,
         reading=SharedPrefix,
         image_counts=False,
+        see=see,
     )
+
+
+def see(vlm: Any, pixels: Tensor) -> Tensor:
+    """Returns the encoder's features (B, P, Dv) of pixels (B, 3, h, w)."""
+    return vlm.model.get_vision_features(pixels)
