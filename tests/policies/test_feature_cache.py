@@ -10,12 +10,13 @@ import torch
 from manako.agent.collector import RolloutCollector
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_loop import train_ppo
+from manako.agent.rollout import merge
 from manako.envs import EpisodeVectorEnv
 from manako.policies import PolicyError, PolicySource, features, load_policy
 from manako.policies.architectures.composed import modeling
 from manako.policies.features import COLUMN
 from manako.policies.interface import Draws, Rows
-from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, frames
+from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames
 
 
 def policy_of(trainable="adapter", **source):
@@ -45,9 +46,13 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source", [{}, {"vision_encoder": "convnext"}, {"adapter": "mlp_zscore"}, {"trainable": "lora"}]
+    ("source", "names"),
+    [
+        ({}, NAMES),
+        ({"vision_encoder": "convnext", "adapter": "mlp_zscore"}, NAMES),
+        ({"trainable": "lora"}, TURNS),  # answers of several tokens
+    ],
 )
-@pytest.mark.parametrize("names", [NAMES, ("turn left", "turn right", "go", "go on")])
 def test_features_stand_for_pixels(source, names, seen):
     policy = load_policy(PolicySource(**{"trainable": "adapter", **source}), names, FRAME)
     inputs = policy.prepare(frames(3), INSTRUCTIONS)
@@ -93,6 +98,19 @@ def test_a_frames_features_depend_on_it_alone():
         assert torch.equal(other.digests(), together.digests()[rows])
     same = policy.prepare(shown[[0, 0, 1]], ["go"] * 3).digests()
     assert same[0] == same[1] != same[2]
+
+
+def test_any_split_of_the_slots_stores_the_same():
+    """What workers with a copy of the policy play is what one collector plays, bit for bit."""
+
+    def play(slots, first):
+        env = EpisodeVectorEnv("manako/GoTo-v0", slots, seed=0, first_slot=first)
+        policy = load_policy(PolicySource(trainable="adapter"), env.action_names, env.frame_shape)
+        return RolloutCollector(env, policy, 3, 0, batch_size=4).collect(0)
+
+    whole, parts = play(12, 0), merge([play(4, 0), play(8, 4)])
+    assert all(torch.equal(column, parts.inputs[name]) for name, column in whole.inputs.columns.items())
+    assert torch.equal(whole.logprobs, parts.logprobs) and torch.equal(whole.next_values, parts.next_values)
 
 
 # ---- once ------------------------------------------------------------------------------------------------------------
