@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
 
-OWN = {"manako": "composed"}  # model types of ours -> packages of this folder that make them known to transformers
+OWN = {
+    "manako": "composed",
+    "manako_flamingo": "flamingo",
+}  # model types of ours -> packages of this folder that make them known to transformers
 ROWS = {  # a configuration's model_type -> module of this folder
     "manako": "composed.parts",
+    "manako_flamingo": "flamingo.parts",
     "blip-2": "blip2",
     "instructblip": "blip2",
     "kosmos-2": "kosmos2",

@@ -27,4 +27,5 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(vision_encoder="vit", adapter="mlp", language_model="tiny-llama"),
     "smollm2": Preset(vision_encoder="vit", adapter="mlp_zscore", language_model="smollm2"),
+    "flamingo": Preset(vision_encoder="vit", adapter="mlp", language_model="tiny-llama", architecture="flamingo.build"),
 }
