@@ -29,4 +29,5 @@ PRESETS: dict[str, Preset] = {
     "smollm2": Preset(vision_encoder="vit", adapter="mlp_zscore", language_model="smollm2"),
     "uniter": Preset(vision_encoder="vit", adapter="linear", language_model=None, architecture="uniter"),
     "vilbert": Preset(vision_encoder="vit", adapter="linear", language_model=None, architecture="vilbert"),
+    "flamingo": Preset(vision_encoder="vit", adapter="mlp", language_model="tiny-llama", architecture="flamingo.build"),
 }

@@ -9,6 +9,7 @@ A model whose attention is not causal over this layout would get other numbers, 
 forward over whole prompts before it is used (`self_check.py`).
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -179,12 +180,8 @@ class SharedPrefix(Reading):
             ],
             dim=1,
         )  # (B, seen + path)
-        branch_cache = DynamicCache(config=self.vlm.config)
-        for source, layer in zip(cache.layers, branch_cache.layers, strict=True):
-            layer.lazy_initialization(source.keys, source.values)
-            layer.keys, layer.values = source.keys, source.values
-            if layer.is_sliding:
-                layer.cumulative_length = source.cumulative_length
+        branch_cache = copy.copy(cache)  # with what a model keeps beside keys and values, such as the images seen
+        branch_cache.layers = [copy.copy(layer) for layer in cache.layers]  # they make new tensors of the old
         return self.vlm.model(
             input_ids=torch.tensor(path, device=lengths.device).expand(batch, -1),
             attention_mask=attended.long(),

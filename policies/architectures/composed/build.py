@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from manako.errors import first_line
-from manako.policies.architectures.composed.configuration import ManakoConfig
 from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration
 from manako.policies.architectures.composed.processing import IMAGE_TOKEN, ManakoProcessor, special_vocabulary
 from manako.policies.encoders import build_encoder
@@ -23,6 +22,7 @@ def build_vlm(
     image_size: int | None = None,
     patch_size: int | None = None,
     seed: int = 0,
+    kind: type[ManakoForConditionalGeneration] = ManakoForConditionalGeneration,
 ) -> tuple[ManakoForConditionalGeneration, ManakoProcessor]:
     """Composes a VLM from three parts.
 
@@ -34,6 +34,7 @@ def build_vlm(
         image_size: see `manako.policies.encoders.build_encoder`.
         patch_size: see `manako.policies.encoders.build_encoder`.
         seed: seed of the random weights.
+        kind: class of the model.
 
     Returns:
         The model in evaluation mode and its processor.
@@ -54,13 +55,13 @@ def build_vlm(
             with quietly():
                 text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size)
-        config = ManakoConfig(
+        config = kind.config_class(
             vision_config=encoder.config,
             text_config=text_model.config,
             adapter=adapter,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
-        model = ManakoForConditionalGeneration(config)
+        model = kind(config)
     _copy(encoder, model.model.vision_tower)
     _copy(text_model.base_model, model.model.language_model)
     if not config.tie_word_embeddings:
@@ -68,7 +69,8 @@ def build_vlm(
     model.tie_weights()
     model.eval()
     _check_language_model(language_model, text_model, model)
-    config.num_image_tokens = _count_image_tokens(vision_encoder, model, image_processor, frame_shape)
+    visual_tokens = _count_image_tokens(vision_encoder, model, image_processor, frame_shape)
+    config.num_image_tokens = visual_tokens if kind.visual_tokens_are_in_the_text else 1
     special = special_vocabulary(tokenizer).values()
     beyond = range(len(tokenizer), model.lm_head.out_features)  # rows that pad the vocabulary stand for no text
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -5,7 +5,7 @@ the text embeddings; `language_model` decides. `generate`, PEFT, TRL's trainers 
 unchanged. Left out on purpose: several images a prompt of different sizes, video, and cross-attention adapters.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -126,10 +126,13 @@ class ManakoModel(ManakoPreTrainedModel):
 class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
     """The composed VLM with its LM head: `generate`, PEFT and TRL's trainers use it like any other VLM."""
 
+    kind: ClassVar[type[ManakoModel]] = ManakoModel  # without the head
+    visual_tokens_are_in_the_text: ClassVar[bool] = True  # a placeholder each; False: one placeholder an image
+
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
         text_config: Any = config.text_config
-        self.model = ManakoModel(config)
+        self.model = self.kind(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         embeddings = self.get_input_embeddings()  # embed_tokens in a Llama, wte in a GPT-2
         name = next(name for name, module in self.named_modules() if module is embeddings)
