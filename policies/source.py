@@ -18,7 +18,9 @@ SYSTEM = "Follow the instruction. Actions: {actions}."
 class PolicySource:
     """Where a policy's model comes from, and what of it learns."""
 
-    policy: str = setting("tiny", "preset (tiny, smollm2, uniter, vilbert, flamingo), model folder, run checkpoint or Hub id")
+    policy: str = setting(
+        "tiny", "preset (tiny, smollm2, uniter, vilbert, flamingo), model folder, run checkpoint or Hub id"
+    )
     vision_encoder: str | None = setting(
         None, "replaces a preset's encoder: vit, clip_vit, convnext, efficientnet_lite0, folder or Hub id"
     )

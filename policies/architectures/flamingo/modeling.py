@@ -144,6 +144,7 @@ class FlamingoModel(ManakoModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Returns last hidden states (B, L, D) of token ids (B, L) with one placeholder an image, and pixels.
@@ -153,6 +154,8 @@ class FlamingoModel(ManakoModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if image_features is not None:
+            raise ValueError("image_features came: expected pixel_values, this model takes no stored features.")
         images = self._images(input_ids, inputs_embeds, pixel_values, getattr(past_key_values, KEPT, None))
         with self._between_layers(images):
             outputs = self.language_model(
