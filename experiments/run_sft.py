@@ -1,10 +1,11 @@
-"""Supervised fine-tuning with TRL's SFTTrainer, in LLaVA's two stages.
+"""Supervised fine-tuning with TRL's SFTTrainer, in LLaVA's two stages, and what an architecture learns before them.
 
     python experiments/run_sft.py --stage align --policy smollm2 --env manako/GoTo-v0
     python experiments/run_sft.py --stage instruct --policy runs/.../final --dataset data/goto
 
+represent   an architecture's own losses on frames and captions, where it has such a stage
 align       encoder and language model stay as they are; the adapter learns to put frames into words: frame -> caption,
-            which the environment makes of its state
+            which the environment makes of its state; an architecture that says no captions has losses of its own
 instruct    the adapter and LoRA (or everything, --trainable full) learn demonstrations of experiments/collect.py; the
             loss is on the answer alone: on its tokens, or (--loss actions, behaviour cloning) on its probability among
             the actions, as the policy acts
@@ -32,7 +33,7 @@ from manako.experiments.common.command_line import UsageError, parse, run_main, 
 from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
 from manako.experiments.common.settings import SFTCommand  # noqa: E402
 
-LEARNS = {"align": "adapter", "instruct": "lora"}  # unless --trainable says otherwise
+LEARNS = {"instruct": "lora"}  # unless --trainable says otherwise; before it the architecture says, or the adapter
 
 
 def main() -> int:
@@ -55,13 +56,13 @@ def read_line(arguments: Sequence[str] | None = None) -> SFTCommand:
     command = parse(SFTCommand, "Supervised fine-tuning with TRL: captions, then demonstrations.", arguments)
     sft = command.sft
     if command.policy.trainable == "auto":
-        learns = dataclasses.replace(command.policy, trainable=LEARNS[sft.stage])
+        learns = dataclasses.replace(command.policy, trainable=LEARNS.get(sft.stage, "auto"))
         command = dataclasses.replace(command, policy=learns)
     if sft.stage == "instruct" and sft.dataset is None:
         raise UsageError("--dataset is missing: give the folder of trajectories that experiments/collect.py wrote.")
-    if sft.stage == "align" and sft.dataset is not None:
-        raise UsageError("--dataset is for --stage instruct: align makes its captions from the environment.")
-    if sft.stage == "align" and sft.loss == "actions":
+    if sft.stage != "instruct" and sft.dataset is not None:
+        raise UsageError(f"--dataset is for --stage instruct: {sft.stage} makes its captions from the environment.")
+    if sft.stage != "instruct" and sft.loss == "actions":
         raise UsageError("--loss actions is for --stage instruct: captions are no actions, leave it out.")
     return command
 

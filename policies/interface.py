@@ -271,6 +271,14 @@ class Policy(nn.Module, ABC):
         """Returns the chat that TRL's trainers are given; the processor's template renders it to `prompt`."""
         raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
 
+    def pretraining(self, stage: str) -> Any:
+        """Returns the model's own losses on frames and captions for a stage of run_sft.py.
+
+        Returns:
+            A `manako.policies.architectures.pretraining.Pretraining`, or None where the architecture has none.
+        """
+        return None
+
     def training_inputs(
         self, images: np.ndarray, prompts: Sequence[Messages], completions: Sequence[Messages]
     ) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from manako.errors import first_line
 from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
+from manako.policies.architectures.pretraining import Pretraining
 from manako.policies.errors import PolicyError
 from manako.policies.features import MOST_BYTES, FrozenFeatures
 from manako.policies.interface import (
@@ -256,6 +257,11 @@ class VLMPolicy(Policy):
     def messages(self, instruction: str) -> list[dict[str, Any]]:
         """Returns the same as chat messages."""
         return self.prompts.messages(self.prompts.clean(instruction))
+
+    def pretraining(self, stage: str) -> Pretraining | None:
+        """Returns the architecture's own losses for a stage, see `Policy`; heads of them are new each time."""
+        make = self.parts.pretraining.get(stage)
+        return None if make is None else make(self.parts, self.processing).to(self.device)
 
     def training_inputs(
         self, images: np.ndarray, prompts: Sequence[Messages], completions: Sequence[Messages]

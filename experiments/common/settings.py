@@ -126,15 +126,16 @@ class TuningSettings:
 class SFTSettings(TuningSettings):
     """Supervised fine-tuning."""
 
-    stage: Literal["align", "instruct"] = setting(
+    stage: Literal["represent", "align", "instruct"] = setting(
         "instruct",
-        "align (frame -> caption; auto trains the adapter) or instruct (demonstrations; auto trains LoRA too)",
+        "represent (what the architecture learns of frames before a language model reads them), align (frame -> "
+        "caption; auto trains the adapter) or instruct (demonstrations; auto trains LoRA too)",
     )
     loss: Literal["tokens", "actions"] = setting(
         "tokens", "of instruct: the answer's tokens out of the vocabulary, or its action out of the actions (quicker)"
     )
     only_success: bool = setting(False, "leave out episodes without success")
-    captions: int = setting(1000, "frames to put into words, for align", ge=1)
+    captions: int = setting(1000, "frames to put into words, for represent and align", ge=1)
     warmup_steps: int = setting(0, "optimizer steps in which the learning rate rises from 0", ge=0)
 
 

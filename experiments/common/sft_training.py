@@ -3,26 +3,32 @@
 import contextlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from manako.agent.data.trajectories import load_trajectories
 from manako.agent.tuning.forgetting import measure_retention
+from manako.agent.tuning.pretraining import PretrainingTrainer
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
 from manako.experiments.common.building import make_tuning_args, policy_of_run
+from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
 from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import SFTCommand
 from manako.policies import VLMPolicy
+from manako.policies.architectures.pretraining import Pretraining
 from manako.policies.room import check_training_room
 
+MEASURED_FRAMES = 256  # of held-out episodes, for what an architecture learns by itself
 FITTED_FRAMES = 256  # whose features an adapter with statistics is given
 SIDE_BY_SIDE = 32  # environments, for captions and in the evaluation
 
@@ -39,7 +45,9 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
         The exit code.
     """
     environment, sft, run = command.environment, command.sft, command.run
-    policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    command, policy, pretraining = _policy_of_stage(command)
+    if pretraining is not None:
+        return _pretrain(command, policy, pretraining, run_dir, started)
     if sft.loss != "actions":
         check_learns_text(policy)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
@@ -78,11 +86,70 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     return 0
 
 
+def _policy_of_stage(command: SFTCommand) -> tuple[SFTCommand, VLMPolicy, Pretraining | None]:
+    """Returns the settings with what learns, the policy, and what its architecture learns at this stage, if anything.
+
+    Raises:
+        UsageError: a stage that this architecture does not have.
+    """
+    environment, run, source = command.environment, command.run, command.policy
+    asked = source.trainable == "auto"
+    source = replace(source, trainable="adapter") if asked else source
+    policy, _ = policy_of_run(environment, source, run.seed, run.torch_threads)
+    pretraining = policy.pretraining(command.sft.stage)
+    if pretraining is None and command.sft.stage == "represent":
+        raise UsageError(
+            f"--stage represent came, but {type(policy.base_vlm).__name__} of --policy {source.policy} learns nothing "
+            "by itself before a language model reads it: expected --stage align, or an architecture with such a stage."
+        )
+    if pretraining is not None and asked and pretraining.learns != source.trainable:
+        source = replace(source, trainable=pretraining.learns)
+        policy, _ = policy_of_run(environment, source, run.seed, run.torch_threads)
+        pretraining = policy.pretraining(command.sft.stage)
+    return replace(command, policy=source), policy, pretraining
+
+
+def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, run_dir: Path, started: float) -> int:
+    """Runs a stage by the architecture's own losses, measured before and after on frames of held-out episodes."""
+    sft, run = command.sft, command.run
+    policy.value_head.requires_grad_(False)
+    check_training_room(policy, command.policy.trainable, policy.device)
+    frames, texts = frames_and_captions(command, sft.captions)
+    held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True)
+    unseen = np.stack(held_out[0]), held_out[1]
+    console = plain_console()
+    console.print(f"data         {len(frames):,} frames and captions, {sft.stage}")
+    print_parts(console, policy)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_description(run_dir, command)
+    before = pretraining.measure(*unseen)
+    args = make_tuning_args(TrainingArguments, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
+    trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
+    trainer.train()
+    seconds = time.perf_counter() - started
+    write_final(policy, run_dir)
+    after = pretraining.measure(*unseen)
+    report = {
+        "stage": sft.stage,
+        "seconds": seconds,
+        "trained_parameters": sum(p.numel() for p in policy.vlm.parameters() if p.requires_grad),
+        "examples": len(frames) * sft.epochs,
+        "loss": trainer.rows[-1]["loss"] if trainer.rows else None,
+        "held_out": {"frames": MEASURED_FRAMES, "before": before, "after": after},
+    }
+    write_text(run_dir / "report.json", json.dumps(report, indent=2))
+    console.print(f"{MEASURED_FRAMES} frames of held-out episodes, before -> after:")
+    for name, value in after.items():
+        console.print(f"  {name:24} {before[name]:.3f} -> {value:.3f}")
+    console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
+    return 0
+
+
 def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list[np.ndarray]]:
     """Returns the examples, and frames (H, W, 3) of the environment for an adapter with statistics."""
     sft = command.sft
     if sft.stage == "align":
-        frames, texts = frames_and_captions(command)
+        frames, texts = frames_and_captions(command, sft.captions)
         return captions(frames, texts), frames
     spec = policy.spec
     trajectories, _ = load_trajectories(str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape)
@@ -92,13 +159,13 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
     return demonstrations(trajectories, policy, sft.only_success), frames
 
 
-def frames_and_captions(command: SFTCommand) -> tuple[list[np.ndarray], list[str]]:
-    """Returns frames of random play on training seeds, and what the environment says is on them."""
-    count, seed = command.sft.captions, command.run.seed
+def frames_and_captions(command: SFTCommand, count: int, held_out: bool = False) -> tuple[list[np.ndarray], list[str]]:
+    """Returns frames of random play, on training or held-out seeds, and what the environment says is on them."""
+    seed = command.run.seed
     frames: list[np.ndarray] = []
     texts: list[str] = []
     generator = np.random.default_rng(seed)
-    with contextlib.closing(make_vector_env(command.environment, min(SIDE_BY_SIDE, count), seed)) as env:
+    with contextlib.closing(make_vector_env(command.environment, min(SIDE_BY_SIDE, count), seed, held_out)) as env:
         seen = env.reset()
         while len(frames) < count:
             frames += list(seen.images)

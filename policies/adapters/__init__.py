@@ -3,13 +3,13 @@
 To add one: a file with a subclass of `Adapter` and a line in `ADAPTERS`; `--adapter NAME` then selects it.
 """
 
-from manako.policies.adapters.base import Adapter
+from manako.policies.adapters.base import Adapter, Text
 from manako.policies.adapters.linear import LinearAdapter
 from manako.policies.adapters.mlp import MLPAdapter
 from manako.policies.adapters.mlp_zscore import ZScoreMLPAdapter
 from manako.policies.errors import PolicyError
 
-__all__ = ["ADAPTERS", "Adapter", "build_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "Text", "build_adapter"]
 
 ADAPTERS: dict[str, type[Adapter]] = {"linear": LinearAdapter, "mlp": MLPAdapter, "mlp_zscore": ZScoreMLPAdapter}
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from manako.policies.adapters.base import Adapter
+from manako.policies.adapters.base import Adapter, Text
 
 
 class LinearAdapter(Adapter):
@@ -13,6 +13,6 @@ class LinearAdapter(Adapter):
         super().__init__(vision_width, text_width)
         self.proj = nn.Linear(vision_width, text_width)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, text: Text | None = None) -> torch.Tensor:
         """Returns visual tokens (B, P, D) of features (B, P, Dv)."""
         return self.proj(features)

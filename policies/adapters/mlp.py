@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from manako.policies.adapters.base import Adapter
+from manako.policies.adapters.base import Adapter, Text
 
 
 class MLPAdapter(Adapter):
@@ -15,6 +15,6 @@ class MLPAdapter(Adapter):
         self.act = nn.GELU()
         self.down = nn.Linear(text_width, text_width)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, text: Text | None = None) -> torch.Tensor:
         """Returns visual tokens (B, P, D) of features (B, P, Dv)."""
         return self.down(self.act(self.up(features)))

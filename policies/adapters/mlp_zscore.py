@@ -2,6 +2,7 @@
 
 import torch
 
+from manako.policies.adapters.base import Text
 from manako.policies.adapters.mlp import MLPAdapter
 
 
@@ -35,6 +36,6 @@ class ZScoreMLPAdapter(MLPAdapter):
         self.feature_std.copy_(spread.clamp_min(max(0.1 * float(spread.mean()), 1e-6)))
         return True
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, text: Text | None = None) -> torch.Tensor:
         """Returns visual tokens (B, P, D) of features (B, P, Dv)."""
         return super().forward((features - self.feature_mean) / self.feature_std)

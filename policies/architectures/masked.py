@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.processing_utils import ProcessorMixin
 
-from manako.policies.architectures.composed.build import _copy, _count_image_tokens
+from manako.policies.architectures.composed.build import copy_weights, count_image_tokens
 from manako.policies.architectures.composed.configuration import ManakoConfig
 from manako.policies.architectures.composed.modeling import ManakoModel, ManakoPreTrainedModel
 from manako.policies.architectures.model import Model
@@ -256,10 +256,10 @@ def build_masked(
         encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size)
         vlm = make(encoder.config, adapter, tokenizer)
         _draw(vlm)
-    _copy(encoder, vlm.model.vision_tower)
+    copy_weights(encoder, vlm.model.vision_tower)
     vlm.eval()
     model: Any = vlm  # whose frames are counted as those of a composed one
-    vlm.config.num_image_tokens = _count_image_tokens(vision_encoder, model, image_processor, frame_shape)
+    vlm.config.num_image_tokens = count_image_tokens(vision_encoder, model, image_processor, frame_shape)
     return vlm, MaskedProcessor(image_processor, tokenizer, chat_template=TEMPLATE)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from torch import Tensor
 
+from manako.policies.architectures.pretraining import MakePretraining
 from manako.policies.reading.reading import Reading
 
 # the model's inputs of whole prompts -> positions of their tokens, (..., B, L), as its decoder takes them
@@ -38,6 +39,7 @@ class Model(NamedTuple):
     image_counts: bool = True  # False: a new one may be blind at first, such as behind an adapter that starts at 0
     one_token_answers: bool = False  # True: it answers at a mask, so it spells nothing, and is trained on no text
     see: See | None = None  # None: its forward takes pixels alone
+    pretraining: Mapping[str, MakePretraining] = {}  # by stage of run_sft.py: represent, align
     nests_images: bool | None = None  # whether the processor takes a list of images for each text; None: either
 
     @property

@@ -62,14 +62,14 @@ def build_vlm(
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
         model = kind(config)
-    _copy(encoder, model.model.vision_tower)
-    _copy(text_model.base_model, model.model.language_model)
+    copy_weights(encoder, model.model.vision_tower)
+    copy_weights(text_model.base_model, model.model.language_model)
     if not config.tie_word_embeddings:
-        _copy(text_model.get_output_embeddings(), model.lm_head)
+        copy_weights(text_model.get_output_embeddings(), model.lm_head)
     model.tie_weights()
     model.eval()
     _check_language_model(language_model, text_model, model)
-    visual_tokens = _count_image_tokens(vision_encoder, model, image_processor, frame_shape)
+    visual_tokens = count_image_tokens(vision_encoder, model, image_processor, frame_shape)
     config.num_image_tokens = visual_tokens if kind.visual_tokens_are_in_the_text else 1
     special = special_vocabulary(tokenizer).values()
     beyond = range(len(tokenizer), model.lm_head.out_features)  # rows that pad the vocabulary stand for no text
@@ -84,7 +84,7 @@ def build_vlm(
     return model, processor
 
 
-def _count_image_tokens(
+def count_image_tokens(
     name: str, model: ManakoForConditionalGeneration, image_processor: Any, frame_shape: tuple[int, int, int]
 ) -> int:
     """Visual tokens K of a frame, by running one."""
@@ -118,7 +118,7 @@ def _check_language_model(name: str, text_model: Any, model: ManakoForConditiona
         )
 
 
-def _copy(source: torch.nn.Module, target: torch.nn.Module) -> None:
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """Copies weights by name; parts that only the source has are left out."""
     missing = target.load_state_dict(source.state_dict(), strict=False).missing_keys
     if missing:
