@@ -19,14 +19,21 @@ from manako.agent.tuning.supervised import captions, demonstrated_actions, demon
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
 from manako.experiments.common.building import make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import make_vector_env
-from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
+from manako.experiments.common.environments import make_vector_env, sights
+from manako.experiments.common.progress import (
+    plain_console,
+    print_parts,
+    print_retention,
+    print_sensitivity,
+    print_table,
+)
 from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import SFTCommand
 from manako.policies import VLMPolicy
 from manako.policies.architectures.pretraining import Pretraining
 from manako.policies.room import check_training_room
+from manako.policies.sensitivity import sensitivity
 
 MEASURED_FRAMES = 256  # of held-out episodes, for what an architecture learns by itself
 FITTED_FRAMES = 256  # whose features an adapter with statistics is given
@@ -58,6 +65,8 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     if policy.fit_adapter(np.stack(frames[:FITTED_FRAMES])):
         console.print(f"adapter      standardises features by {min(len(frames), FITTED_FRAMES)} frames")
     print_parts(console, policy)
+    if sft.stage == "instruct":
+        print_sensitivity(console, sensitivity(policy, *sights(environment, run.seed)))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
     before = measure_retention(policy)

@@ -35,6 +35,7 @@ HEADINGS = [
     "answers",
     "image",
     "prompt",
+    "state",
     "generate",
     "learns",
     "needs",
@@ -168,7 +169,7 @@ def test_a_check_changes_nothing(families):
 )  # in front of the prompt, in it under another name, in cross-attention, and queries
 def test_image_tokens_of_other_kinds(family, tokens, families):
     env = make_env("manako/GoTo-v0", 1)
-    shown = model_check.Shown(env.action_names, env.frame_shape, env.reset())
+    shown = model_check.Shown(env.action_names, env.frame_shape, env.reset(), None)
     policy = load_policy(PolicySource(str(families / family)), env.action_names, env.frame_shape)
     assert model_check.image_tokens(policy, shown) == tokens
 
@@ -265,7 +266,7 @@ def test_a_package_that_is_not_there(families, run, monkeypatch):
 
     monkeypatch.setattr("manako.policies.library_models.AutoProcessor.from_pretrained", nothing)
     monkeypatch.setattr("manako.policies.library_models.load_without_video", nothing)
-    shown = model_check.Shown(("up", "down"), (24, 24, 3), None)
+    shown = model_check.Shown(("up", "down"), (24, 24, 3), None, None)
     row, code = model_check.check_model(str(families / "llava"), check_model.read_line(["x"]), shown)
     assert code == 2 and row == Row("llava", acts="no", needs="sentencepiece")
 
