@@ -19,7 +19,8 @@ class PolicySource:
     """Where a policy's model comes from, and what of it learns."""
 
     policy: str = setting(
-        "tiny", "preset (tiny, smollm2, uniter, vilbert, flamingo), model folder, run checkpoint or Hub id"
+        "tiny",
+        "preset (tiny, smollm2, uniter, vilbert, flamingo, vision_tokens), model folder, run checkpoint or Hub id",
     )
     vision_encoder: str | None = setting(
         None, "replaces a preset's encoder: vit, clip_vit, eva, convnext, efficientnet_lite0, folder or Hub id"
@@ -43,6 +44,9 @@ class PolicySource:
     )
     lora_rank: int = setting(16, "rank of LoRA", ge=1)
     lora_alpha: int = setting(32, "LoRA is scaled by lora_alpha / lora_rank", only_in_file=True, ge=1)
+    next_frame_coef: float = setting(
+        0.0, "weight of the loss on the next frame's codes, for a policy of vision tokens", ge=0
+    )
     dtype: Dtype = setting("float32", "of the weights")
     action_format: ActionFormat = setting("auto", "how actions are named")
     system: str = setting(

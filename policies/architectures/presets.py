@@ -30,4 +30,7 @@ PRESETS: dict[str, Preset] = {
     "uniter": Preset(vision_encoder="vit", adapter="linear", language_model=None, architecture="uniter"),
     "vilbert": Preset(vision_encoder="vit", adapter="linear", language_model=None, architecture="vilbert"),
     "flamingo": Preset(vision_encoder="vit", adapter="mlp", language_model="tiny-llama", architecture="flamingo.build"),
+    "vision_tokens": Preset(
+        vision_encoder="fsq", adapter="codes", language_model="tiny-llama", architecture="vision_tokens.build"
+    ),
 }
