@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from manako.policies.architectures.vision_tokens.configuration import FrameTokenizerConfig
 
+LOADED = "_is_hf_initialized"  # how the library marks weights that come from a file
 EPSILON = 1e-3  # keeps the outermost levels reachable
 
 
@@ -68,9 +69,8 @@ class FrameTokenizer(PreTrainedModel):
         if isinstance(module, FSQ):  # whose tables are lost by a model that is loaded onto the meta device
             module.levels = torch.tensor(list(self.config.levels))
             module.basis = torch.tensor([1, *self.config.levels[:-1]]).cumprod(0)
-        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            if not getattr(module.weight, "_is_hf_initialized", False):
-                module.reset_parameters()  # the library's 0.02 leaves all patches at one point
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and not module.weight.__dict__.get(LOADED):
+            module.reset_parameters()  # the library's 0.02 leaves all patches at one point
 
     def quantize(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Returns points (B, P, d) and codes (B, P) of pixels (B, 3, h, w), row by row."""
