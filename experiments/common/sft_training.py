@@ -149,7 +149,7 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
     console.print(f"{MEASURED_FRAMES} frames of held-out episodes, before -> after:")
     for name, value in after.items():
-        console.print(f"  {name:24} {before[name]:.3f} -> {value:.3f}")
+        console.print(f"  {name:26} {before[name]:.3f} -> {value:.3f}")
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
     return 0
 
