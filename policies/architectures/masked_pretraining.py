@@ -23,9 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.architectures.pretraining import Pretraining, next_different
-from manako.policies.errors import PolicyError
-from manako.policies.prompts import as_plain_line
+from manako.policies.architectures.pretraining import Pretraining, check_length, next_different, plain_captions
 
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
@@ -111,24 +109,15 @@ class MaskedPretraining(Pretraining):
 
     def _texts(self, captions: Sequence[str]) -> Texts:
         """Captions as the model reads them, special tokens in them left out."""
-        prompts = []
-        for caption in captions:
-            text = as_plain_line(caption, sorted(self.special))
-            if not text:
-                raise PolicyError(
-                    f"The caption {caption!r} holds no word to mask: expected a sentence about the frame from the "
-                    "environment's caption()."
-                )
-            message = {"role": "user", "content": [{"type": "text", "text": text}]}
-            prompts.append(self.parts.processor.apply_chat_template([message], add_generation_prompt=True))
+        prompts = [
+            self.parts.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "text", "text": caption}]}], add_generation_prompt=True
+            )
+            for caption in plain_captions(captions, self.special)
+        ]
         made = self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt").to(self.base.device)
         ids, mask = made["input_ids"], made["attention_mask"]  # (B, L)
-        if ids.shape[1] > self.longest:
-            caption = captions[int(mask.sum(1).argmax())]
-            raise PolicyError(
-                f"The caption {caption[:80]!r} takes {ids.shape[1]} tokens, but {type(self.base).__name__} reads at "
-                f"most {self.longest}: expected a shorter sentence from the environment's caption()."
-            )
+        check_length(captions, mask.sum(1), self.longest, type(self.base).__name__)
         is_word = torch.isin(ids, self.word_ids.to(ids.device))
         return Texts(ids, mask, is_word, mask.sum(1) - 1)
 

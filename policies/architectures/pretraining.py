@@ -9,7 +9,7 @@ pretraining and end with it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from manako.policies.errors import PolicyError
+from manako.policies.plain_text import as_plain_line
 
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
@@ -69,6 +70,36 @@ class Pretraining(nn.Module, ABC):
         """Returns the model's inputs that are made of frames (B, H, W, 3) uint8, on its device."""
         pipeline = self.processing.pipeline
         return pipeline.pixels(pipeline.resize(images).to(self.vlm.device))
+
+
+def plain_captions(captions: Sequence[str], special_tokens: Iterable[str]) -> list[str]:
+    """Returns captions as plain data: one line each, no special tokens in them.
+
+    Raises:
+        PolicyError: nothing is left of one.
+    """
+    tokens = sorted(special_tokens)
+    cleaned = {caption: as_plain_line(caption, tokens) for caption in set(captions)}
+    empty = [caption for caption, text in cleaned.items() if not text]
+    if empty:
+        raise PolicyError(
+            f"The caption {empty[0]!r} holds no word: expected a sentence about the frame from the environment's "
+            "caption()."
+        )
+    return [cleaned[caption] for caption in captions]
+
+
+def check_length(captions: Sequence[str], lengths: Tensor, longest: int, reader: str) -> None:
+    """Checks that captions of these lengths (N,) in tokens can be read.
+
+    Raises:
+        PolicyError: one is longer than `longest`.
+    """
+    if int(lengths.max()) > longest:
+        raise PolicyError(
+            f"The caption {captions[int(lengths.argmax())][:80]!r} takes {int(lengths.max())} tokens, but {reader} "
+            f"reads at most {longest}: expected a shorter sentence from the environment's caption()."
+        )
 
 
 def next_different(captions: Sequence[str]) -> Tensor:

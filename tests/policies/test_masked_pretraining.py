@@ -138,8 +138,8 @@ def test_the_frame_is_learned_from():
 @pytest.mark.parametrize(
     ("caption", "message"),
     [
-        ("", "The caption '' holds no word to mask: expected a sentence"),
-        ("<|mask|> <|user|>", "holds no word to mask: expected a sentence about the frame"),
+        ("", "The caption '' holds no word: expected a sentence"),
+        ("<|mask|> <|user|>", "holds no word: expected a sentence about the frame"),
         ("眼" * 400, r"takes \d+ tokens, but UniterForMaskedLM reads at most 512: expected a shorter sentence"),
     ],
 )
