@@ -22,9 +22,13 @@ class PolicySource:
         "tiny", "preset (tiny, smollm2, uniter, vilbert, flamingo), model folder, run checkpoint or Hub id"
     )
     vision_encoder: str | None = setting(
-        None, "replaces a preset's encoder: vit, clip_vit, convnext, efficientnet_lite0, folder or Hub id"
+        None, "replaces a preset's encoder: vit, clip_vit, eva, convnext, efficientnet_lite0, folder or Hub id"
     )
-    adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp, mlp_zscore")
+    adapter: str | None = setting(
+        None,
+        "replaces a preset's adapter: linear, mlp, mlp_zscore, qformer, resampler, and with the instruction before "
+        "them instruct_qformer, instruct_resampler",
+    )
     language_model: str | None = setting(
         None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id"
     )

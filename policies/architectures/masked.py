@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.processing_utils import ProcessorMixin
 
-from manako.policies.architectures.composed.build import copy_weights, count_image_tokens
+from manako.policies.architectures.composed.build import check_adapter, copy_weights, count_image_tokens
 from manako.policies.architectures.composed.configuration import ManakoConfig
 from manako.policies.architectures.composed.modeling import ManakoModel, ManakoPreTrainedModel
 from manako.policies.architectures.masked_pretraining import MaskedPretraining
@@ -79,6 +79,8 @@ class MaskedModel(ManakoModel):
 
     Where the library projects the features of regions to its width, the adapter does.
     """
+
+    gives_text = False
 
     _supports_flash_attn = False
     _supports_sdpa = False
@@ -258,6 +260,7 @@ def build_masked(
             f"--language_model {language_model!r} came, but {name} has no language model of its own to replace: its "
             "text is read by the model that reads the frame, leave it out."
         )
+    check_adapter(adapter, MaskedModel)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()

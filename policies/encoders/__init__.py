@@ -4,7 +4,7 @@ To add one: a file with a `build` and a line in `ENCODERS`; `--vision_encoder NA
 `AutoModel` loads needs no file: its folder or Hub id is its name.
 """
 
-from manako.policies.encoders import clip_vit, convnext, efficientnet_lite, pretrained, vit
+from manako.policies.encoders import clip_vit, convnext, efficientnet_lite, eva, pretrained, vit
 from manako.policies.encoders.encoder import BuildEncoder, Encoder
 from manako.policies.errors import PolicyError
 
@@ -13,6 +13,7 @@ __all__ = ["ENCODERS", "Encoder", "build_encoder"]
 ENCODERS: dict[str, BuildEncoder] = {
     "vit": vit.build,
     "clip_vit": clip_vit.build,
+    "eva": eva.build,
     "convnext": convnext.build,
     "efficientnet_lite0": efficientnet_lite.build,
 }

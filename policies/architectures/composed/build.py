@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from manako.errors import first_line
-from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration
+from manako.policies.adapters import ADAPTERS
+from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration, ManakoModel
 from manako.policies.architectures.composed.processing import IMAGE_TOKEN, ManakoProcessor, special_vocabulary
 from manako.policies.encoders import build_encoder
 from manako.policies.errors import PolicyError
@@ -42,6 +43,7 @@ def build_vlm(
     Raises:
         PolicyError: an unknown name, a folder without a model, parts or sizes that do not fit.
     """
+    reads_text = check_adapter(adapter, kind.kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_model, tokenizer, template = build_language_model(language_model)
@@ -79,9 +81,30 @@ def build_vlm(
         {*special, *beyond, config.image_token_id} - {tokenizer.eos_token_id}
     )
     processor = ManakoProcessor(
-        image_processor, tokenizer, num_image_tokens=config.num_image_tokens, chat_template=template
+        image_processor,
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        chat_template=template,
+        adapter_reads_text=reads_text,
     )
     return model, processor
+
+
+def check_adapter(name: str, model: type[ManakoModel]) -> bool:
+    """Returns whether an adapter of that name reads text.
+
+    Raises:
+        PolicyError: an unknown name, or an adapter that reads text in a model that gives it none.
+    """
+    if name not in ADAPTERS:
+        raise PolicyError(f"Unknown adapter {name!r}: expected one of {', '.join(sorted(ADAPTERS))}.")
+    if ADAPTERS[name].wants_text and not model.gives_text:
+        fitting = ", ".join(sorted(other for other, kind in ADAPTERS.items() if not kind.wants_text))
+        raise PolicyError(
+            f"The adapter {name!r} reads the prompt's text, but {model.__name__} gives its adapter the frame alone: "
+            f"expected one of {fitting}."
+        )
+    return ADAPTERS[name].wants_text
 
 
 def count_image_tokens(
@@ -95,9 +118,10 @@ def count_image_tokens(
             f"The image processor of {name!r} gives pixels of shape {tuple(pixels.shape)} for a frame: expected "
             "(1, 3, height, width); choose an encoder that sees a frame as one image."
         )
+    text = (torch.zeros(1, 1, dtype=torch.long),) if model.model.adapter.wants_text else ()  # K does not depend on it
     try:
         with torch.no_grad():
-            return model.model.get_image_features(pixels).shape[1]  # (1, K, D)
+            return model.model.get_image_features(pixels, *text).shape[1]  # (1, K, D)
     except (ValueError, RuntimeError) as error:
         raise PolicyError(
             f"The vision encoder {name!r} cannot see frames of shape {tuple(frame_shape)}, which its processor makes "
