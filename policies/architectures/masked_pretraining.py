@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.architectures.pretraining import Pretraining, check_length, next_different, plain_captions
+from manako.policies.architectures.pretraining import Pretraining, next_different, plain_captions
+from manako.policies.errors import PolicyError
 
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
@@ -117,7 +118,12 @@ class MaskedPretraining(Pretraining):
         ]
         made = self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt").to(self.base.device)
         ids, mask = made["input_ids"], made["attention_mask"]  # (B, L)
-        check_length(captions, mask.sum(1), self.longest, type(self.base).__name__)
+        if ids.shape[1] > self.longest:
+            raise PolicyError(
+                f"The caption {captions[int(mask.sum(1).argmax())][:80]!r} takes {ids.shape[1]} tokens, but "
+                f"{type(self.base).__name__} reads at most {self.longest}: expected a shorter sentence from the "
+                "environment's caption()."
+            )
         is_word = torch.isin(ids, self.word_ids.to(ids.device))
         return Texts(ids, mask, is_word, mask.sum(1) - 1)
 

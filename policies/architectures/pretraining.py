@@ -89,19 +89,6 @@ def plain_captions(captions: Sequence[str], special_tokens: Iterable[str]) -> li
     return [cleaned[caption] for caption in captions]
 
 
-def check_length(captions: Sequence[str], lengths: Tensor, longest: int, reader: str) -> None:
-    """Checks that captions of these lengths (N,) in tokens can be read.
-
-    Raises:
-        PolicyError: one is longer than `longest`.
-    """
-    if int(lengths.max()) > longest:
-        raise PolicyError(
-            f"The caption {captions[int(lengths.argmax())][:80]!r} takes {int(lengths.max())} tokens, but {reader} "
-            f"reads at most {longest}: expected a shorter sentence from the environment's caption()."
-        )
-
-
 def next_different(captions: Sequence[str]) -> Tensor:
     """Returns for each caption the place of the next one that says something else, (N,) int64; behind the last is 0.
 

@@ -6,7 +6,7 @@
     [CLS|DEC] caption ── the same self-attention ─────────────────────────────── feed-forward (captions') ─► (B, L, D)
 
                queries see  captions see
-    contrast   queries      captions      max over queries of cos(query, [CLS]) / temperature: which frame, which caption
+    contrast   queries      captions      max over queries of cos(query, [CLS]) / temperature: which is whose
     matching   both         both          two classes by each query, averaged; wrong pairs are those that look right
     words      queries      queries and   after [DEC], each word from the frame's queries and the words before it
                             words before
@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Blip2QFormerModel
 
+from manako.policies.adapters.qformer import InstructQFormerAdapter, sinusoids
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.architectures.pretraining import Pretraining, check_length, next_different, plain_captions
+from manako.policies.architectures.pretraining import Pretraining, next_different, plain_captions
 
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
@@ -70,7 +71,6 @@ class QFormerPretraining(Pretraining):
         self.joint = self.adapter.qformer if config.use_qformer_text_input else with_text(self.adapter.qformer)
         if not config.use_qformer_text_input:
             self.words = nn.Embedding(count, width)
-            self.places = nn.Embedding(config.max_position_embeddings, width)
         self.starts = nn.Parameter(torch.randn(2, width))  # [CLS], [DEC]
         self.to_compare = nn.ModuleList([nn.Linear(width, COMPARED_WIDTH) for _ in ("frame", "caption")])
         self.matching = nn.Linear(width, 2)
@@ -86,7 +86,7 @@ class QFormerPretraining(Pretraining):
         """Returns the losses `contrast`, `matching` and `words`, see `Pretraining`.
 
         Raises:
-            PolicyError: a caption without a word, or longer than the Q-Former reads.
+            PolicyError: a caption without a word.
         """
         texts, features = self._texts(captions), self._see(images)
         logits, seen = self._say(texts, features)  # what the queries see of a frame no caption changes
@@ -143,7 +143,6 @@ class QFormerPretraining(Pretraining):
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         rows = [[0, *self.tokenizer.encode(text, add_special_tokens=False), *end] for text in cleaned]
         lengths = torch.tensor([len(row) for row in rows])
-        check_length(captions, lengths, self.adapter.qformer.config.max_position_embeddings, "the Q-Former")
         longest = int(lengths.max())
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # (B, L)
         mask = torch.arange(longest) < lengths[:, None]
@@ -151,9 +150,12 @@ class QFormerPretraining(Pretraining):
 
     def _embed(self, texts: Texts, start: int) -> Tensor:
         """(B, L, D) of captions behind [CLS] or [DEC]."""
-        words = self.words(texts.ids) + self.places.weight[: texts.ids.shape[1]]
-        first = self.starts[start] + self.places.weight[0]
-        return torch.cat([first.expand(len(words), 1, -1), words[:, 1:]], 1)
+        if isinstance(self.adapter, InstructQFormerAdapter):
+            words = self.adapter.text_proj(self.base.get_input_embeddings()(texts.ids[:, 1:]))
+        else:
+            words = self.words(texts.ids[:, 1:])
+        embedded = torch.cat([self.starts[start].expand(len(words), 1, -1), words], 1)
+        return embedded + sinusoids(*embedded.shape[1:]).to(embedded)
 
     def _see(self, images: np.ndarray) -> Tensor:
         """Features (B, P, Dv) of frames (B, H, W, 3)."""
