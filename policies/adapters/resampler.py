@@ -8,7 +8,6 @@ Q-Former's queries attend to each other and to the image in turn, latents do bot
 prompt's text beside the features.
 """
 
-import math
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 from manako.policies.adapters.base import Adapter, Text
-from manako.policies.adapters.qformer import HEAD_WIDTH, INITIALIZER_RANGE, LAYERS, sinusoids
+from manako.policies.adapters.qformer import LAYERS, heads_of, initializer_range, places, text_projection
 
 
 class Resampler(Idefics2PerceiverResampler):
@@ -42,7 +41,7 @@ class ResamplerAdapter(Adapter):
 
     def __init__(self, vision_width: int, text_width: int) -> None:
         super().__init__(vision_width, text_width)
-        heads = text_width // math.gcd(text_width, HEAD_WIDTH)
+        heads = heads_of(text_width)
         self.proj = nn.Linear(vision_width, text_width)
         self.resampler = Resampler(
             Idefics2PerceiverConfig(
@@ -52,7 +51,7 @@ class ResamplerAdapter(Adapter):
                 resampler_n_heads=heads,
                 resampler_head_dim=text_width // heads,
                 num_key_value_heads=heads,
-                initializer_range=INITIALIZER_RANGE,
+                initializer_range=initializer_range(text_width),
             )
         )
 
@@ -66,19 +65,19 @@ class InstructResamplerAdapter(ResamplerAdapter):
     """A resampler that reads the prompt's text.
 
     Attributes:
-        text_proj: of the language model's embeddings.
+        text_proj: of the language model's embeddings, each scaled alike.
     """
 
     wants_text = True
 
     def __init__(self, vision_width: int, text_width: int) -> None:
         super().__init__(vision_width, text_width)
-        self.text_proj = nn.Linear(text_width, text_width)
+        self.text_proj = text_projection(text_width, text_width)
 
     def forward(self, features: torch.Tensor, text: Text | None = None) -> torch.Tensor:
         """Returns visual tokens (B, K, D) of features (B, P, Dv) and text."""
         assert text is not None, "the model gives text to an adapter that wants some"
-        places = sinusoids(text.embeddings.shape[1], text.embeddings.shape[2]).to(features)
-        context = torch.cat([self.proj(features), self.text_proj(text.embeddings) + places], dim=1)  # (B, P + T, D)
+        words = self.text_proj(text.embeddings) + places(text.mask, text.embeddings)  # (B, T, D)
+        context = torch.cat([self.proj(features), words], dim=1)  # (B, P + T, D)
         seen = torch.cat([text.mask.new_ones(features.shape[:2]), text.mask], dim=1)
         return self.resampler(context, seen.long())

@@ -9,7 +9,7 @@ from manako.errors import first_line
 from manako.policies.adapters import ADAPTERS
 from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration, ManakoModel
 from manako.policies.architectures.composed.processing import IMAGE_TOKEN, ManakoProcessor, special_vocabulary
-from manako.policies.encoders import build_encoder
+from manako.policies.encoders import LoadEncoder, build_encoder, pretrained
 from manako.policies.errors import PolicyError
 from manako.policies.language_models import build_language_model
 from manako.policies.pretrained import quietly
@@ -24,6 +24,7 @@ def build_vlm(
     patch_size: int | None = None,
     seed: int = 0,
     kind: type[ManakoForConditionalGeneration] = ManakoForConditionalGeneration,
+    load_encoder: LoadEncoder = pretrained.load,
 ) -> tuple[ManakoForConditionalGeneration, ManakoProcessor]:
     """Composes a VLM from three parts.
 
@@ -36,6 +37,7 @@ def build_vlm(
         patch_size: see `manako.policies.encoders.build_encoder`.
         seed: seed of the random weights.
         kind: class of the model.
+        load_encoder: what makes an encoder of a folder or a Hub id.
 
     Returns:
         The model in evaluation mode and its processor.
@@ -56,7 +58,7 @@ def build_vlm(
         if text_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
             with quietly():
                 text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size)
+        encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size, load_encoder)
         config = kind.config_class(
             vision_config=encoder.config,
             text_config=text_model.config,
