@@ -70,7 +70,7 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
     before = measure_retention(policy)
-    args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
+    args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps, max_length=None)
     kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
     trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
     trainer.train()
@@ -130,9 +130,9 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     console = plain_console()
     console.print(f"data         {len(frames):,} frames and captions, {sft.stage}")
     print_parts(console, policy)
+    before = pretraining.measure(*unseen)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
-    before = pretraining.measure(*unseen)
     args = make_tuning_args(TrainingArguments, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
     trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
     trainer.train()
@@ -150,7 +150,7 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
     console.print(f"{MEASURED_FRAMES} frames of held-out episodes, before -> after:")
     for name, value in after.items():
-        console.print(f"  {name:24} {before[name]:.3f} -> {value:.3f}")
+        console.print(f"  {name:26} {before[name]:.3f} -> {value:.3f}")
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
     return 0
 

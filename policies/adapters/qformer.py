@@ -38,19 +38,7 @@ class QFormerAdapter(Adapter):
     def __init__(self, vision_width: int, text_width: int) -> None:
         super().__init__(vision_width, text_width)
         width = min(text_width, WIDEST)
-        config = Blip2QFormerConfig(
-            hidden_size=width,
-            encoder_hidden_size=vision_width,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=heads_of(width),
-            intermediate_size=2 * width,
-            cross_attention_frequency=1,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=initializer_range(width),
-            use_qformer_text_input=self.wants_text,
-        )
-        self.qformer = Blip2QFormerModel(config)
+        self.qformer = Blip2QFormerModel(qformer_config(vision_width, width, self.wants_text))
         self.queries = nn.Parameter(torch.randn(1, self.NUM_QUERIES, width))
         self.proj = nn.Linear(width, text_width)
 
@@ -86,6 +74,22 @@ class InstructQFormerAdapter(QFormerAdapter):
             encoder_hidden_states=features,
         ).last_hidden_state
         return self.proj(states[:, : queries.shape[1]])
+
+
+def qformer_config(vision_width: int, width: int, with_text: bool = False) -> Blip2QFormerConfig:
+    """Returns that of a small Q-Former whose queries, of `width`, attend to features of `vision_width`."""
+    return Blip2QFormerConfig(
+        hidden_size=width,
+        encoder_hidden_size=vision_width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads_of(width),
+        intermediate_size=2 * width,
+        cross_attention_frequency=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=initializer_range(width),
+        use_qformer_text_input=with_text,
+    )
 
 
 def heads_of(width: int) -> int:

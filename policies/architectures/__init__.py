@@ -24,7 +24,7 @@ ROWS = {  # a configuration's model_type -> module of this folder
     "manako_uniter": "uniter",
     "manako_vilbert": "vilbert",
     "blip-2": "blip2",
-    "instructblip": "blip2",
+    "instructblip": "instructblip",
     "kosmos-2": "kosmos2",
     "idefics": "idefics",
     "idefics2": "idefics2",

@@ -9,7 +9,7 @@
 
 The streams are the library's LXMERT, which has ViLBERT's shape: `LxmertModel`, and the MLM head of
 `LxmertForPreTraining`; `visual_feats` are patches, and `visual_pos` their boxes in the grid. Left out: the detector
-that finds regions, streams of unequal width and depth, and the pretraining tasks (masked words and regions, matching).
+that finds regions, streams of unequal width and depth; of the pretraining (`masked_pretraining.py`) masked regions.
 """
 
 from typing import Any

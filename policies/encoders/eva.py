@@ -7,8 +7,12 @@ from manako.policies.encoders.encoder import INITIALIZER_RANGE, TRANSFORMER, Enc
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # it is in no auto map of the library
 
 
+def configuration(side: int, patch: int) -> Blip2VisionConfig:
+    """Returns that of a small one, for images of `side` pixels in patches of `patch`."""
+    return Blip2VisionConfig(**TRANSFORMER, image_size=side, patch_size=patch, initializer_range=INITIALIZER_RANGE)
+
+
 def build(frame_shape: tuple[int, int, int], image_size: int | None, patch_size: int | None) -> Encoder:
     """Returns the encoder for such frames; see `BuildEncoder`."""
     side, patch = sides(frame_shape, image_size, patch_size)
-    config = Blip2VisionConfig(**TRANSFORMER, image_size=side, patch_size=patch, initializer_range=INITIALIZER_RANGE)
-    return random_encoder(config, side)
+    return random_encoder(configuration(side, patch), side)
