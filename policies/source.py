@@ -19,7 +19,7 @@ class PolicySource:
     """Where a policy's model comes from, and what of it learns."""
 
     policy: str = setting(
-        "tiny", "preset (tiny, smollm2, uniter, vilbert, flamingo), model folder, run checkpoint or Hub id"
+        "tiny", "preset (tiny, smollm2, uniter, vilbert, flamingo, kosmos2), model folder, run checkpoint or Hub id"
     )
     vision_encoder: str | None = setting(
         None, "replaces a preset's encoder: vit, clip_vit, convnext, efficientnet_lite0, folder or Hub id"
