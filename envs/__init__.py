@@ -1,8 +1,8 @@
 """Environments as a vision-language policy sees them: an image, an instruction, and actions with names.
 
 Importing this package registers `manako/ColorMatch-v0`, `manako/GoTo-v0` and `manako/Touch-v0`, and settles two things
-with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow the signal that stops a run), and on
-a machine without a screen it does not look for one. Nothing here imports torch.
+with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow the signal that stops
+a run), and on a machine without a screen it does not look for one. Nothing here imports torch.
 """
 
 import os

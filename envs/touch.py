@@ -1,8 +1,8 @@
 """`manako/Touch-v0`: touch the object that the instruction names, where the action is a place.
 
 A small board with a few coloured objects, and "touch the blue ball". The action is a cell: it is touched at once,
-nothing walks. The named object is worth +1, is taken off the board, and another one is named; `touches` of them in a row
-are a success. Any other cell, be it empty or another object's, is worth -1 and ends the episode. So an episode is a
+nothing walks. The named object is worth +1, is taken off the board, and another one is named; `touches` of them in a
+row are a success. Any other cell, be it empty or another object's, is worth -1 and ends the episode. So an episode is a
 sequence, each frame of which shows what was done, and the same frame with another instruction needs another action.
 
 An episode has no more steps than `touches`, so there is nothing to truncate.

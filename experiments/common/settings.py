@@ -96,7 +96,7 @@ class ModelCheckSettings:
     """Which models check_model.py asks, and what it writes."""
 
     models: tuple[str, ...] = setting(
-        (), "model folders, checkpoints, Hub ids, presets (tiny, smollm2, uniter, vilbert, flamingo)"
+        (), "model folders, checkpoints, Hub ids, presets (tiny, smollm2, uniter, vilbert, flamingo, kosmos2)"
     )
     table: str | None = setting(None, "Markdown file for a table with a row a model; between its markers, if it exists")
     num_steps: int = setting(PPOSettings.num_steps, "env steps of the rollout whose room is counted", ge=1)

@@ -52,7 +52,7 @@ class Place(AnswerKind):
         if cells is None:
             return "the names are not all of the form 'row 1, column 2'"
         rows, columns = grid(cells)
-        if sorted(cells) != [(row, column) for row in range(rows) for column in range(columns)]:
+        if not len(set(cells)) == len(cells) == rows * columns:
             return f"the names are not each cell of a grid of {rows} x {columns} once"
         if not self.side:
             return f"the tokenizer has no grounding tokens {BEGIN}, {bin_token(0)}, ..., {END}"

@@ -30,11 +30,12 @@ from manako.policies.architectures.model import Model, plain
 from manako.policies.encoders.encoder import TRANSFORMER, sides, square_processor
 from manako.policies.errors import PolicyError
 from manako.policies.language_models.tiny_llama import tiny_tokenizer
-from manako.policies.reading import WholePrompt
+from manako.policies.reading import AnswerPlaces
 
 QUERIES = 16  # K
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+WORDS = "touch tap point place row rows column columns"  # beside those of the tiny tokenizer
 TEMPLATE = (
     "{{ '<grounding>' }}"
     "{%- for message in messages -%}{{ '<|' + message['role'] + '|>' }}"
@@ -43,9 +44,9 @@ TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
 # As the library draws them, words, places and the frame hardly reach the state at which the answer is read.
-WORD_STD = 1.0
-LAYER_STD = 0.15
-DENSE_STD = 1.0  # its input has unit length, 1 / 8 a number
+WORD_STD = 2.0
+LAYER_STD = 0.25
+DENSE_STD = 2.0  # its input has unit length, 1 / 8 a number
 PATCH_STD = 0.1
 HEAD_STD = 0.015  # the first policy is nearly uniform, so that PPO explores
 
@@ -61,7 +62,7 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         decoder="text_model",
         placeholder=None,
         placeholder_id=None,
-        reading=WholePrompt,
+        reading=AnswerPlaces,
     )
 
 
@@ -99,7 +100,8 @@ def build_vlm(
                 "out, or give a folder of a Kosmos-2."
             )
     side, patch = sides(frame_shape, image_size, patch_size)
-    tokenizer = tiny_tokenizer((*SPECIAL, *ROLES), bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    roles = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = tiny_tokenizer((*SPECIAL, *ROLES), WORDS, **roles)
     processor = Kosmos2Processor(square_processor(side), tokenizer)  # adds the grounding tokens
     processor.chat_template = TEMPLATE
     text = {
@@ -119,9 +121,7 @@ def build_vlm(
         "tie_word_embeddings": False,
     }
     vision = {**TRANSFORMER, "image_size": side, "patch_size": patch, "initializer_range": PATCH_STD}
-    config = Kosmos2Config(
-        text_config=text, vision_config=vision, latent_query_num=QUERIES, tie_word_embeddings=False
-    )
+    config = Kosmos2Config(text_config=text, vision_config=vision, latent_query_num=QUERIES, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlm = Kosmos2ForConditionalGeneration(config)

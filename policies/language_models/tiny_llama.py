@@ -58,15 +58,16 @@ def build() -> LanguageModel:
     return LanguageModel(model, tokenizer, TINY_TEMPLATE)
 
 
-def tiny_tokenizer(special: Sequence[str] = SPECIAL, **roles: str) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(special: Sequence[str] = SPECIAL, more_words: str = "", **roles: str) -> PreTrainedTokenizerFast:
     """Returns a byte-level BPE tokenizer of some 500 tokens: each word of `TINY_WORDS` is one, any text can be held.
 
     Args:
         special: special tokens, which have the first ids.
+        more_words: beside `TINY_WORDS`.
         roles: those of them with a role, such as `eos_token`; none: `<|pad|>` and `<|end|>`.
     """
     roles = roles or {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
-    words = TINY_WORDS.split()
+    words = f"{TINY_WORDS} {more_words}".split()
     corpus = [" ".join(words), *words, *(word.capitalize() for word in words), ", ".join(words), ". ".join(words)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
