@@ -18,6 +18,7 @@ from manako.envs.captions import place_name
 from manako.envs.errors import EnvError
 from manako.envs.observation import InstructionText
 from manako.envs.tiles import FIRST_OBJECT, FLOOR, TILE, draw, paint_tiles, resolve_colors, resolve_shapes
+from manako.places import cell_name
 
 
 class Touch(gym.Env[dict[str, Any], Any]):
@@ -67,9 +68,7 @@ class Touch(gym.Env[dict[str, Any], Any]):
                 "num_objects"
             )
         self.size, self.num_objects, self.touches = size, num_objects, touches
-        self.action_names = tuple(
-            f"row {row}, column {column}" for row in range(1, size + 1) for column in range(1, size + 1)
-        )
+        self.action_names = tuple(cell_name(*divmod(action, size)) for action in range(size * size))
         self.render_mode = render_mode
         self._instructions = [f"touch the {kind}" for kind in kinds]
         self._tiles = paint_tiles(color_names, shape_names)

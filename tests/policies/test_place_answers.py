@@ -10,6 +10,7 @@ from transformers.models.kosmos2.processing_kosmos2 import (
     extract_entities_with_patch_indices,
 )
 
+from manako.places import Grid, cell_name, grid_of
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.answers import KINDS
 from manako.policies.answers.closed_set import ActionCodec
@@ -23,7 +24,7 @@ GRIDS = [(3, 3), (5, 5), (4, 6), (2, 1), (1, 7), (32, 32)]
 
 
 def names_of(rows, columns):
-    return tuple(f"row {row}, column {column}" for row in range(1, rows + 1) for column in range(1, columns + 1))
+    return tuple(cell_name(row, column) for row in range(rows) for column in range(columns))
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +42,19 @@ def toy(tmp_path_factory):
 def test_the_library_reads_the_cell_out_of_the_answer(rows, columns, processor):
     codec = ActionCodec(processor.tokenizer, names_of(rows, columns))
     assert codec.format == "place" and codec.legend == f"a place, {rows} rows x {columns} columns"
-    for answer, (row, column) in zip(codec.answers, itertools.product(range(rows), range(columns)), strict=True):
+    grid = grid_of(codec.names)
+    for action, (row, column) in enumerate(itertools.product(range(rows), range(columns))):
+        answer = codec.answers[action]
         text, entities = processor.post_process_generation(f"<image> . </image><grounding>{answer}")
         assert text == "" and len(entities) == 1
         ((left, top, right, bottom),) = entities[0][2]
         cell = column / columns, row / rows, (column + 1) / columns, (row + 1) / rows
         assert all(abs(one - other) <= 1 / 32 for one, other in zip((left, top, right, bottom), cell, strict=True))
         assert math.floor((top + bottom) / 2 * rows) == row and math.floor((left + right) / 2 * columns) == column
+        assert grid.box(action) == cell
         # and it writes the same tokens for this box
         ((_, _, [bins]),) = extract_entities_with_patch_indices(answer)
-        assert bins == coordinate_to_patch_index(cell, 32) == box_bins(row, column, rows, columns, 32)
+        assert bins == coordinate_to_patch_index(cell, 32) == box_bins(grid, action, 32)
 
 
 def test_an_answer_is_four_tokens_of_which_one_is_chosen(processor):
@@ -78,6 +82,14 @@ def test_probabilities_are_those_of_the_cells_alone(toy):
             scores.append(logits.log_softmax(-1)[0, given["input_ids"][0, -3]])
         assert torch.allclose(logprobs, torch.stack(scores).log_softmax(-1), rtol=0, atol=1e-5)
     assert (said[0] - said[1]).abs().max() > 1e-3
+
+
+def test_names_are_read_as_they_are_written():
+    assert names_of(1, 2) == ("row 1, column 1", "row 1, column 2")
+    assert grid_of(("Row 2, column 1", " row 1, column 1")) == Grid(2, 1, ((1, 0), (0, 0)))
+    assert grid_of(names_of(4, 6)).is_whole and not grid_of(names_of(4, 6)[1:]).is_whole
+    for names in ((), ("row 1",), ("row 1, column 0",), ("row 1, column 1", "up"), ("row 1, column 1\nup",)):
+        assert grid_of(names) is None
 
 
 def test_any_order_and_case_of_the_names(processor):
