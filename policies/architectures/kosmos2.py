@@ -102,8 +102,8 @@ def build_vlm(
     side, patch = sides(frame_shape, image_size, patch_size)
     roles = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = tiny_tokenizer((*SPECIAL, *ROLES), WORDS, **roles)
+    tokenizer.chat_template = TEMPLATE  # the processor would forget one of its own when it is loaded
     processor = Kosmos2Processor(square_processor(side), tokenizer)  # adds the grounding tokens
-    processor.chat_template = TEMPLATE
     text = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 2048,
