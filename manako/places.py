@@ -1,5 +1,7 @@
 """Actions that are places: the cells of a grid over the frame, by name, `row 1, column 2`; both count from 1.
 
+The comma may be left out, so that names can stand in a list with commas, as on the command line.
+
 Environments name them, policies say them, figures mark them.
 """
 
@@ -7,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-CELL = re.compile(r"row (\d{1,9}), column (\d{1,9})", re.IGNORECASE)
+CELL = re.compile(r"row (\d{1,9}),? column (\d{1,9})", re.IGNORECASE)
 
 
 class Grid(NamedTuple):

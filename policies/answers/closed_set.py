@@ -83,7 +83,10 @@ class ActionCodec:
                 break
             problems.append(f"{self.format}: {problem}")
         else:
-            raise PolicyError(f"The tokenizer cannot hold these actions ({'; '.join(problems)}). Give other names.")
+            instead = "" if action_format == "auto" else ", or leave action_format out"
+            raise PolicyError(
+                f"The tokenizer cannot hold these actions ({'; '.join(problems)}). Give other names{instead}."
+            )
         self.branches = _branches(self.token_ids)
         self.path_tokens = tuple(_longest_paths(branch.path for branch in self.branches))
 

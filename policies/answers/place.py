@@ -49,7 +49,7 @@ class Place(AnswerKind):
         if not grid.is_whole:
             return f"the names are not each cell of a grid of {size} once"
         if not self.side:
-            return f"the tokenizer has no grounding tokens {BEGIN}, {bin_token(0)}, ..., {END}"
+            return f"the tokenizer has no grounding tokens {BEGIN}, {bin_token(0)}, ..., {END}, as Kosmos-2's has"
         if max(grid.rows, grid.columns) > self.side:
             return f"{self.side} x {self.side} bins cannot tell {size} cells apart"
         return None

@@ -86,7 +86,7 @@ def test_probabilities_are_those_of_the_cells_alone(toy):
 
 def test_names_are_read_as_they_are_written():
     assert names_of(1, 2) == ("row 1, column 1", "row 1, column 2")
-    assert grid_of(("Row 2, column 1", " row 1, column 1")) == Grid(2, 1, ((1, 0), (0, 0)))
+    assert grid_of(("Row 2, column 1", " row 1 column 1")) == Grid(2, 1, ((1, 0), (0, 0)))
     assert grid_of(names_of(4, 6)).is_whole and not grid_of(names_of(4, 6)[1:]).is_whole
     for names in ((), ("row 1",), ("row 1, column 0",), ("row 1, column 1", "up"), ("row 1, column 1\nup",)):
         assert grid_of(names) is None
