@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from manako.policies.answers import KINDS
+from manako.policies.architectures.presets import PRESETS
 from manako.settings import setting
 
 if TYPE_CHECKING:
@@ -18,10 +19,7 @@ SYSTEM = "Follow the instruction. Actions: {actions}."
 class PolicySource:
     """Where a policy's model comes from, and what of it learns."""
 
-    policy: str = setting(
-        "tiny",
-        "preset (tiny, smollm2, uniter, vilbert, flamingo, vision_tokens), model folder, run checkpoint or Hub id",
-    )
+    policy: str = setting("tiny", f"preset ({', '.join(PRESETS)}), model folder, run checkpoint or Hub id")
     vision_encoder: str | None = setting(
         None, "replaces a preset's encoder: vit, clip_vit, eva, convnext, efficientnet_lite0, folder or Hub id"
     )

@@ -14,6 +14,7 @@ from manako.agent.workers.settings import WorkerSettings
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import UsageError, section
 from manako.policies import PolicySource
+from manako.policies.architectures.presets import PRESETS
 from manako.settings import setting
 
 GOTO = Path(__file__).resolve().parents[1] / "configs" / "goto.yaml"  # what run_ppo.py trains where nothing is named
@@ -96,9 +97,7 @@ class EvaluateSettings:
 class ModelCheckSettings:
     """Which models check_model.py asks, and what it writes."""
 
-    models: tuple[str, ...] = setting(
-        (), "model folders, checkpoints, Hub ids, presets (tiny, smollm2, uniter, vilbert, flamingo, vision_tokens)"
-    )
+    models: tuple[str, ...] = setting((), f"model folders, checkpoints, Hub ids, presets ({', '.join(PRESETS)})")
     table: str | None = setting(None, "Markdown file for a table with a row a model; between its markers, if it exists")
     num_steps: int = setting(PPOSettings.num_steps, "env steps of the rollout whose room is counted", ge=1)
     torch_threads: int | None = setting(
