@@ -70,7 +70,7 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
     before = measure_retention(policy)
-    args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
+    args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps, max_length=None)
     kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
     trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
     trainer.train()
@@ -123,15 +123,16 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     sft, run = command.sft, command.run
     policy.value_head.requires_grad_(False)
     check_training_room(policy, command.policy.trainable, policy.device)
-    frames, texts = frames_and_captions(command, sft.captions)
-    held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True)
+    captioned = pretraining.needs_captions
+    frames, texts = frames_and_captions(command, sft.captions, captioned=captioned)
+    held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True, captioned=captioned)
     unseen = np.stack(held_out[0]), held_out[1]
     console = plain_console()
     console.print(f"data         {len(frames):,} frames and captions, {sft.stage}")
     print_parts(console, policy)
+    before = pretraining.measure(*unseen)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
-    before = pretraining.measure(*unseen)
     args = make_tuning_args(TrainingArguments, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
     trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
     trainer.train()
@@ -149,7 +150,7 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
     console.print(f"{MEASURED_FRAMES} frames of held-out episodes, before -> after:")
     for name, value in after.items():
-        console.print(f"  {name:24} {before[name]:.3f} -> {value:.3f}")
+        console.print(f"  {name:26} {before[name]:.3f} -> {value:.3f}")
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
     return 0
 
@@ -168,8 +169,10 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
     return demonstrations(trajectories, policy, sft.only_success), frames
 
 
-def frames_and_captions(command: SFTCommand, count: int, held_out: bool = False) -> tuple[list[np.ndarray], list[str]]:
-    """Returns frames of random play, on training or held-out seeds, and what the environment says is on them."""
+def frames_and_captions(
+    command: SFTCommand, count: int, held_out: bool = False, captioned: bool = True
+) -> tuple[list[np.ndarray], list[str]]:
+    """Returns frames of random play, on training or held-out seeds, and what is on them in words, if asked."""
     seed = command.run.seed
     frames: list[np.ndarray] = []
     texts: list[str] = []
@@ -178,7 +181,7 @@ def frames_and_captions(command: SFTCommand, count: int, held_out: bool = False)
         seen = env.reset()
         while len(frames) < count:
             frames += list(seen.images)
-            texts += list(env.captions())
+            texts += list(env.captions()) if captioned else [""] * env.num_envs
             result = env.step(generator.integers(len(env.action_names), size=env.num_envs))
             seen = env.reset_done(result.terminated | result.truncated)
     return frames[:count], texts[:count]
