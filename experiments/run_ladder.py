@@ -227,7 +227,8 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
                 of_collect = done[values[key]]["runner"] == "collect"
                 values[key] = str(folder / values[key] / ("" if of_collect else "final"))
     if Path(str(policy.get("policy"))).is_dir():
-        settings["policy"] = {key: value for key, value in policy.items() if key not in OF_PRESETS}
+        of_step = step.get("policy", {})  # a part that it names itself is put into the run that it starts from
+        settings["policy"] = {key: value for key, value in policy.items() if key not in OF_PRESETS or key in of_step}
     settings.setdefault("run", {})["output" if runner == "collect" else "output_dir"] = str(place)
     write_text(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     print(f"== {name} ({runner})", flush=True)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from manako.policies.architectures import name_parts
+from manako.policies.architectures.composed.build import swap_parts
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.presets import PRESETS
 from manako.policies.encoders import ENCODERS
@@ -40,7 +41,13 @@ from manako.policies.source import SYSTEM, PolicySource
 from manako.policies.trainable import parts_of, set_trainable
 from manako.policies.vlm_policy import VLMPolicy
 
-OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has its own
+OF_PRESETS = (
+    "vision_encoder",
+    "adapter",
+    "language_model",
+    "image_size",
+    "patch_size",
+)  # a run of a composed one may have another
 
 
 class Loaded(NamedTuple):
@@ -119,18 +126,13 @@ def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[
     """Finds the model of a preset, a folder or a Hub id."""
     if source.policy in PRESETS:
         return Loaded(_build_preset(source, frame_shape), source)
-    given = [name for name in OF_PRESETS if getattr(source, name) is not None]
-    if given:
-        raise PolicyError(
-            f"{', '.join(given)} came, but only a preset ({', '.join(PRESETS)}) has parts to choose, not "
-            f"{source.policy!r}: leave it out, or start from a preset."
-        )
     check_name(source.policy, PLACES)
     folder = Path(source.policy)
     if (folder / POLICY_FILE).is_file():
         loaded = _go_on(folder, source, action_names)
     else:
         loaded = Loaded(load_library_model(source.policy, DTYPES[source.dtype]), source)
+    loaded = loaded._replace(model=_with_parts(loaded.model, source, frame_shape))
     if folder.is_dir() and loaded.base_sha256 is None:
         return loaded._replace(source=replace(loaded.source, policy=str(folder.resolve())))
     return loaded
@@ -143,7 +145,7 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
     model, head = _load_own(folder, saved, description)
     if not isinstance(model.vlm, PeftModel):
         return Loaded(model, source, head)
-    if not parts_of(source.trainable) ^ parts_of(saved.trainable) <= {"value_head"}:
+    if parts_given(source) or not parts_of(source.trainable) ^ parts_of(saved.trainable) <= {"value_head"}:
         return Loaded(model._replace(vlm=model.vlm.float().merge_and_unload()), source, head)
     if source.dtype != saved.dtype:
         raise PolicyError(
@@ -158,6 +160,30 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         next_frame_coef=source.next_frame_coef,
     )
     return Loaded(model, source, head, description["base_sha256"])
+
+
+def parts_given(source: PolicySource) -> list[str]:
+    """Returns the names of the parts that a source replaces."""
+    return [name for name in OF_PRESETS if getattr(source, name) is not None]
+
+
+def _with_parts(model: Model, source: PolicySource, frame_shape: tuple[int, int, int]) -> Model:
+    """A composed model with another encoder or adapter, where the source names one."""
+    given = parts_given(source)
+    if not given:
+        return model
+    if model.base_vlm.config.model_type != "manako" or source.language_model is not None:
+        raise PolicyError(
+            f"{', '.join(given)} came for {source.policy!r}, a {type(model.base_vlm).__name__}: only a preset "
+            f"({', '.join(PRESETS)}) has all parts to choose, and a run of a composed one (such as tiny or blip2) its "
+            "vision_encoder and adapter; leave it out, or start from a preset."
+        )
+    size = source.image_size, source.patch_size
+    vlm, processor, kept = swap_parts(
+        model.vlm, model.processor, source.vision_encoder, source.adapter, frame_shape, *size, source.seed
+    )
+    new = ["vision encoder"] * (source.vision_encoder is not None) + ["adapter"] * (not kept)
+    return name_parts(vlm, processor)._replace(replaced=tuple(new))
 
 
 def _mark(model: Model, source: PolicySource) -> tuple[Model, str | None]:
@@ -242,6 +268,8 @@ def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) 
             base = inner._replace(vlm=inner.vlm.float().merge_and_unload())
         else:
             base = load_library_model(saved.policy, dtype)
+        if saved.policy not in PRESETS:
+            base = _with_parts(base, saved, tuple(description["frame_shape"]))
     except PolicyError as error:
         raise PolicyError(f"The base of the LoRA weights in {folder} cannot be loaded: {error}") from error
     base.vlm.to(dtype)

@@ -21,7 +21,8 @@ class PolicySource:
 
     policy: str = setting("tiny", f"preset ({', '.join(PRESETS)}), model folder, run checkpoint or Hub id")
     vision_encoder: str | None = setting(
-        None, "replaces a preset's encoder: vit, clip_vit, eva, convnext, efficientnet_lite0, folder or Hub id"
+        None,
+        "replaces a preset's encoder: vit, clip_vit, eva, eva_qformer, convnext, efficientnet_lite0, folder or Hub id",
     )
     adapter: str | None = setting(
         None,

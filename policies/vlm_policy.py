@@ -312,7 +312,8 @@ class VLMPolicy(Policy):
         off = f" (no shared prefix: {self.why_whole})" if self.why_whole else ""
         pixels = "table" if self.processing.pipeline.is_table else "the library's processor"
         dtype = str(self.base_vlm.dtype).removeprefix("torch.")
-        lines = [
+        lines = [("replaced", f"{' and '.join(self.parts.replaced)}: new")] if self.parts.replaced else []
+        lines += [
             ("answers", f"as {self.codec.format}"),
             ("forward", f"{self.reading.name}{off}; pixels by {pixels}; {self.device}, {dtype}"),
         ]

@@ -42,6 +42,7 @@ class Model(NamedTuple):
     one_token_answers: bool = False  # True: it answers at a mask, so it spells nothing, and is trained on no text
     see: See | None = None  # None: its forward takes pixels alone
     pretraining: Mapping[str, MakePretraining] = {}  # by stage of run_sft.py: represent, align
+    replaced: tuple[str, ...] = ()  # parts that are new, in a model whose other parts were trained with others
     nests_images: bool | None = None  # whether the processor takes a list of images for each text; None: either
 
     @property

@@ -10,12 +10,15 @@ from tests.helpers.foreign_models import NAMES
 
 FRAME = (64, 64, 3)
 MASKED = ("uniter", "vilbert")  # they say one token, and have a contract of their own: test_masked_rows.py
-OWN_ROWS = tuple(name for name in PRESETS if name not in (*MASKED, "smollm2"))  # smollm2 is tiny with larger parts
+OF_LIBRARY = ("blip2", "instructblip", "llava")  # names that families of the library have as well
+OWN_ROWS = tuple(  # smollm2 is tiny with larger parts
+    f"preset_{name}" if name in OF_LIBRARY else name for name in PRESETS if name not in (*MASKED, "smollm2")
+)
 
 
 def write(preset: str, folder: Path) -> Path:
     """Writes the preset's random model and processor, gates open, since behind closed ones no image counts."""
-    policy = load_policy(PolicySource(preset), NAMES, FRAME)
+    policy = load_policy(PolicySource(preset.removeprefix("preset_")), NAMES, FRAME)
     with torch.no_grad():
         for name, parameter in policy.base_vlm.named_parameters():
             if name.split(".")[-1] in ("gate", "feed_forward_gate"):

@@ -98,6 +98,75 @@ def build_vlm(
     return model, processor
 
 
+def swap_parts(
+    vlm: ManakoForConditionalGeneration,
+    processor: ManakoProcessor,
+    vision_encoder: str | None,
+    adapter: str | None,
+    frame_shape: tuple[int, int, int],
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    seed: int = 0,
+) -> tuple[ManakoForConditionalGeneration, ManakoProcessor, bool]:
+    """Puts another encoder or adapter into a composed model; what is not named stays as it was learned.
+
+    Args:
+        vlm: a composed model.
+        processor: its processor.
+        vision_encoder: see `build_vlm`, as for all that follow; None: the model's own.
+        adapter: None: the model's own, whose weights are kept where the encoder's features are as wide as before.
+        frame_shape: (H, W, 3).
+        image_size: see `manako.policies.encoders.build_encoder`.
+        patch_size: see `manako.policies.encoders.build_encoder`.
+        seed: of what is new.
+
+    Returns:
+        A model in evaluation mode, its processor, and whether the adapter's weights are those of `vlm`.
+
+    Raises:
+        PolicyError: an unknown name, or parts and sizes that do not fit.
+    """
+    if vision_encoder is None and (image_size or patch_size):
+        raise PolicyError("image_size and patch_size are for a new small encoder: name one by --vision_encoder.")
+    old: Any = vlm.config
+    reads_text = check_adapter(adapter or old.adapter, ManakoModel)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder, image_processor = vlm.model.vision_tower, processor.image_processor
+        if vision_encoder is not None:
+            encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size)
+        config = type(old)(
+            vision_config=encoder.config,
+            text_config=old.text_config,
+            adapter=adapter or old.adapter,
+            image_token_id=old.image_token_id,
+        )
+        model = type(vlm)(config)
+    copy_weights(encoder, model.model.vision_tower)
+    copy_weights(vlm.model.language_model, model.model.language_model)
+    copy_weights(vlm.lm_head, model.lm_head)
+    learned, new = vlm.model.adapter.state_dict(), model.model.adapter.state_dict()
+    kept = config.adapter == old.adapter and all(learned[name].shape == new[name].shape for name in new)
+    if kept:
+        copy_weights(vlm.model.adapter, model.model.adapter)
+    model.tie_weights()
+    model.eval()
+    model.generation_config = vlm.generation_config
+    named = vision_encoder or str(old.vision_config.model_type)
+    config.num_image_tokens = count_image_tokens(named, model, image_processor, frame_shape)
+    return (
+        model,
+        ManakoProcessor(
+            image_processor,
+            processor.tokenizer,
+            num_image_tokens=config.num_image_tokens,
+            chat_template=processor.chat_template,
+            adapter_reads_text=reads_text,
+        ),
+        kept,
+    )
+
+
 def check_adapter(name: str, model: type[ManakoModel]) -> bool:
     """Returns whether an adapter of that name reads text.
 
