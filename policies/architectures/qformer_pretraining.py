@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Blip2QFormerModel
 
-from manako.policies.adapters.qformer import InstructQFormerAdapter, sinusoids
+from manako.policies.adapters.qformer import InstructQFormerAdapter, places
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.pretraining import Pretraining, next_different, plain_captions
 
@@ -155,7 +155,7 @@ class QFormerPretraining(Pretraining):
         else:
             words = self.words(texts.ids[:, 1:])
         embedded = torch.cat([self.starts[start].expand(len(words), 1, -1), words], 1)
-        return embedded + sinusoids(*embedded.shape[1:]).to(embedded)
+        return embedded + places(texts.mask, embedded)
 
     def _see(self, images: np.ndarray) -> Tensor:
         """Features (B, P, Dv) of frames (B, H, W, 3)."""
