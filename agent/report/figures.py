@@ -18,6 +18,7 @@ import numpy as np
 
 from manako.agent.errors import TrainingError
 from manako.agent.report.statistics import Interval
+from manako.places import grid_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,6 +230,7 @@ _BAR = 20  # px, a row of the bars
 _MOST_BARS = 12
 _BANNER = 44  # px, the label at an episode's end
 _SMALL, _NORMAL, _LARGE = 12, 14, 26  # px, sizes of the font that ships with Pillow
+_MARK = 4  # px, the outline of the place that is acted on
 _HOLD = 3  # the last frame stays this many times as long
 _PAPER, _INK, _FAINT, _TRACK = "#ffffff", "#1b1f24", "#6a737d", "#edf0f3"
 _BAR_COLOR, _TAKEN_COLOR = "#9db4cc", "#e07a1f"
@@ -242,7 +244,8 @@ def episode_gif(
 
     One picture a step, with the frame that the action was taken on and the reward that followed; then the episode's
     last frame, held for longer and labelled success or failure. With more than twelve actions the twelve most probable
-    ones are shown, the one taken always among them.
+    ones are shown, the one taken always among them. Where the actions are the cells of a grid over the frame, the cell
+    that is acted on is marked.
 
     Args:
         episodes: at least one, all with the same set of actions.
@@ -335,6 +338,14 @@ def _picture(
     )
     x, y = _MARGIN + (frame_box[0] - shown_width) // 2, (height - shown_height) // 2
     picture.paste(frame, (x, y))
+    grid = grid_of(action_names)
+    if grid is not None and grid.is_whole and t < len(episode.actions):
+        left, top, right, bottom = grid.box(int(episode.actions[t]))
+        corners = (
+            (x + round(left * shown_width), y + round(top * shown_height)),
+            (x + round(right * shown_width) - 1, y + round(bottom * shown_height) - 1),
+        )
+        draw.rectangle(corners, outline=_TAKEN_COLOR, width=_MARK)
 
     left, right = _MARGIN + frame_box[0] + _MARGIN, width - _MARGIN
     draw.text((left, _MARGIN), head, fill=_FAINT, font=small)

@@ -123,8 +123,9 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     sft, run = command.sft, command.run
     policy.value_head.requires_grad_(False)
     check_training_room(policy, command.policy.trainable, policy.device)
-    frames, texts = frames_and_captions(command, sft.captions)
-    held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True)
+    captioned = pretraining.needs_captions
+    frames, texts = frames_and_captions(command, sft.captions, captioned=captioned)
+    held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True, captioned=captioned)
     unseen = np.stack(held_out[0]), held_out[1]
     console = plain_console()
     console.print(f"data         {len(frames):,} frames and captions, {sft.stage}")
@@ -168,8 +169,10 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
     return demonstrations(trajectories, policy, sft.only_success), frames
 
 
-def frames_and_captions(command: SFTCommand, count: int, held_out: bool = False) -> tuple[list[np.ndarray], list[str]]:
-    """Returns frames of random play, on training or held-out seeds, and what the environment says is on them."""
+def frames_and_captions(
+    command: SFTCommand, count: int, held_out: bool = False, captioned: bool = True
+) -> tuple[list[np.ndarray], list[str]]:
+    """Returns frames of random play, on training or held-out seeds, and what is on them in words, if asked."""
     seed = command.run.seed
     frames: list[np.ndarray] = []
     texts: list[str] = []
@@ -178,7 +181,7 @@ def frames_and_captions(command: SFTCommand, count: int, held_out: bool = False)
         seen = env.reset()
         while len(frames) < count:
             frames += list(seen.images)
-            texts += list(env.captions())
+            texts += list(env.captions()) if captioned else [""] * env.num_envs
             result = env.step(generator.integers(len(env.action_names), size=env.num_envs))
             seen = env.reset_done(result.terminated | result.truncated)
     return frames[:count], texts[:count]

@@ -2,7 +2,9 @@
 
 from manako.policies.answers.choice import Choice
 from manako.policies.answers.kind import AnswerKind
+from manako.policies.answers.place import Place
 from manako.policies.answers.token import Token
 from manako.policies.answers.trie import Trie
 
-KINDS: dict[str, AnswerKind] = {"token": Token(), "choice": Choice(), "trie": Trie()}  # in the order that `auto` tries
+# in the order that `auto` tries
+KINDS: dict[str, AnswerKind] = {"token": Token(), "place": Place(), "choice": Choice(), "trie": Trie()}

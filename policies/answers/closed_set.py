@@ -51,6 +51,7 @@ class ActionCodec:
 
     Attributes:
         format: the format in use.
+        kind: the same as a kind of answer.
         answers: for each action the text that the policy emits.
         token_ids: for each action its answer's tokens.
         ends: whether the end token is one of them.
@@ -76,13 +77,16 @@ class ActionCodec:
         formats = tuple(KINDS) if action_format == "auto" else (action_format,)
         problems = []
         for self.format in formats:
-            self.answers = KINDS[self.format].answers(self.names)
-            problem = self._tokenize()
+            self.kind = KINDS[self.format].of_tokenizer(tokenizer)
+            problem = self.kind.problem(self.names) or self._tokenize()
             if problem is None:
                 break
             problems.append(f"{self.format}: {problem}")
         else:
-            raise PolicyError(f"The tokenizer cannot hold these actions ({'; '.join(problems)}). Give other names.")
+            instead = "" if action_format == "auto" else ", or leave action_format out"
+            raise PolicyError(
+                f"The tokenizer cannot hold these actions ({'; '.join(problems)}). Give other names{instead}."
+            )
         self.branches = _branches(self.token_ids)
         self.path_tokens = tuple(_longest_paths(branch.path for branch in self.branches))
 
@@ -92,7 +96,7 @@ class ActionCodec:
     @property
     def legend(self) -> str:
         """How the prompt lists the actions."""
-        return KINDS[self.format].legend(self.names)
+        return self.kind.legend(self.names)
 
     def action_logprobs(self, branch_logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the exact log-probabilities of the A actions.
@@ -131,7 +135,8 @@ class ActionCodec:
                 )
 
     def _tokenize(self) -> str | None:
-        """Fills `token_ids`; returns what is wrong with this format, or None."""
+        """Fills `answers` and `token_ids`; returns what is wrong with this format, or None."""
+        self.answers = self.kind.answers(self.names)
         if len(self.answers) < len(self.names):
             return f"{len(self.names)} actions but only {len(self.answers)} labels"
         special = set(special_vocabulary(self.tokenizer).values())
@@ -142,7 +147,7 @@ class ActionCodec:
             back = self.tokenizer.decode(list(ids))
             if "".join(back.split()) != "".join(answer.split()):
                 return f"{answer!r} does not survive the tokenizer (it comes back as {back!r})"
-            if KINDS[self.format].one_token and len(ids) != 1:
+            if self.kind.one_token and len(ids) != 1:
                 return f"{answer!r} takes {len(ids)} tokens"
         if len(set(self.token_ids)) < len(self.token_ids):
             return "two names share the same tokens"

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class AnswerKind(ABC):
@@ -13,6 +13,14 @@ class AnswerKind(ABC):
     """
 
     one_token: ClassVar[bool] = True
+
+    def of_tokenizer(self, tokenizer: Any) -> "AnswerKind":
+        """Returns the kind as this tokenizer can say it: itself, unless it has tokens of its own for actions."""
+        return self
+
+    def problem(self, names: Sequence[str]) -> str | None:
+        """Returns why such names cannot be said in this kind, whatever the tokenizer makes of them; None: they can."""
+        return None
 
     @abstractmethod
     def answers(self, names: Sequence[str]) -> tuple[str, ...]:

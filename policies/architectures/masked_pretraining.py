@@ -1,6 +1,6 @@
 """The tasks by which UNITER (arXiv:1909.11740) and ViLBERT (arXiv:1908.02265) meet images and words.
 
-    python experiments/run_sft.py --stage align --policy uniter --env manako/GoTo-v0 --captions 4000 --epochs 8
+    python experiments/run_sft.py --stage align --policy uniter --env manako/GoTo-v0 --captions 4000 --epochs 4
 
     <|user|> red <|mask|> at top left. <|assistant|> <|mask|> + its frame ──────► MLM head ─► "ball"     masked words
     <|user|> red  ball    at top left. <|assistant|> <|mask|> + its frame, or ──► first state ─► 0 | 1       matching

@@ -3,6 +3,7 @@
 `tiny` has under a million random parameters and learns from scratch on a CPU. `smollm2` is a small pretrained language
 model behind a small random encoder. `uniter` and `vilbert` are small random encoder-only models that answer at a mask.
 The others are small random models of a published shape; the file of that name in this folder says which.
+`kosmos2` is a small random Kosmos-2, which can answer with a place.
 """
 
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ class Preset:
     """An architecture of this folder and its parts by name.
 
     Attributes:
-        vision_encoder: see `manako.policies.encoders`.
+        vision_encoder: see `manako.policies.encoders`; None where the architecture has its own, as for the others.
         adapter: see `manako.policies.adapters`.
         language_model: see `manako.policies.language_models`; None where the architecture has none of its own.
         architecture: a module or package of this folder with `build_vlm`.
     """
 
-    vision_encoder: str
-    adapter: str
+    vision_encoder: str | None
+    adapter: str | None
     language_model: str | None
     architecture: str = "composed.build"
 
@@ -37,4 +38,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "llava": Preset(vision_encoder="clip_vit", adapter="mlp", language_model="tiny-llama"),
     "flamingo": Preset(vision_encoder="vit", adapter="mlp", language_model="tiny-llama", architecture="flamingo.build"),
+    "vision_tokens": Preset(
+        vision_encoder="fsq", adapter="codes", language_model="tiny-llama", architecture="vision_tokens.build"
+    ),
+    "kosmos2": Preset(vision_encoder=None, adapter=None, language_model=None, architecture="kosmos2"),
 }

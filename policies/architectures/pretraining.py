@@ -33,9 +33,11 @@ class Pretraining(nn.Module, ABC):
 
     Attributes:
         learns: what `trainable: auto` stands for, see `manako.policies.trainable`.
+        needs_captions: False where it learns of frames alone; captions are then empty.
     """
 
     learns: ClassVar[str] = "adapter"
+    needs_captions: ClassVar[bool] = True
 
     def __init__(self, model: "Model", processing: "Processing") -> None:
         super().__init__()

@@ -47,11 +47,15 @@ def sides(frame_shape: tuple[int, int, int], image_size: int | None, patch_size:
 
 def random_encoder(config: PreTrainedConfig, side: int) -> Encoder:
     """Returns a random encoder of this configuration and a processor that resizes frames to `side` x `side` pixels."""
-    processor = ViTImageProcessorPil(
-        size={"height": side, "width": side}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
-    )
     encoder = AutoModel.from_config(config)
     for key, parameter in encoder.named_parameters():  # the library draws positions far smaller than patch contents
         if "position_embedding" in key:
             torch.nn.init.normal_(parameter, std=1.0)
-    return Encoder(encoder, processor)
+    return Encoder(encoder, square_processor(side))
+
+
+def square_processor(side: int) -> ViTImageProcessorPil:
+    """Returns an image processor that resizes frames to `side` x `side` pixels, from about -2 to 2."""
+    return ViTImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
+    )

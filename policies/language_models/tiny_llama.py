@@ -4,6 +4,8 @@ At the library's initializer_range of 0.02 the last hidden state hardly depends 
 0.15 it learns.
 """
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -12,6 +14,7 @@ from manako.policies.architectures.composed.processing import IMAGE_TOKEN
 from manako.policies.language_models.language_model import LanguageModel
 
 INITIALIZER_RANGE = 0.15
+SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", IMAGE_TOKEN)
 
 # What the tiny tokenizer learns its merges from: the words of prompts, of our envs and of common action names. Any
 # other text is held as bytes.
@@ -55,24 +58,29 @@ def build() -> LanguageModel:
     return LanguageModel(model, tokenizer, TINY_TEMPLATE)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer of some 500 tokens: each word of `TINY_WORDS` is one, any text can be held."""
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", IMAGE_TOKEN]
-    words = TINY_WORDS.split()
+def tiny_tokenizer(special: Sequence[str] = SPECIAL, more_words: str = "", **roles: str) -> PreTrainedTokenizerFast:
+    """Returns a byte-level BPE tokenizer of some 500 tokens: each word of `TINY_WORDS` is one, any text can be held.
+
+    Args:
+        special: special tokens, which have the first ids.
+        more_words: beside `TINY_WORDS`.
+        roles: those of them with a role, such as `eos_token`; none: `<|pad|>` and `<|end|>`.
+    """
+    roles = roles or {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
+    words = f"{TINY_WORDS} {more_words}".split()
     corpus = [" ".join(words), *words, *(word.capitalize() for word in words), ", ".join(words), ". ".join(words)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1400,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", IMAGE_TOKEN],
+        additional_special_tokens=[token for token in special if token not in roles.values()],
+        **roles,
     )

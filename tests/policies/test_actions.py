@@ -179,7 +179,7 @@ def test_no_answer_holds_a_special_token(action_format, tokenizer):
         (("up", "go <|user|>"), "auto", "holds the special token '<|user|>'".replace("|", "\\|")),
         (("up", "turn left"), "token", "token: 'turn left' takes 2 tokens\\). Give other names"),
         (tuple(f"step {i}" for i in range(53)), "choice", "choice: 53 actions but only 52 labels"),
-        (NAMES, "tokens", "action_format is 'tokens': expected one of auto, token, choice, trie"),
+        (NAMES, "tokens", "action_format is 'tokens': expected one of auto, token, place, choice, trie"),
     ],
 )
 def test_names_that_cannot_be_held(names, action_format, sentence, tokenizer):

@@ -367,7 +367,10 @@ def test_settings_that_do_not_fit(llava):
     for source, sentence in (
         (PolicySource(dtype="float16"), "dtype is 'float16': expected one of float32, bfloat16"),
         (PolicySource(trainable="all"), "trainable is 'all': expected one of full, adapter, lora"),
-        (PolicySource(action_format="word"), "action_format is 'word': expected one of auto, token, choice, trie"),
+        (
+            PolicySource(action_format="word"),
+            "action_format is 'word': expected one of auto, token, place, choice, trie",
+        ),
         (PolicySource(policy=llava, vision_encoder="vit"), "vision_encoder came, but only a preset (tiny, smollm2"),
         (PolicySource(policy=llava, patch_size=8), "patch_size came, but only a preset"),
     ):

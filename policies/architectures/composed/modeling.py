@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from manako.policies.adapters import Text, build_adapter
+from manako.policies.adapters import Adapter, Text, build_adapter
 from manako.policies.architectures.composed.configuration import ManakoConfig
 from manako.policies.architectures.composed.processing import ADAPTER_TEXT
 from manako.policies.errors import PolicyError
@@ -51,10 +51,13 @@ class ManakoModel(ManakoPreTrainedModel):
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        text_config: Any = config.text_config
-        self.adapter = build_adapter(config.adapter, feature_width(config.vision_config), text_config.hidden_size)
+        self.adapter = self.make_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def make_adapter(self, config: Any) -> Adapter:
+        """Returns a new adapter of the configuration's name."""
+        return build_adapter(config.adapter, feature_width(config.vision_config), config.text_config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the language model's token embeddings."""

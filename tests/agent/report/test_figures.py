@@ -138,6 +138,27 @@ def test_frames_of_any_size(tmp_path, size):
     assert width / height == pytest.approx(size[1] / size[0], rel=0.02)
 
 
+def test_the_cell_that_is_acted_on_is_marked(tmp_path):
+    names = [f"row {row}, column {column}" for row in (1, 2) for column in (1, 2, 3)]
+    played = episode(num_actions=6, steps=4, size=(16, 24))._replace(actions=[0, 2, 4, 5])
+    episode_gif([played], names, tmp_path / "episode.gif")
+    episode_gif([played], [name.replace("row", "line") for name in names], tmp_path / "words.gif")
+    (marked, _), (words, _) = (pictures(tmp_path / f"{name}.gif") for name in ("episode", "words"))
+    width, height = figures.scaled_size((16, 24))
+    top = (marked[0].shape[0] - height) // 2
+    outline = figures._MARK
+    for picture, other, (row, column) in zip(marked, words, [(0, 0), (0, 2), (1, 1), (1, 2)], strict=False):
+        frame = (slice(top, top + height), slice(figures._MARGIN, figures._MARGIN + width))
+        cell = abs(picture[frame].astype(int) - ImageColor.getrgb(figures._TAKEN_COLOR)).max(-1) <= 12
+        down, across = np.nonzero(cell)
+        assert (down.min(), down.max() + 1) == (round(row * height / 2), round((row + 1) * height / 2))
+        assert (across.min(), across.max() + 1) == (round(column * width / 3), round((column + 1) * width / 3))
+        inside = cell[down.min() + outline : down.max() - outline, across.min() + outline : across.max() - outline]
+        assert inside.size and not inside.any()
+        assert count(other[frame], figures._TAKEN_COLOR) == 0
+    assert count(marked[-1][frame], figures._TAKEN_COLOR) == 0  # nothing is acted on at the end
+
+
 def test_many_actions_and_long_words(tmp_path):
     wordy = episode(num_actions=18)._replace(instructions=["word " * 100, "x" * 300, ""])
     episode_gif([wordy], [f"a very long name of action {a}" for a in range(18)], tmp_path / "play.gif")
