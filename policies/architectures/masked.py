@@ -89,7 +89,7 @@ class MaskedModel(ManakoModel):
 
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
-        self.language_model.pooler = nn.Identity()  # matching is read at the mask, see masked_pretraining.py
+        self.language_model.pooler = nn.Identity()  # matching has a head of its own, see masked_pretraining.py
 
     @abstractmethod
     def encode(self, input_ids: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor, boxes: torch.Tensor) -> Any:
