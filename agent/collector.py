@@ -125,6 +125,7 @@ class RolloutCollector:
                 if self.ask_expert and advice is None:
                     advice = np.asarray(env.expert_actions())
                 result = env.step(acted.to_env)
+                inputs = policy.see_next(inputs, result.observations.images)
                 seeds, numbers = np.array(env.episode_seeds), np.array(env.episode_lengths, dtype=np.int64) - 1
                 steps.append(_Step(self._shown, inputs, acted, advice, result, seeds, numbers))
                 self._shown = result.observations

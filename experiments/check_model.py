@@ -22,19 +22,19 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
     del sys.path[0]
 
 from manako.experiments.common.command_line import parse, run_main  # noqa: E402
-from manako.experiments.common.model_table import check_table_file, write_table  # noqa: E402
+from manako.experiments.common.model_table import TABLE  # noqa: E402
 from manako.experiments.common.settings import CheckModelCommand  # noqa: E402
 
 
 def main() -> int:
     """Checks the models one after another; returns the worst exit code."""
     command = read_line()
-    check_table_file(command.check.table)
+    TABLE.check(command.check.table)
     from manako.experiments.common.model_check import check_models  # torch and all
 
     checked = check_models(command)
     if command.check.table:
-        write_table(Path(command.check.table), [row for row, _ in checked])
+        TABLE.write(Path(command.check.table), [row for row, _ in checked])
     return max(code for _, code in checked)
 
 

@@ -43,6 +43,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     section,
     show,
 )
+from manako.experiments.common.ladder_table import TABLE  # noqa: E402
 from manako.experiments.common.run_folder import check_job_folder, write_text  # noqa: E402
 from manako.experiments.common.settings import (  # noqa: E402
     OF_PRESETS,
@@ -67,6 +68,9 @@ class LadderSettings:
     ladder: str | None = setting(None, "YAML file with the steps")
     output_dir: str | None = setting(None, "folder of the ladder, must not exist")
     resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept")
+    table: str | None = setting(
+        None, "Markdown file for the table, between its markers if it has some; a chart is put beside it"
+    )
     eval_episodes: int = setting(500, "held-out episodes of the comparison", ge=1)
     sample: bool = setting(False, "in the comparison, sample actions from the policies' probabilities")
 
@@ -81,6 +85,7 @@ class LadderCommand:
 def main() -> int:
     """Runs one ladder; returns the exit code."""
     given = read_line()
+    TABLE.check(given.table)
     folder, ladder = _place(given)
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))
     show("ladder", f"{folder}, {len(steps)} steps")
@@ -95,7 +100,8 @@ def main() -> int:
             before = step["name"]
     from manako.experiments.common.ladder_report import evaluate_ladder  # torch and all
 
-    evaluate_ladder(folder, settings_of("ppo", {}, ladder.get("common", {})), done, given.eval_episodes, given.sample)
+    common = settings_of("ppo", {}, ladder.get("common", {}))
+    evaluate_ladder(folder, common, done, given.eval_episodes, given.sample, given.table)
     return 0
 
 

@@ -26,6 +26,9 @@ from manako.policies.source import SYSTEM, ActionFormat
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
 
 
+SEEN_LATER = ("next_codes",)  # columns of what a step returned, which is no part of what was seen before it
+
+
 class Rows:
     """Tensors of B samples that belong together; `agent/` moves rows about and never looks inside.
 
@@ -70,11 +73,13 @@ class Rows:
         return Rows(joined, fillers)
 
     def digests(self) -> Tensor:
-        """Returns (B,) int64, equal where all of a sample is, padding aside."""
+        """Returns (B,) int64, equal where all that was seen is, padding and what came after aside."""
         digests = []
         for row in range(len(self)):
             digest = hashlib.blake2b(digest_size=8)
             for name, column in sorted(self.columns.items()):
+                if name in SEEN_LATER:
+                    continue
                 value = column[row]
                 if name in self.fillers:
                     kept = (
@@ -200,6 +205,15 @@ class Policy(nn.Module, ABC):
         Raises:
             PolicyError: frames of another shape than the policy was made for, or a text that it cannot read.
         """
+
+    def see_next(self, inputs: Rows, images: np.ndarray) -> Rows:
+        """Returns the rows with what a policy that predicts keeps of the frames that followed; by default nothing.
+
+        Args:
+            inputs: B rows of `prepare`.
+            images: (B, H, W, 3) uint8, which the step returned; at an episode's end its last frame.
+        """
+        return inputs
 
     @abstractmethod
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:

@@ -105,7 +105,14 @@ def put_policy_around(
     height, width, channels = frame_shape
     spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
     with quietly():
-        return VLMPolicy(model, spec)
+        policy = VLMPolicy(model, spec)
+    if source.next_frame_coef and policy.next_frame is None:
+        raise PolicyError(
+            f"--next_frame_coef is {source.next_frame_coef}, but {type(policy.base_vlm).__name__} of --policy "
+            f"{source.policy} predicts no frames: expected 0, or a policy of vision tokens."
+        )
+    policy.next_frame_coef = source.next_frame_coef
+    return policy
 
 
 def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> Loaded:
@@ -143,7 +150,13 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
             f"dtype is {source.dtype}, but the LoRA weights in {folder} belong to a {saved.dtype} model: "
             f"expected dtype: {saved.dtype}, or trainable: full, which merges them."
         )
-    source = replace(saved, system=source.system, action_format=source.action_format, trainable=source.trainable)
+    source = replace(
+        saved,
+        system=source.system,
+        action_format=source.action_format,
+        trainable=source.trainable,
+        next_frame_coef=source.next_frame_coef,
+    )
     return Loaded(model, source, head, description["base_sha256"])
 
 

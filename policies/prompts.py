@@ -6,7 +6,6 @@ order). The system text is the same for every sample, so its keys and values are
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,27 +17,12 @@ from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Messages
 from manako.policies.pixels import in_words
+from manako.policies.plain_text import as_plain_line
 from manako.policies.processing import Processing
 
 EXAMPLES = ("go", "go to the far end of the room and wait")  # instructions of unequal length
-MAX_INSTRUCTION_CHARS = 2000
 LEAST_SIDE = 4  # of a frame; one of 1 or 3 is taken for colours
 MOST_KEPT = 50_000  # tokenized texts
-
-
-def as_plain_line(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
-    """Returns text of an env as plain data: one line of `max_chars` characters at most, no special tokens in it.
-
-    Removal is repeated until nothing changes, since removing one token, or a second space, can join the halves of
-    another.
-    """
-    text = " ".join(text[: 10 * max_chars].split())
-    text = "".join(char for char in text if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
-    tokens = sorted((token for token in special_tokens if token.strip()), key=len, reverse=True)
-    pattern = re.compile("|".join([*map(re.escape, tokens), " (?= )"]))
-    while pattern.search(text):
-        text = pattern.sub("", text)
-    return text.strip()[:max_chars].strip()
 
 
 class PromptBuilder:

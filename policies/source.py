@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from manako.policies.answers import KINDS
+from manako.policies.architectures.presets import PRESETS
 from manako.settings import setting
 
 if TYPE_CHECKING:
@@ -18,13 +19,15 @@ SYSTEM = "Follow the instruction. Actions: {actions}."
 class PolicySource:
     """Where a policy's model comes from, and what of it learns."""
 
-    policy: str = setting(
-        "tiny", "preset (tiny, smollm2, uniter, vilbert, flamingo, kosmos2), model folder, run checkpoint or Hub id"
-    )
+    policy: str = setting("tiny", f"preset ({', '.join(PRESETS)}), model folder, run checkpoint or Hub id")
     vision_encoder: str | None = setting(
-        None, "replaces a preset's encoder: vit, clip_vit, convnext, efficientnet_lite0, folder or Hub id"
+        None, "replaces a preset's encoder: vit, clip_vit, eva, convnext, efficientnet_lite0, folder or Hub id"
     )
-    adapter: str | None = setting(None, "replaces a preset's adapter: linear, mlp, mlp_zscore")
+    adapter: str | None = setting(
+        None,
+        "replaces a preset's adapter: linear, mlp, mlp_zscore, qformer, resampler, and with the instruction before "
+        "them instruct_qformer, instruct_resampler",
+    )
     language_model: str | None = setting(
         None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id"
     )
@@ -39,6 +42,9 @@ class PolicySource:
     )
     lora_rank: int = setting(16, "rank of LoRA", ge=1)
     lora_alpha: int = setting(32, "LoRA is scaled by lora_alpha / lora_rank", only_in_file=True, ge=1)
+    next_frame_coef: float = setting(
+        0.0, "weight of the loss on the next frame's codes, for a policy of vision tokens", ge=0
+    )
     dtype: Dtype = setting("float32", "of the weights")
     action_format: ActionFormat = setting("auto", "how actions are named")
     system: str = setting(

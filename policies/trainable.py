@@ -85,7 +85,14 @@ def set_trainable(model: Model, trainable: str, lora_rank: int = 16, lora_alpha:
         PolicyError: see `parts_of`; a rank below 1, or a model in which a part is not known.
     """
     parts = parts_of(trainable)
-    if trainable == "full":
+    if model.encoder_learns_alone and "encoder" in parts and parts != {"encoder"}:
+        if trainable != "full":
+            raise PolicyError(
+                f"trainable is {trainable!r}, but {type(model.base_vlm).__name__} reads codes of its encoder, through "
+                "which nothing learns: expected encoder alone, in run_sft.py --stage represent, or other parts."
+            )
+        parts = parts - {"encoder"}
+    elif trainable == "full":
         model.vlm.requires_grad_(True)
         return model
     kind = type(model.base_vlm).__name__

@@ -21,6 +21,7 @@ from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.pretraining import Pretraining
+from manako.policies.architectures.vision_tokens.next_frame import NEXT_CODES, NextFrame
 from manako.policies.errors import PolicyError
 from manako.policies.features import MOST_BYTES, FrozenFeatures
 from manako.policies.interface import (
@@ -76,6 +77,8 @@ class VLMPolicy(Policy):
         reading: how it is run.
         processing: frames and prompts to the model's inputs.
         whole_prompt: the model's own forward.
+        next_frame: the next frame's codes; None where the model predicts none.
+        next_frame_coef: weight of their loss.
         checked: how far `whole_prompt` is from the library; None where that was not asked.
         why_whole: why it reads whole prompts although its architecture names a faster reading; None where it does not.
         origin: where the model came from; loading.py fills it, saving.py writes it.
@@ -93,6 +96,8 @@ class VLMPolicy(Policy):
         end = tokenizer.convert_tokens_to_ids(self.prompts.end_token) if self.prompts.end_token else None
         self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on, end)
         self._check_answers()
+        self.next_frame = NextFrame(model, self.processing, self.codec) if model.predicts_frames else None
+        self.next_frame_coef = 0.0
         self.prompts.legend = self.codec.legend
         self.learns_text = not model.one_token_answers
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -181,7 +186,19 @@ class VLMPolicy(Policy):
         """Returns log-probabilities and entropy (B, 1), values (B,) and the distribution (B, A)."""
         logprobs, values = self.distribution(inputs)
         taken = logprobs.gather(1, actions["index"][:, None])  # (B, 1)
-        return Evaluated(taken, entropy(logprobs)[:, None], values, logprobs)
+        losses = {}
+        if NEXT_CODES in inputs.columns and torch.is_grad_enabled():
+            assert self.next_frame is not None, "rows with codes are of a policy that predicts"
+            following = self.next_frame.loss(inputs, actions["index"].tolist())
+            losses["next_frame_loss"] = self.next_frame_coef * following
+        return Evaluated(taken, entropy(logprobs)[:, None], values, logprobs, losses)
+
+    def see_next(self, inputs: Rows, images: np.ndarray) -> Rows:
+        """Returns the rows with the next frames' codes (B, P) int64 where their loss counts."""
+        if not self.next_frame_coef:
+            return inputs
+        assert self.next_frame is not None, "checked where the coefficient is set"
+        return Rows({**inputs.columns, NEXT_CODES: self.next_frame.codes(images)}, inputs.fillers)
 
     @torch.no_grad()
     def predict_values(self, inputs: Rows) -> Tensor:

@@ -1,7 +1,8 @@
 """One contract for every family of vision-language models: computed as transformers computes it, and it learns.
 
-Each family is a tiny random folder (tests/helpers/families). The reference is plain transformers: the library's model
-on what the library's processor makes of a chat, one sample at a time.
+Each family is a tiny random folder (tests/helpers/families), and so is each architecture of our own (own_rows). The
+reference is plain transformers: the library's model on what the library's processor makes of a chat, one sample at a
+time.
 """
 
 import numpy as np
@@ -23,6 +24,7 @@ from manako.policies.trainable import part_of
 from tests.helpers.families import FAMILIES
 from tests.helpers.families.more import MORE
 from tests.helpers.foreign_models import NAMES, TURNS, frames
+from tests.helpers.own_rows import OWN_ROWS, write
 from tests.helpers.small_runs import ppo_config, weights
 
 # families of which something is missing, and the sentence that says so
@@ -39,7 +41,8 @@ REFUSED = {
 NO_ADAPTER = {"chameleon", "emu3", "ovis2"}  # the image goes into the vocabulary, no module stands between
 NO_ANSWERS_OF_SEVERAL_TOKENS = {"janus": "is not computed here as transformers computes it"}  # its generate differs
 NO_SHARED_PREFIX = {"qwen3_5"}  # layers with a state instead of keys
-ACTING = [family for family in FAMILIES if family not in REFUSED]
+ACTING = [*OWN_ROWS, *(family for family in FAMILIES if family not in REFUSED)]
+ONE_SIZE = {*MORE, *OWN_ROWS}  # of frames; a preset's encoder is made for one
 CONTRACT = [pytest.param(family, marks=[pytest.mark.slow] if family in MORE else []) for family in ACTING]
 SHAPES = [(24, 24, 3), (64, 64, 3), (160, 64, 3)]
 INSTRUCTIONS = ("go to the far end of the red room and turn left there", "up")
@@ -51,7 +54,8 @@ def folders(tmp_path_factory):
 
     class Folders(dict):
         def __missing__(self, family):
-            self[family] = str(FAMILIES[family](tmp_path_factory.mktemp(family)))
+            folder = tmp_path_factory.mktemp(family)
+            self[family] = str(write(family, folder) if family in OWN_ROWS else FAMILIES[family](folder))
             return self[family]
 
     return Folders()
@@ -88,7 +92,7 @@ def test_a_policy_computes_what_plain_transformers_computes(family, folders):
     """Alone and in a padded batch, at three sizes of frames; whatever was called before."""
     folder = folders[family]
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    for shape in SHAPES if family not in MORE else SHAPES[1:2]:
+    for shape in SHAPES if family not in ONE_SIZE else SHAPES[1:2]:
         policy = load(folder, shape=shape)
         images = frames(2, shape, seed=3)
         expected, start = [], policy.parts.answer_start

@@ -8,7 +8,7 @@ pairs.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -145,6 +145,49 @@ def evaluate_all(
         if done is not None:
             done(condition, evaluations[condition])
     return evaluations
+
+
+class Agreement(NamedTuple):
+    """How often a policy would do what the environment's expert does."""
+
+    agreed: int  # states
+    states: int  # of whole episodes that the expert plays
+
+    @property
+    def share(self) -> float:
+        """Of the states."""
+        return self.agreed / self.states
+
+
+def expert_agreement(policy: Policy, env: EvaluationEnv, seeds: Sequence[int]) -> Agreement:
+    """Lets the expert play an episode for each seed, and asks the policy for its likeliest action in every state.
+
+    Args:
+        policy: the policy; where several actions are as good, only the expert's counts.
+        env: as many environments as there are seeds.
+        seeds: held-out episode seeds.
+
+    Raises:
+        EnvError: the environment has no expert.
+        TrainingError: an episode that does not end.
+    """
+    observations = env.reset(seeds=list(seeds))
+    going = np.ones(env.num_envs, dtype=bool)
+    agreed = states = 0
+    with policy.frozen_weights():
+        for _ in range(MAX_EPISODE_STEPS):
+            expert = np.asarray(env.expert_actions())
+            inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
+            chosen = policy.act(inputs, Draws([]), greedy=True).to_env
+            agreed += int((chosen == expert)[going].sum())
+            states += int(going.sum())
+            result = env.step(expert)
+            ended = result.terminated | result.truncated
+            going &= ~ended
+            if not going.any():
+                return Agreement(agreed, states)
+            observations = env.reset_done(ended) if ended.any() else result.observations
+    raise TrainingError(f"The expert has not ended an episode in {MAX_EPISODE_STEPS:,} steps: set a limit of steps.")
 
 
 def record_episodes(

@@ -142,6 +142,46 @@ def learning_curve(
     _replace(path, picture.getvalue())
 
 
+def success_chart(
+    rows: Sequence[tuple[str, float, Interval]], path: Path | str, title: str, baseline: tuple[float, Interval] | None
+) -> None:
+    """Draws success with its interval, a line a row, in the order of the rows.
+
+    Args:
+        rows: name, success in [0, 1], (low, high).
+        path: the PNG to write; its parents are made.
+        title: above it.
+        baseline: of the random policy: a line and a band.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7.0, 1.2 + 0.3 * len(rows)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    ax.set_title(title, fontsize=10)
+    places = list(range(len(rows)))[::-1]
+    for place, (_, success, (low, high)) in zip(places, rows, strict=True):
+        ax.plot([low, high], [place, place], color=COLORS["success_rate"], linewidth=2)
+        ax.plot([success], [place], "o", color=COLORS["success_rate"], markersize=5)
+    if baseline is not None:
+        rate, (low, high) = baseline
+        ax.axvspan(low, high, color=_BASELINE_COLORS[0], alpha=0.15, linewidth=0)
+        ax.axvline(rate, color=_BASELINE_COLORS[0], linestyle="--", linewidth=1.2, label="random policy")
+        _legend(ax)
+    ax.set_yticks(places, [name for name, _, _ in rows], fontsize=8)
+    ax.set_xlim(-0.03, 1.03)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    ax.set_xlabel("successful episodes (%), 95 % interval")
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    _replace(path, picture.getvalue())
+
+
 def _number(value: Any) -> float | None:
     """A finite float, or None for what is missing, None, NaN or infinite."""
     return float(value) if value is not None and np.isfinite(float(value)) else None

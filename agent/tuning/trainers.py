@@ -235,8 +235,9 @@ def check_learns_text(policy: Policy) -> None:
     """
     if not policy.learns_text:
         raise TrainingError(
-            f"{type(plain_model(policy)).__name__} answers with one token at a mask, so captions, --loss tokens, DPO "
-            "and KTO are not for it: expected run_sft.py --stage instruct --loss actions, or run_ppo.py."
+            f"{type(plain_model(policy)).__name__} answers with one token at a mask, so spelled captions, --loss "
+            "tokens, DPO and KTO are not for it: expected run_sft.py --stage align, where it has losses of its own, or "
+            "--stage instruct --loss actions, or run_ppo.py."
         )
 
 

@@ -144,10 +144,10 @@ def make_trainer_args(command: PPOCommand, output_dir: Path) -> PPOConfig:
 def make_tuning_args(
     kind: Callable[..., Arguments], settings: TuningSettings, seed: int, run_dir: Path, **own: Any
 ) -> Arguments:
-    """Returns the arguments of one of TRL's trainers: those that SFT, DPO and KTO share, and the method's own.
+    """Returns the arguments of a trainer: those that pretraining, SFT, DPO and KTO share, and the method's own.
 
     Args:
-        kind: trl.SFTConfig, DPOConfig or KTOConfig.
+        kind: transformers' TrainingArguments, trl.SFTConfig, DPOConfig or KTOConfig.
         settings: of the training.
         seed: the run's.
         run_dir: the run folder.
@@ -166,7 +166,6 @@ def make_tuning_args(
             learning_rate=settings.learning_rate,
             lr_scheduler_type=schedule,
             max_grad_norm=settings.max_grad_norm,
-            max_length=None,
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="no",

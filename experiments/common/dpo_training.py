@@ -108,10 +108,10 @@ def _train_round(command: DPOCommand, policy: VLMPolicy, pairs: Dataset, run_dir
     dpo, seed = command.dpo, command.run.seed
     trainer: PolicyDPOTrainer | PolicyKTOTrainer
     if dpo.method == "dpo":
-        args = make_tuning_args(DPOConfig, dpo, seed, run_dir, beta=dpo.beta)
+        args = make_tuning_args(DPOConfig, dpo, seed, run_dir, beta=dpo.beta, max_length=None)
         trainer = PolicyDPOTrainer(policy, args, pairs, run_dir, adapter_learning_rate=dpo.adapter_learning_rate)
     else:
-        args = make_tuning_args(KTOConfig, dpo, seed, run_dir, beta=dpo.beta)
+        args = make_tuning_args(KTOConfig, dpo, seed, run_dir, beta=dpo.beta, max_length=None)
         trainer = PolicyKTOTrainer(
             policy, args, unpaired(pairs), run_dir, adapter_learning_rate=dpo.adapter_learning_rate
         )

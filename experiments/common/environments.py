@@ -1,6 +1,9 @@
 """From settings to environments and their held-out seeds. No torch here: rollout workers import this."""
 
+import contextlib
 from collections.abc import Sequence
+
+import numpy as np
 
 from manako.envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv
 from manako.envs.settings import EnvSettings
@@ -49,3 +52,30 @@ def knows_expert(env: EpisodeVectorEnv, needed: bool = False) -> bool:
             raise
         return False
     return True
+
+
+def sights(settings: EnvSettings, seed: int, count: int = 6, steps: int = 32) -> tuple[np.ndarray, list[str]]:
+    """Returns what held-out episodes begin with, for a look at a policy before it is trained.
+
+    Args:
+        settings: the environment.
+        seed: the run's.
+        count: of episodes.
+        steps: where all of them begin with the same frame, so many steps of random play are taken from instead.
+
+    Returns:
+        Frames (count, H, W, 3) uint8 and as many instructions.
+    """
+    with contextlib.closing(make_vector_env(settings, 1, seed, held_out=True)) as env:
+        seen = [env.reset()]
+        while len(seen) < count:
+            seen.append(env.reset_done(np.array([True])))
+        if len({episode.images.tobytes() for episode in seen}) == 1:
+            generator = np.random.default_rng(seed)
+            walked = {seen[0].images.tobytes(): seen[0]}
+            for _ in range(steps):
+                result = env.step(generator.integers(len(env.action_names), size=1))
+                now = env.reset_done(result.terminated | result.truncated)
+                walked.setdefault(now.images.tobytes(), now)
+            seen = list(walked.values())[:count]
+    return np.concatenate([now.images for now in seen]), [now.instructions[0] for now in seen]

@@ -1,8 +1,13 @@
-"""The report of run_ladder.py: every step's policy on the same held-out seeds, and paired tests between all of them."""
+"""The report of run_ladder.py: every step's policy on the same held-out seeds, and paired tests between all of them.
+
+A step's controls (blank image, another instruction) are those of its own evaluation.json, on the first of these seeds.
+"""
 
 import contextlib
 import dataclasses
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +15,38 @@ from rich import box
 from rich.table import Table
 
 from manako.agent.data.trajectories import episode_success, load_trajectories
-from manako.agent.report.evaluation import evaluate
+from manako.agent.report.evaluation import evaluate, expert_agreement
+from manako.agent.report.figures import success_chart
 from manako.agent.report.statistics import mcnemar
 from manako.agent.tuning.forgetting import measure_retention
-from manako.envs import held_out_seeds
+from manako.envs import EnvError, held_out_seeds
+from manako.envs.settings import EnvSettings
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.command_line import build, checked_sections
 from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.ladder_table import TABLE
 from manako.experiments.common.progress import episodes_in_words, plain_console
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import OF_PRESETS, PPOCommand
+from manako.policies import VLMPolicy
+from manako.policies.interface import Draws
 
 START = "start"  # the policy before any step
+CONTROLS = ("blank_image", "replaced_instruction")
+EXPERT_EPISODES = 64  # held out, in whose states the policy is asked what the expert does
+MOST_STEPS = 10  # of which all pairs are printed; of more, each with the one that it came from
+TIMED = 32  # environments that are acted in at a time
 
 
 def evaluate_ladder(
-    folder: Path, common: dict[str, dict[str, Any]], done: dict[str, dict[str, Any]], episodes: int, sample: bool
+    folder: Path,
+    common: dict[str, dict[str, Any]],
+    done: dict[str, dict[str, Any]],
+    episodes: int,
+    sample: bool,
+    table: str | None = None,
 ) -> None:
-    """Evaluates every step's policy on the same held-out seeds; a file and a table.
+    """Evaluates every step's policy on the same held-out seeds; a file, a table and a chart.
 
     Args:
         folder: the ladder's.
@@ -35,6 +54,7 @@ def evaluate_ladder(
         done: what is known of each step.
         episodes: held-out episodes.
         sample: sample actions instead of taking the greedy ones.
+        table: a Markdown file for the table, beside which the chart is put as well; None: for none.
     """
     start = build(PPOCommand, checked_sections(PPOCommand, common, "common"))
     environment, source, seed = start.environment, start.policy, start.run.seed
@@ -51,6 +71,8 @@ def evaluate_ladder(
         policy, _ = policy_of_run(environment, source, seed, start.run.torch_threads)
         with contextlib.closing(make_vector_env(environment, min(32, len(seeds)), seed, held_out=True)) as env:
             evaluation = evaluate(policy, env, seeds, sample=sample)
+            if name == START:
+                random = evaluate(policy, env, seeds, "random").summary()
         success[name] = [episode.success for episode in evaluation.episodes]
         learned = 0
         if name != START:
@@ -62,7 +84,11 @@ def evaluate_ladder(
                 "from": trained[name]["from"] if name in trained else None,
                 **evaluation.summary(),
                 "seconds": trained[name]["seconds"] if name in trained else 0.0,
+                "parameters": sum(p.numel() for p in policy.parameters()),
                 "trained_parameters": learned,
+                "controls": _controls(folder / name),
+                "expert_agreement": agreement_with_expert(environment, policy, seeds[:EXPERT_EPISODES], seed),
+                "milliseconds_a_frame": milliseconds_a_frame(environment, policy, seed),
                 **measure_retention(policy).summary(),
             }
         )
@@ -75,6 +101,7 @@ def evaluate_ladder(
             for name, step in done.items()
             if step["runner"] == "collect"
         },
+        "random": random,
         "steps": rows,
         "comparisons": compare_steps(success),
         "success": success,
@@ -82,6 +109,76 @@ def evaluate_ladder(
     file = folder / ("report_sampled.json" if sample else "report.json")
     write_text(file, json.dumps(result, indent=2))
     print_report(result, file)
+    charts = [file.with_suffix(".png"), *([Path(table).with_suffix(".png")] if table else [])]
+    for chart in charts:
+        success_chart(
+            [(row["step"], row["success"], tuple(row["success_ci95"])) for row in rows],
+            chart,
+            f"{environment.env}, {episodes_in_words(rows[0]['episodes'], rows[0]['starts'])}",
+            (random["success"], tuple(random["success_ci95"])),
+        )
+    if table:
+        TABLE.write(Path(table), table_rows(result))
+
+
+def agreement_with_expert(
+    environment: EnvSettings, policy: VLMPolicy, seeds: Sequence[int], seed: int
+) -> dict[str, Any] | None:
+    """Returns in how many of an expert's states the policy's likeliest action is the expert's; None without expert."""
+    with contextlib.closing(make_vector_env(environment, len(seeds), seed, held_out=True)) as env:
+        env.reset(seeds=list(seeds))
+        try:
+            env.expert_actions()
+        except EnvError:
+            return None
+        found = expert_agreement(policy, env, seeds)
+    return {"share": found.share, "agreed": found.agreed, "states": found.states, "episodes": len(seeds)}
+
+
+def milliseconds_a_frame(environment: EnvSettings, policy: VLMPolicy, seed: int) -> float:
+    """Returns what `prepare` and `act` take for a frame of `TIMED` environments: the least of a few, of one process."""
+    with contextlib.closing(make_vector_env(environment, TIMED, seed, held_out=True)) as env:
+        seen = env.reset()
+    times = []
+    with policy.frozen_weights():
+        for _ in range(4):  # the first warms up
+            start = time.perf_counter()
+            policy.act(policy.prepare(seen.images, seen.instructions), Draws([]), greedy=True)
+            times.append(time.perf_counter() - start)
+    return 1000 * min(times[1:]) / TIMED
+
+
+def table_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Returns a Markdown row a step, the random policy first."""
+    rows = [["random policy", "", "", "", "", _with_interval(result["random"]), "", "", "", ""]]
+    for row in result["steps"]:
+        agreement, controls = row["expert_agreement"], row["controls"]
+        rows.append(
+            [
+                f"`{row['step']}`",
+                "" if row["from"] is None else f"`{row['from']}`",
+                f"{row['parameters']:,}",
+                f"{row['trained_parameters']:,}" if row["trained_parameters"] else "",
+                "" if agreement is None else f"{agreement['share']:.1%}",
+                _with_interval(row),
+                *(f"{controls[name]:.1%}" if name in controls else "" for name in CONTROLS),
+                f"{row['seconds'] / 60:.1f}" if row["seconds"] else "",
+                f"{row['milliseconds_a_frame']:.2f}",
+            ]
+        )
+    return rows
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    low, high = row["success_ci95"]
+    return f"{row['success']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _controls(step: Path) -> dict[str, float]:
+    """Success of a step's controls, where it was evaluated."""
+    file = step / "evaluation.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: found[name]["success"] for name in CONTROLS if name in found}
 
 
 def compare_steps(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
@@ -133,23 +230,32 @@ def print_report(result: dict[str, Any], file: Path) -> None:
     table = Table(
         title=f"{result['env']}, {episodes}, held-out seeds, {how} actions", title_justify="left", box=box.SIMPLE
     )
-    for column in ("step", "from", "success [95 %]", "return", "seconds", "trained", "perplexity", "questions"):
+    columns = ("step", "from", "success [95 %]", "blank", "other text", "as expert", "seconds", "params", "trained")
+    for column in (*columns, "ms/frame", "perplexity", "questions"):
         table.add_column(column, justify="left" if column in ("step", "from") else "right", no_wrap=True)
+    table.add_row("random policy", "", _with_interval(result["random"]))
     for row in rows:
-        low, high = row["success_ci95"]
+        agreement, controls = row["expert_agreement"], row["controls"]
         table.add_row(
             row["step"],
             row["from"] or "",
-            f"{row['success']:.1%} [{low:.1%}, {high:.1%}]",
-            f"{row['return_mean']:.2f}",
+            _with_interval(row),
+            *(f"{controls[name]:.0%}" if name in controls else "" for name in CONTROLS),
+            "" if agreement is None else f"{agreement['share']:.0%}",
             f"{row['seconds']:.0f}",
+            f"{row['parameters']:,}",
             f"{row['trained_parameters']:,}",
+            f"{row['milliseconds_a_frame']:.2f}",
             "-" if row["perplexity"] is None else f"{row['perplexity']:.1f}",
             "-" if row["probes"] is None else f"{row['probes']:.0%}",
         )
     console.print(table)
     if rows[0]["starts"] > 1 or result["sampled_actions"]:  # else the episodes are no sample that could be tested
-        for pair in result["comparisons"]:
+        pairs = result["comparisons"]
+        if len(rows) > MOST_STEPS:
+            came_from = {row["step"]: row["from"] for row in rows}
+            pairs = [pair for pair in pairs if pair["against"] == came_from[pair["step"]]]
+        for pair in pairs:
             console.print(
                 f"{pair['step']} against {pair['against']}: {100 * pair['difference']:+.1f} points, p = {pair['p']:.2g}"
             )

@@ -27,7 +27,7 @@ from manako.envs import Observations
 from manako.errors import ManakoError, first_line, full_text, type_and_text
 from manako.experiments.common.building import check_instruction, place, quiet_libraries
 from manako.experiments.common.command_line import show
-from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.environments import make_vector_env, sights
 from manako.experiments.common.model_table import Row
 from manako.experiments.common.run_folder import policy_folder
 from manako.experiments.common.settings import CheckModelCommand
@@ -39,6 +39,7 @@ from manako.policies.loading import load_model, put_policy_around
 from manako.policies.pretrained import quietly
 from manako.policies.reading import SharedPrefix
 from manako.policies.room import Needed, cache_bytes, check_training_room, free_memory, in_words, needed, row_bytes
+from manako.policies.sensitivity import sensitivity
 from manako.policies.trainable import READY_MADE, parameter_table, part_of, parts_of, set_trainable
 
 HOLDS, DOES_NOT_HOLD, CANNOT_BE_LOADED = 0, 1, 2  # exit codes
@@ -53,6 +54,7 @@ class Shown(NamedTuple):
     action_names: tuple[str, ...]
     frame_shape: tuple[int, int, int]
     seen: Observations  # of N environments
+    sights: tuple[np.ndarray, list[str]]  # of several episodes, see `environments.sights`
 
 
 class Learning(NamedTuple):
@@ -93,7 +95,7 @@ def check_models(command: CheckModelCommand) -> list[tuple[Row, int]]:
     torch.manual_seed(0)
     env = make_vector_env(command.environment, command.environment.num_envs, seed=0, held_out=True)
     try:
-        shown = Shown(env.action_names, env.frame_shape, env.reset())
+        shown = Shown(env.action_names, env.frame_shape, env.reset(), sights(command.environment, 0))
     finally:
         env.close()
     checked = []
@@ -172,6 +174,10 @@ def describe(policy: VLMPolicy, shown: Shown) -> bool:
     lengths = len(policy.prompt_tokens("")), len(policy.prompt_tokens(own))
     show("image", f"{image_tokens(policy, shown)} tokens a frame; pixels by {_pixels(policy)}")
     show("prompt", f"{lengths[0]} tokens with no instruction, {lengths[1]} with {own!r}")
+    state = sensitivity(policy, *shown.sights)
+    show("state", state.text)
+    for warning in state.warnings:
+        show("", f"warning: {warning}")
     if policy.parts.one_token_answers:
         show("generate", "not asked: it answers with one token at a mask")
         return True

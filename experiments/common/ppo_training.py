@@ -14,12 +14,14 @@ from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, c
 from manako.agent.report.figures import learning_curve
 from manako.experiments.common.building import connected, copy_maker, make_plan, make_trainer_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
+from manako.experiments.common.environments import sights
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_final, write_gif
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.room import check_training_room
+from manako.policies.sensitivity import sensitivity
 
 
 def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
@@ -77,7 +79,7 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
         progress = Progress(run_dir, command, policy, args.num_iterations, trainer.num_samples, started)
         for callback in (metrics, saver, progress):
             trainer.add_callback(callback)
-        progress.header(env)
+        progress.header(env, None if checkpoint else sensitivity(policy, *sights(environment, run.seed)))
         if checkpoint is None:
             write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "before.gif")
         try:

@@ -15,6 +15,7 @@ from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy, parameter_table
+from manako.policies.sensitivity import Sensitivity
 
 
 def plain_console() -> Console:
@@ -47,8 +48,11 @@ class Progress(TrainerCallback):
         self._first_iteration = 0
         self._last_line = -1e9
 
-    def header(self, env: EpisodeVectorEnv) -> None:
-        """Prints what is about to run; the runner has already said where."""
+    def header(self, env: EpisodeVectorEnv, state: Sensitivity | None = None) -> None:
+        """Prints what is about to run, and how far frame and instruction move the policy's state.
+
+        The runner has already said where.
+        """
         played, workers, source = self.command.environment, self.command.workers, self.command.policy
         policy = self.policy
         instruction_from = "replaced" if played.instruction else "the env's own"
@@ -66,6 +70,8 @@ class Progress(TrainerCallback):
             )
         for heading, text in policy.describe():
             self.console.print(f"{heading:<13}{text}")
+        if state is not None:
+            print_sensitivity(self.console, state)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock."""
@@ -117,6 +123,13 @@ class Progress(TrainerCallback):
         written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
         self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
         self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
+
+
+def print_sensitivity(console: Console, state: Sensitivity) -> None:
+    """Prints how far frame and instruction move the state that a policy acts on, with a warning where they do not."""
+    console.print(f"state        {state.text}")
+    for warning in state.warnings:
+        console.print(f"warning: {warning}")
 
 
 def print_parts(console: Console, policy: VLMPolicy) -> None:

@@ -14,12 +14,14 @@ from manako.agent.workers.settings import WorkerSettings
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import UsageError, section
 from manako.policies import PolicySource
+from manako.policies.architectures.presets import PRESETS
 from manako.settings import setting
 
 GOTO = Path(__file__).resolve().parents[1] / "configs" / "goto.yaml"  # what run_ppo.py trains where nothing is named
 # settings of a policy's source that a runner has no use for
 SEED = ("seed",)  # the run's
-OF_LEARNING = ("trainable", "lora_rank", "lora_alpha")
+PREDICTION = ("next_frame_coef",)
+OF_LEARNING = ("trainable", "lora_rank", "lora_alpha", *PREDICTION)
 OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has them
 
 
@@ -95,9 +97,7 @@ class EvaluateSettings:
 class ModelCheckSettings:
     """Which models check_model.py asks, and what it writes."""
 
-    models: tuple[str, ...] = setting(
-        (), "model folders, checkpoints, Hub ids, presets (tiny, smollm2, uniter, vilbert, flamingo, kosmos2)"
-    )
+    models: tuple[str, ...] = setting((), f"model folders, checkpoints, Hub ids, presets ({', '.join(PRESETS)})")
     table: str | None = setting(None, "Markdown file for a table with a row a model; between its markers, if it exists")
     num_steps: int = setting(PPOSettings.num_steps, "env steps of the rollout whose room is counted", ge=1)
     torch_threads: int | None = setting(
@@ -194,7 +194,7 @@ class DPOCommand:
     """Settings of run_dpo.py."""
 
     environment: EnvSettings = section(EnvSettings, "environment")
-    policy: PolicySource = section(PolicySource, "policy", without=SEED, trainable="lora")
+    policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *PREDICTION), trainable="lora")
     dpo: DPOSettings = section(DPOSettings, "preference optimisation")
     run: RunSettings = section(RunSettings, "run", eval_episodes=200)
 
@@ -213,7 +213,7 @@ class CheckModelCommand:
     """Settings of check_model.py."""
 
     environment: EnvSettings = section(EnvSettings, "environment")
-    policy: PolicySource = section(PolicySource, "policy", without=("policy", *SEED))
+    policy: PolicySource = section(PolicySource, "policy", without=("policy", *SEED, *PREDICTION))
     check: ModelCheckSettings = section(ModelCheckSettings, "check")
 
 

@@ -19,14 +19,21 @@ from manako.agent.tuning.supervised import captions, demonstrated_actions, demon
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
 from manako.experiments.common.building import make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import make_vector_env
-from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
+from manako.experiments.common.environments import make_vector_env, sights
+from manako.experiments.common.progress import (
+    plain_console,
+    print_parts,
+    print_retention,
+    print_sensitivity,
+    print_table,
+)
 from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import SFTCommand
 from manako.policies import VLMPolicy
 from manako.policies.architectures.pretraining import Pretraining
 from manako.policies.room import check_training_room
+from manako.policies.sensitivity import sensitivity
 
 MEASURED_FRAMES = 256  # of held-out episodes, for what an architecture learns by itself
 FITTED_FRAMES = 256  # whose features an adapter with statistics is given
@@ -58,10 +65,12 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     if policy.fit_adapter(np.stack(frames[:FITTED_FRAMES])):
         console.print(f"adapter      standardises features by {min(len(frames), FITTED_FRAMES)} frames")
     print_parts(console, policy)
+    if sft.stage == "instruct":
+        print_sensitivity(console, sensitivity(policy, *sights(environment, run.seed)))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
     before = measure_retention(policy)
-    args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
+    args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps, max_length=None)
     kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
     trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
     trainer.train()
@@ -114,15 +123,16 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     sft, run = command.sft, command.run
     policy.value_head.requires_grad_(False)
     check_training_room(policy, command.policy.trainable, policy.device)
-    frames, texts = frames_and_captions(command, sft.captions)
-    held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True)
+    captioned = pretraining.needs_captions
+    frames, texts = frames_and_captions(command, sft.captions, captioned=captioned)
+    held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True, captioned=captioned)
     unseen = np.stack(held_out[0]), held_out[1]
     console = plain_console()
     console.print(f"data         {len(frames):,} frames and captions, {sft.stage}")
     print_parts(console, policy)
+    before = pretraining.measure(*unseen)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
-    before = pretraining.measure(*unseen)
     args = make_tuning_args(TrainingArguments, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
     trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
     trainer.train()
@@ -140,7 +150,7 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
     console.print(f"{MEASURED_FRAMES} frames of held-out episodes, before -> after:")
     for name, value in after.items():
-        console.print(f"  {name:24} {before[name]:.3f} -> {value:.3f}")
+        console.print(f"  {name:26} {before[name]:.3f} -> {value:.3f}")
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
     return 0
 
@@ -159,8 +169,10 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
     return demonstrations(trajectories, policy, sft.only_success), frames
 
 
-def frames_and_captions(command: SFTCommand, count: int, held_out: bool = False) -> tuple[list[np.ndarray], list[str]]:
-    """Returns frames of random play, on training or held-out seeds, and what the environment says is on them."""
+def frames_and_captions(
+    command: SFTCommand, count: int, held_out: bool = False, captioned: bool = True
+) -> tuple[list[np.ndarray], list[str]]:
+    """Returns frames of random play, on training or held-out seeds, and what is on them in words, if asked."""
     seed = command.run.seed
     frames: list[np.ndarray] = []
     texts: list[str] = []
@@ -169,7 +181,7 @@ def frames_and_captions(command: SFTCommand, count: int, held_out: bool = False)
         seen = env.reset()
         while len(frames) < count:
             frames += list(seen.images)
-            texts += list(env.captions())
+            texts += list(env.captions()) if captioned else [""] * env.num_envs
             result = env.step(generator.integers(len(env.action_names), size=env.num_envs))
             seen = env.reset_done(result.terminated | result.truncated)
     return frames[:count], texts[:count]

@@ -7,11 +7,21 @@ from manako.policies.adapters.base import Adapter, Text
 from manako.policies.adapters.linear import LinearAdapter
 from manako.policies.adapters.mlp import MLPAdapter
 from manako.policies.adapters.mlp_zscore import ZScoreMLPAdapter
+from manako.policies.adapters.qformer import InstructQFormerAdapter, QFormerAdapter
+from manako.policies.adapters.resampler import InstructResamplerAdapter, ResamplerAdapter
 from manako.policies.errors import PolicyError
 
 __all__ = ["ADAPTERS", "Adapter", "Text", "build_adapter"]
 
-ADAPTERS: dict[str, type[Adapter]] = {"linear": LinearAdapter, "mlp": MLPAdapter, "mlp_zscore": ZScoreMLPAdapter}
+ADAPTERS: dict[str, type[Adapter]] = {
+    "linear": LinearAdapter,
+    "mlp": MLPAdapter,
+    "mlp_zscore": ZScoreMLPAdapter,
+    "qformer": QFormerAdapter,
+    "instruct_qformer": InstructQFormerAdapter,
+    "resampler": ResamplerAdapter,
+    "instruct_resampler": InstructResamplerAdapter,
+}
 
 
 def build_adapter(name: str, vision_width: int, text_width: int) -> Adapter:

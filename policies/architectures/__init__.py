@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 OWN = {  # model types of ours -> modules or packages of this folder that make them known to transformers
     "manako": "composed",
     "manako_flamingo": "flamingo",
+    "manako_vision_tokens": "vision_tokens",
     "manako_uniter": "uniter",
     "manako_vilbert": "vilbert",
 }
 ROWS = {  # a configuration's model_type -> module of this folder
     "manako": "composed.parts",
     "manako_flamingo": "flamingo.parts",
+    "manako_vision_tokens": "vision_tokens.parts",
     "manako_uniter": "uniter",
     "manako_vilbert": "vilbert",
     "blip-2": "blip2",
-    "instructblip": "blip2",
+    "instructblip": "instructblip",
     "kosmos-2": "kosmos2",
     "idefics": "idefics",
     "idefics2": "idefics2",

@@ -1,9 +1,26 @@
-"""BLIP-2 (arXiv:2301.12597) and InstructBLIP (arXiv:2305.06500): ViT -> Q-Former and projection -> a language model.
+"""BLIP-2 (arXiv:2301.12597): a Q-Former's learned queries ask a frozen encoder, and the language model reads them.
 
-InstructBLIP's Q-Former also reads the instruction (`qformer_input_ids`). The language model is a decoder (OPT, Vicuna)
-or an encoder-decoder (FLAN-T5). The processors write the query tokens' placeholders in front of the text themselves, so
-the prompt's text holds none, and nothing stands before the image that samples could share. The query tokens are a bare
-parameter: they learn with the adapter, but stay as loaded beside LoRA, whose files hold whole modules only.
+    frame ── EVA ──► features (B, P, Dv) ──┐ cross-attention
+                                           ▼
+    K queries ─ self-attention ─► queries ─► queries ── linear ──► (B, K, D) ── language model
+
+As small random parts, the composed model with the encoder `eva` and the adapter `qformer`:
+
+    python experiments/run_ppo.py --policy blip2
+    python experiments/run_sft.py --policy blip2 --dataset data/goto --trainable full --loss actions
+
+With `--vision_encoder FOLDER` it has the EVA of a BLIP-2, with `--language_model smollm2` a pretrained language model.
+The paper's second stage is `run_sft.py --stage align`: language model and encoder stay, Q-Former and projection learn.
+The preset's Q-Former sees the patches without the class token, as every adapter here does.
+
+A model of the library (this file's `name_parts`, and InstructBLIP's, see instructblip.py) has a decoder (OPT, Vicuna)
+or an encoder-decoder (FLAN-T5):
+
+    python experiments/check_model.py Salesforce/blip2-opt-2.7b
+
+The processors write the query tokens' placeholders in front of the text themselves, so the prompt's text holds none,
+and nothing stands before the image that samples could share. The query tokens are a bare parameter: they learn with the
+adapter, but stay as loaded beside LoRA, whose files hold whole modules only.
 """
 
 from typing import Any

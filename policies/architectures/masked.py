@@ -7,8 +7,8 @@
 The image is a stream of its own, not a part of the text. Every place sees every other, so nothing of a prompt can be
 kept for the next one, and the model says one token: it can neither `generate` nor spell an answer of several tokens.
 
-Left out: the detector whose regions both papers read (the frame's patches stand for them), and the papers' own
-pretraining (masked words, image-text matching) with the pooled state that matching is judged by.
+Masked words and image-text matching are learned by `run_sft.py --stage align`, see `masked_pretraining.py`. Left out:
+the detector whose regions both papers read (the frame's patches stand for them), and tasks about regions.
 """
 
 from abc import abstractmethod
@@ -27,9 +27,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.processing_utils import ProcessorMixin
 
-from manako.policies.architectures.composed.build import copy_weights, count_image_tokens
+from manako.policies.architectures.composed.build import check_adapter, copy_weights, count_image_tokens
 from manako.policies.architectures.composed.configuration import ManakoConfig
 from manako.policies.architectures.composed.modeling import ManakoModel, ManakoPreTrainedModel
+from manako.policies.architectures.masked_pretraining import MaskedPretraining
 from manako.policies.architectures.model import Model
 from manako.policies.encoders import build_encoder
 from manako.policies.errors import PolicyError
@@ -79,6 +80,8 @@ class MaskedModel(ManakoModel):
     Where the library projects the features of regions to its width, the adapter does.
     """
 
+    gives_text = False
+
     _supports_flash_attn = False
     _supports_sdpa = False
     _supports_attention_backend = False
@@ -86,7 +89,7 @@ class MaskedModel(ManakoModel):
 
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
-        self.language_model.pooler = nn.Identity()  # what image-text matching would read
+        self.language_model.pooler = nn.Identity()  # matching is read at the mask, see masked_pretraining.py
 
     @abstractmethod
     def encode(self, input_ids: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor, boxes: torch.Tensor) -> Any:
@@ -107,10 +110,13 @@ class MaskedModel(ManakoModel):
         use_cache: bool | None = None,
     ) -> BaseModelOutput:
         """Returns last hidden states (B, L, D) of token ids (B, L) and pixels (B, 3, h, w); nothing is ever cached."""
-        visual = self.get_image_features(pixel_values)  # (B, K, D)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        boxes = grid_boxes(visual.shape[1], pixel_values.shape[-2], pixel_values.shape[-1]).to(visual)
-        return BaseModelOutput(last_hidden_state=self.encode(input_ids, mask, visual, boxes))
+        return BaseModelOutput(last_hidden_state=self.encode(input_ids, mask, *self.see(pixel_values)))
+
+    def see(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns visual tokens (B, K, D) of pixels (B, 3, h, w), and where in the frame each of them is, (K, 4)."""
+        visual = self.get_image_features(pixel_values)
+        return visual, grid_boxes(visual.shape[1], pixel_values.shape[-2], pixel_values.shape[-1]).to(visual)
 
 
 class MaskedVLM(ManakoPreTrainedModel):
@@ -160,7 +166,11 @@ class MaskedVLM(ManakoPreTrainedModel):
     ) -> MaskedLMOutput:
         """Returns logits (B, L, V) of what stands at each place of the text, given all others and the frame."""
         hidden = self.model(input_ids, pixel_values, attention_mask).last_hidden_state  # (B, L, D)
-        return MaskedLMOutput(logits=self.lm_head(self.transform(hidden)))
+        return MaskedLMOutput(logits=self.read_words(hidden))
+
+    def read_words(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns logits (..., V) of states (..., D)."""
+        return self.lm_head(self.transform(hidden))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Is what a masked reading cannot do.
@@ -203,6 +213,7 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder_id=None,
         reading=WholePrompt,
         one_token_answers=True,
+        pretraining={"align": MaskedPretraining},
     )
 
 
@@ -249,6 +260,7 @@ def build_masked(
             f"--language_model {language_model!r} came, but {name} has no language model of its own to replace: its "
             "text is read by the model that reads the frame, leave it out."
         )
+    check_adapter(adapter, MaskedModel)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()

@@ -37,6 +37,8 @@ class Model(NamedTuple):
     by_place: tuple[str, ...] = ()  # inputs of tokens that are looked up by a token's place in the whole prompt
     positions: Positions | None = None  # None: the model counts its tokens
     image_counts: bool = True  # False: a new one may be blind at first, such as behind an adapter that starts at 0
+    encoder_learns_alone: bool = False  # True: in a stage of its own, `trainable: encoder`, and stays frozen else
+    predicts_frames: bool = False  # True: it can say the next frame's codes, see `vision_tokens.next_frame`
     one_token_answers: bool = False  # True: it answers at a mask, so it spells nothing, and is trained on no text
     see: See | None = None  # None: its forward takes pixels alone
     pretraining: Mapping[str, MakePretraining] = {}  # by stage of run_sft.py: represent, align

@@ -8,7 +8,7 @@
 
 The stream is the library's VisualBERT, which has UNITER's shape: `VisualBertModel`, and the MLM head of
 `VisualBertForPreTraining`. Where a patch is, the vision encoder's own positions say. Left out: the detector's regions
-and their boxes, and the pretraining tasks (masked words, masked regions, matching, word-region alignment).
+and their boxes; of the pretraining (`masked_pretraining.py`) masked regions and the alignment of words and regions.
 """
 
 from typing import Any

@@ -9,7 +9,7 @@
 
 The streams are the library's LXMERT, which has ViLBERT's shape: `LxmertModel`, and the MLM head of
 `LxmertForPreTraining`; `visual_feats` are patches, and `visual_pos` their boxes in the grid. Left out: the detector
-that finds regions, streams of unequal width and depth, and the pretraining tasks (masked words and regions, matching).
+that finds regions, streams of unequal width and depth; of the pretraining (`masked_pretraining.py`) masked regions.
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ def build_vlm(
 def _make(vision_config: PreTrainedConfig, adapter: str, tokenizer: Any) -> MaskedVLM:
     text_config = LxmertConfig(
         **SMALL,
-        initializer_range=0.35,
+        initializer_range=0.1,
         vocab_size=len(tokenizer),
         l_layers=1,
         r_layers=1,

@@ -5,7 +5,7 @@ policy from scratch hardly depends on the image and learning fails; with 0.15, a
 content, it learns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ class Encoder(NamedTuple):
 
 # frame shape, image_size, patch_size (None: chosen by the frame) -> a random encoder that sees such frames
 BuildEncoder = Callable[[tuple[int, int, int], int | None, int | None], Encoder]
+# a folder or a Hub id, and what else could have been named -> an encoder
+LoadEncoder = Callable[[str, Iterable[str]], Encoder]
 
 
 def sides(frame_shape: tuple[int, int, int], image_size: int | None, patch_size: int | None) -> tuple[int, int]:

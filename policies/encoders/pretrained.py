@@ -32,14 +32,21 @@ def load(name: str, others: Iterable[str] = ()) -> Encoder:
     except Exception as error:  # whatever a model's code says to files that do not fit
         sentence = f"No vision encoder at {name!r}: {places} ({{error}})."
         raise refusal(f"The vision encoder of {name!r}", error, sentence) from error
-    check_complete(name, loading)
     if "vision_config" in model.config.sub_configs:
-        parts = (getattr(model, part, None) for part in VISION_TOWERS)
-        tower = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
-        if tower is None:
+        parts = {part: getattr(model, part, None) for part in VISION_TOWERS}
+        found = next((part for part in parts if isinstance(parts[part], PreTrainedModel)), None)
+        if found is None:
             raise PolicyError(
                 f"{name!r} holds a {type(model).__name__}, whose vision encoder is not a model of its own: expected a "
                 "vision encoder, a two-tower model such as CLIP or SigLIP, or a VLM such as a policy of ours."
             )
-        model = tower
+        # weights of the other parts may lack, as the language model's in a BLIP-2 that only compares
+        loading = {kind: [key for key in keys if _is_of(key, found)] for kind, keys in loading.items()}
+        model = parts[found]
+    check_complete(name, loading)
     return Encoder(model, processor)
+
+
+def _is_of(key: str | tuple[str, ...], part: str) -> bool:
+    """Whether what the library reports of a weight, its name or name and shapes, is of a part."""
+    return (key if isinstance(key, str) else key[0]).startswith(f"{part}.")

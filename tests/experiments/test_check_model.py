@@ -18,7 +18,8 @@ from manako import make_env
 from manako.experiments import check_model, run_dpo, run_ppo, run_sft
 from manako.experiments.common import model_check
 from manako.experiments.common.command_line import UsageError, run_main
-from manako.experiments.common.model_table import BEGIN, END, Row, check_table_file, table_text, write_table
+from manako.experiments.common.markdown_table import END
+from manako.experiments.common.model_table import TABLE, Row
 from manako.policies import PolicySource, load_policy, room
 from manako.policies.saving import digest
 from manako.policies.self_check import Differences
@@ -35,6 +36,7 @@ HEADINGS = [
     "answers",
     "image",
     "prompt",
+    "state",
     "generate",
     "learns",
     "needs",
@@ -168,7 +170,7 @@ def test_a_check_changes_nothing(families):
 )  # in front of the prompt, in it under another name, in cross-attention, and queries
 def test_image_tokens_of_other_kinds(family, tokens, families):
     env = make_env("manako/GoTo-v0", 1)
-    shown = model_check.Shown(env.action_names, env.frame_shape, env.reset())
+    shown = model_check.Shown(env.action_names, env.frame_shape, env.reset(), None)
     policy = load_policy(PolicySource(str(families / family)), env.action_names, env.frame_shape)
     assert model_check.image_tokens(policy, shown) == tokens
 
@@ -181,7 +183,7 @@ def test_one_bad_model_does_not_end_the_check(families, tmp_path, run, quickly):
     assert code == 2 and err.startswith("error: There is no folder") and len(err.splitlines()) == 1
     assert "family       git, GitForCausalLM; its parts are named by policies/architectures/git.py" in out
     rows = (tmp_path / "table.md").read_text().splitlines()
-    assert rows[0] == BEGIN and rows[-1] == END
+    assert rows[0] == TABLE.begin and rows[-1] == END
     assert rows[3] == "| nowhere | no | no | no | no | no | - |"
     assert rows[4] == "| git | yes | yes | yes | yes | no | nothing |"
 
@@ -265,7 +267,7 @@ def test_a_package_that_is_not_there(families, run, monkeypatch):
 
     monkeypatch.setattr("manako.policies.library_models.AutoProcessor.from_pretrained", nothing)
     monkeypatch.setattr("manako.policies.library_models.load_without_video", nothing)
-    shown = model_check.Shown(("up", "down"), (24, 24, 3), None)
+    shown = model_check.Shown(("up", "down"), (24, 24, 3), None, None)
     row, code = model_check.check_model(str(families / "llava"), check_model.read_line(["x"]), shown)
     assert code == 2 and row == Row("llava", acts="no", needs="sentencepiece")
 
@@ -292,16 +294,16 @@ def test_a_command_line_that_cannot_be_used(words, expected, run, tmp_path, monk
 def test_a_table_replaces_what_stands_between_its_markers(tmp_path):
     path = tmp_path / "table.md"
     rows = [Row("one", "yes"), Row("two", "no")]
-    check_table_file(str(path))
-    write_table(path, rows[:1])
-    assert path.read_text() == table_text(rows[:1])
+    TABLE.check(str(path))
+    TABLE.write(path, rows[:1])
+    assert path.read_text() == TABLE.text(rows[:1])
     path.write_text(f"# Before\n\n{path.read_text()}\nAfter\n")
-    check_table_file(str(path))
-    write_table(path, rows)
-    assert path.read_text() == f"# Before\n\n{table_text(rows)}\nAfter\n"
+    TABLE.check(str(path))
+    TABLE.write(path, rows)
+    assert path.read_text() == f"# Before\n\n{TABLE.text(rows)}\nAfter\n"
     path.write_text("mine")
     with pytest.raises(UsageError, match="exists and holds no lines"):
-        check_table_file(str(path))
+        TABLE.check(str(path))
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="the table says what holds without torchvision")

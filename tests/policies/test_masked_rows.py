@@ -224,7 +224,9 @@ def test_text_is_neither_generated_nor_learned(row, policies, trajectories, tmp_
         (PolicyDPOTrainer, DPOConfig),
         (PolicyKTOTrainer, KTOConfig),
     ):
-        with pytest.raises(TrainingError, match="captions, --loss tokens, DPO and KTO are not for it") as caught:
+        with pytest.raises(
+            TrainingError, match="spelled captions, --loss tokens, DPO and KTO are not for it"
+        ) as caught:
             kind(policy, settings(tmp_path, config), data, tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -240,7 +242,7 @@ def test_the_commands_ask_for_no_text_and_say_why(monkeypatch, capsys, tmp_path)
     code, out, _ = run(check_model, "uniter", "--num_envs", "2", "--num_steps", "2")
     assert code == 0 and "not asked: it answers with one token at a mask" in out
     folder = tmp_path / "run"
-    for command, words in ((run_sft, ["--stage", "align"]), (run_dpo, ["--pairs", "expert"])):
+    for command, words in ((run_sft, ["--dataset", "none"]), (run_dpo, ["--pairs", "expert"])):
         code, _, error = run(command, "--policy", "vilbert", *words, "--output_dir", str(folder))
         assert code == 2 and "VilbertForMaskedLM answers with one token at a mask" in error
         assert len(error.strip().splitlines()) == 1 and not folder.exists()

@@ -8,7 +8,8 @@ from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed import ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.prompts import MAX_INSTRUCTION_CHARS, PromptBuilder, as_plain_line
+from manako.policies.plain_text import MAX_INSTRUCTION_CHARS, as_plain_line
+from manako.policies.prompts import PromptBuilder
 from manako.policies.source import SYSTEM
 from tests.helpers.foreign_models import (
     FRAME,

@@ -1,14 +1,16 @@
 """The composition of any three parts to one VLM: a name of ours, a folder or a Hub id each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from manako.errors import first_line
-from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration
+from manako.policies.adapters import ADAPTERS
+from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration, ManakoModel
 from manako.policies.architectures.composed.processing import IMAGE_TOKEN, ManakoProcessor, special_vocabulary
-from manako.policies.encoders import build_encoder
+from manako.policies.encoders import Encoder, LoadEncoder, build_encoder, pretrained
 from manako.policies.errors import PolicyError
 from manako.policies.language_models import build_language_model
 from manako.policies.pretrained import quietly
@@ -16,25 +18,29 @@ from manako.policies.pretrained import quietly
 
 def build_vlm(
     vision_encoder: str,
-    adapter: str,
+    adapter: str | None,
     language_model: str,
     frame_shape: tuple[int, int, int],
     image_size: int | None = None,
     patch_size: int | None = None,
     seed: int = 0,
     kind: type[ManakoForConditionalGeneration] = ManakoForConditionalGeneration,
+    make_encoder: Callable[[], Encoder] | None = None,
+    load_encoder: LoadEncoder = pretrained.load,
 ) -> tuple[ManakoForConditionalGeneration, ManakoProcessor]:
     """Composes a VLM from three parts.
 
     Args:
         vision_encoder: a key of `manako.policies.encoders.ENCODERS` (small, random), a folder or a Hub id.
-        adapter: a key of `manako.policies.adapters.ADAPTERS`.
+        adapter: a key of `manako.policies.adapters.ADAPTERS`; None: `kind` has its own.
         language_model: a key of `manako.policies.language_models.LANGUAGE_MODELS`, a folder or a Hub id.
         frame_shape: (H, W, 3) of the env's frames; a small random encoder is sized by it.
         image_size: see `manako.policies.encoders.build_encoder`.
         patch_size: see `manako.policies.encoders.build_encoder`.
         seed: seed of the random weights.
         kind: class of the model.
+        make_encoder: what `kind` sees by, in place of `vision_encoder`, which is then only its name.
+        load_encoder: what makes an encoder of a folder or a Hub id.
 
     Returns:
         The model in evaluation mode and its processor.
@@ -42,6 +48,7 @@ def build_vlm(
     Raises:
         PolicyError: an unknown name, a folder without a model, parts or sizes that do not fit.
     """
+    reads_text = adapter is not None and check_adapter(adapter, kind.kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_model, tokenizer, template = build_language_model(language_model)
@@ -54,11 +61,14 @@ def build_vlm(
         if text_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
             with quietly():
                 text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size)
+        if make_encoder is not None:
+            encoder, image_processor = make_encoder()
+        else:
+            encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size, load_encoder)
         config = kind.config_class(
             vision_config=encoder.config,
             text_config=text_model.config,
-            adapter=adapter,
+            **({} if adapter is None else {"adapter": adapter}),
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
         model = kind(config)
@@ -79,9 +89,30 @@ def build_vlm(
         {*special, *beyond, config.image_token_id} - {tokenizer.eos_token_id}
     )
     processor = ManakoProcessor(
-        image_processor, tokenizer, num_image_tokens=config.num_image_tokens, chat_template=template
+        image_processor,
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        chat_template=template,
+        adapter_reads_text=reads_text,
     )
     return model, processor
+
+
+def check_adapter(name: str, model: type[ManakoModel]) -> bool:
+    """Returns whether an adapter of that name reads text.
+
+    Raises:
+        PolicyError: an unknown name, or an adapter that reads text in a model that gives it none.
+    """
+    if name not in ADAPTERS:
+        raise PolicyError(f"Unknown adapter {name!r}: expected one of {', '.join(sorted(ADAPTERS))}.")
+    if ADAPTERS[name].wants_text and not model.gives_text:
+        fitting = ", ".join(sorted(other for other, kind in ADAPTERS.items() if not kind.wants_text))
+        raise PolicyError(
+            f"The adapter {name!r} reads the prompt's text, but {model.__name__} gives its adapter the frame alone: "
+            f"expected one of {fitting}."
+        )
+    return ADAPTERS[name].wants_text
 
 
 def count_image_tokens(
@@ -95,9 +126,10 @@ def count_image_tokens(
             f"The image processor of {name!r} gives pixels of shape {tuple(pixels.shape)} for a frame: expected "
             "(1, 3, height, width); choose an encoder that sees a frame as one image."
         )
+    text = (torch.zeros(1, 1, dtype=torch.long),) if model.model.adapter.wants_text else ()  # K does not depend on it
     try:
         with torch.no_grad():
-            return model.model.get_image_features(pixels).shape[1]  # (1, K, D)
+            return model.model.get_image_features(pixels, *text).shape[1]  # (1, K, D)
     except (ValueError, RuntimeError) as error:
         raise PolicyError(
             f"The vision encoder {name!r} cannot see frames of shape {tuple(frame_shape)}, which its processor makes "

@@ -2,7 +2,8 @@
 
 Frames become patches in `vision_tower`, visual tokens in `adapter`, and take the place of the image placeholders among
 the text embeddings; `language_model` decides. `generate`, PEFT, TRL's trainers and `save_pretrained` work on it
-unchanged. Left out on purpose: several images a prompt of different sizes, video, and cross-attention adapters.
+unchanged. An adapter that wants text is given the prompt's before its image. Left out on purpose: several images a
+prompt, and video.
 """
 
 from typing import Any, ClassVar
@@ -12,8 +13,9 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from manako.policies.adapters import build_adapter
+from manako.policies.adapters import Adapter, Text, build_adapter
 from manako.policies.architectures.composed.configuration import ManakoConfig
+from manako.policies.architectures.composed.processing import ADAPTER_TEXT
 from manako.policies.errors import PolicyError
 
 
@@ -44,13 +46,18 @@ class ManakoPreTrainedModel(PreTrainedModel):
 class ManakoModel(ManakoPreTrainedModel):
     """Encoder, adapter and language model without its LM head."""
 
+    gives_text: ClassVar[bool] = True  # to an adapter that wants some
+
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        text_config: Any = config.text_config
-        self.adapter = build_adapter(config.adapter, feature_width(config.vision_config), text_config.hidden_size)
+        self.adapter = self.make_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def make_adapter(self, config: Any) -> Adapter:
+        """Returns a new adapter of the configuration's name."""
+        return build_adapter(config.adapter, feature_width(config.vision_config), config.text_config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the language model's token embeddings."""
@@ -76,9 +83,33 @@ class ManakoModel(ManakoPreTrainedModel):
                 return hidden[:, hidden.shape[1] - patches :]
         return hidden
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Returns visual tokens (B, K, D) of pixels (B, 3, h, w)."""
-        return self.adapter(self.get_vision_features(pixel_values))
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        text_input_ids: torch.Tensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns visual tokens (B, K, D) of pixels (B, 3, h, w), and of text where the adapter wants some."""
+        text = self.text_for_adapter(text_input_ids, text_attention_mask)
+        return self.adapter(self.get_vision_features(pixel_values), text)
+
+    def text_for_adapter(
+        self, text_input_ids: torch.Tensor | None, text_attention_mask: torch.Tensor | None
+    ) -> Text | None:
+        """Returns what the adapter reads of token ids (B, T) and their mask (B, T); None where it wants no text.
+
+        Raises:
+            ValueError: it wants some, and none came.
+        """
+        if not self.adapter.wants_text:
+            return None
+        if text_input_ids is None:
+            raise ValueError(
+                f"No text_input_ids came, but the adapter {self.config.adapter!r} reads the prompt's text: expected "
+                "what the model's processor makes, all of it."
+            )
+        mask = torch.ones_like(text_input_ids) if text_attention_mask is None else text_attention_mask
+        return Text(self.get_input_embeddings()(text_input_ids), mask.bool())
 
     def forward(
         self,
@@ -90,11 +121,14 @@ class ManakoModel(ManakoPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         image_features: torch.Tensor | None = None,
+        text_input_ids: torch.LongTensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Returns last hidden states (B, L, D) of token ids (B, L) with K placeholders an image, and pixels.
 
-        In place of pixels it takes what `get_vision_features` made of them, `image_features` (B, P, Dv).
+        In place of pixels it takes what `get_vision_features` made of them, `image_features` (B, P, Dv). An adapter
+        that wants text reads `text_input_ids` (B, T).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -105,7 +139,8 @@ class ManakoModel(ManakoPreTrainedModel):
                 raise ValueError("pixel_values need input_ids: their placeholders say where the image stands.")
             if pixel_values is not None:
                 image_features = self.get_vision_features(pixel_values)  # (images, P, Dv)
-            visual = self.adapter(image_features)  # (images, K, D)
+            text = self.text_for_adapter(text_input_ids, text_attention_mask)
+            visual = self.adapter(image_features, text)  # (images, K, D)
             is_image = input_ids == self.config.image_token_id  # (B, L)
             if int(is_image.sum()) != visual.shape[0] * visual.shape[1]:
                 raise ValueError(
@@ -160,9 +195,10 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         return self.model.language_model
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
-        """Gives features to the first step alone, as the library does with pixels."""
+        """Gives features and the adapter's text to the first step alone, as the library does with pixels."""
         if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs.pop("image_features", None)
+            for name in ("image_features", *ADAPTER_TEXT):
+                kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 
     def forward(
@@ -177,12 +213,15 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_features: torch.Tensor | None = None,
+        text_input_ids: torch.LongTensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Returns logits (B, L or `logits_to_keep`, V) of token ids (B, L) and pixels; the loss too, with labels.
 
-        `image_features` may stand for the pixels, see `ManakoModel.forward`.
+        `image_features` may stand for the pixels, and `text_input_ids` are the adapter's, see `ManakoModel.forward`.
         """
+        text = zip(ADAPTER_TEXT, (text_input_ids, text_attention_mask), strict=True) if self.model.gives_text else ()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -192,6 +231,7 @@ class ManakoForConditionalGeneration(ManakoPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_features=image_features,
+            **dict(text),
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, L, D)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from manako.policies.architectures.composed.processing import IMAGE_TOKEN
 from manako.policies.architectures.model import Model, plain
+from manako.policies.architectures.qformer_pretraining import QFormerPretraining
 from manako.policies.reading import SharedPrefix
 
 
@@ -22,6 +23,7 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         reading=SharedPrefix,
         image_counts=False,
         see=see,
+        pretraining={"represent": QFormerPretraining} if "qformer" in plain(vlm).config.adapter else {},
     )
 
 

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from transformers.processing_utils import ProcessorMixin
 
 IMAGE_TOKEN = "<image>"
+ADAPTER_TEXT = ("text_input_ids", "text_attention_mask")  # the prompt before its image, for an adapter that wants text
 
 # Chat templates of text-only models take a string as a message's content; VLM messages carry a list of parts. This
 # prelude joins the parts (an image becomes its placeholder) and leaves the rest to the language model's own template.
@@ -36,6 +38,7 @@ class ManakoProcessor(ProcessorMixin):
         tokenizer: the language model's tokenizer, with `<image>` among its special tokens.
         num_image_tokens: visual tokens of one image, K.
         chat_template: Jinja template over messages whose content is a list of image and text parts.
+        adapter_reads_text: whether to give the text before each prompt's image once more, for the adapter.
     """
 
     def __init__(
@@ -44,12 +47,38 @@ class ManakoProcessor(ProcessorMixin):
         tokenizer: Any = None,
         num_image_tokens: int = 1,
         chat_template: str | None = None,
+        adapter_reads_text: bool = False,
         **kwargs: Any,
     ) -> None:
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens
+        self.adapter_reads_text = adapter_reads_text
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the library's inputs, and where the adapter reads text `text_input_ids` and their mask (B, T).
+
+        They are the tokens before a prompt's first image, padded on the right.
+        """
+        made = super().__call__(*args, **kwargs)
+        if self.adapter_reads_text and "input_ids" in made:
+            made.update(self._text_before_images(made["input_ids"], made["attention_mask"]))
+        return made
+
+    def _text_before_images(self, ids: Any, mask: Any) -> dict[str, Any]:
+        as_lists = not torch.is_tensor(ids)
+        rows = [[int(token) for token in row] for row in ids]
+        kept = [[bool(token) for token in row] for row in mask]
+        texts = []
+        for row, real in zip(rows, kept, strict=True):
+            end = row.index(self.image_token_id) if self.image_token_id in row else len(row)
+            texts.append([token for token, is_text in zip(row[:end], real[:end], strict=True) if is_text])
+        longest = max(map(len, texts))
+        padded = [text + [self.tokenizer.pad_token_id] * (longest - len(text)) for text in texts]
+        seen = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
+        values = (padded, seen) if as_lists else (torch.tensor(padded), torch.tensor(seen))
+        return dict(zip(ADAPTER_TEXT, values, strict=True))
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Returns the text that stands for image number `image_idx`: K placeholders."""

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
-from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
+from manako.policies.adapters.resampler import Resampler
 from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration, ManakoModel
 from manako.policies.architectures.flamingo.configuration import FlamingoConfig
 from manako.policies.errors import PolicyError
@@ -35,15 +34,6 @@ class Images(NamedTuple):
         _, count, tokens, _ = self.visual.shape
         numbers = torch.arange(1, count + 1, device=self.seen.device).repeat_interleave(tokens)  # (M · K,)
         return ((self.seen[..., None] == numbers) | (self.seen[..., None] == 0))[:, None]
-
-
-class Resampler(Idefics2PerceiverResampler):
-    """The library's perceiver resampler; its latents are drawn, for all alike they would stay alike."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Resampler):
-            init.normal_(module.latents)
 
 
 class GatedLayer(nn.Module):
@@ -110,6 +100,7 @@ class FlamingoModel(ManakoModel):
     """Encoder, adapter, resampler, gated layers and language model without its LM head."""
 
     config: FlamingoConfig
+    gives_text = False
     supports_gradient_checkpointing = False  # a layer that runs again in the backward pass would miss its gated one
 
     def __init__(self, config: FlamingoConfig) -> None:
@@ -130,12 +121,12 @@ class FlamingoModel(ManakoModel):
         self.gated_layers = nn.ModuleList(GatedLayer(width, heads) for _ in self._gated_places)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
         """Returns visual tokens (B, K, D) of pixels (B, 3, h, w)."""
         features = super().get_image_features(pixel_values)  # (B, P, D)
         return self.resampler(features, torch.ones(features.shape[:2], dtype=torch.long, device=features.device))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: Tensor | None = None,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from manako.agent.errors import TrainingError
-from manako.agent.report.evaluation import CONDITIONS, evaluate, evaluate_all, record_episodes
+from manako.agent.report.evaluation import CONDITIONS, evaluate, evaluate_all, expert_agreement, record_episodes
 from manako.agent.report.statistics import wilson_interval
 from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
 from manako.policies import PolicySource, load_policy, save_policy
@@ -93,6 +93,23 @@ def test_summary(policy):
     assert summary["success_ci95"] == list(wilson_interval(wins, 11))
     low, high = summary["return_ci95"]
     assert low <= summary["return_mean"] <= high
+
+
+def test_agreement_with_the_expert_counts_the_experts_states(policy, monkeypatch):
+    """By hand: a policy that always goes up agrees wherever the expert goes up, in episodes that the expert plays."""
+    says(policy, monkeypatch, [1.0, 0.0, 0.0, 0.0])
+    ups = states = 0
+    env = go_to(1)
+    for seed in SEEDS:
+        env.reset(seeds=[seed])
+        ended = False
+        while not ended:
+            action = env.expert_actions()
+            ups, states = ups + int(action[0] == 0), states + 1
+            result = env.step(action)
+            ended = bool(result.terminated[0] | result.truncated[0])
+    found = expert_agreement(policy, go_to(len(SEEDS)), SEEDS)
+    assert found == (ups, states) and 0 < ups < states and found.share == ups / states
 
 
 def test_a_saved_policy_evaluates_alike(policy, tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image, ImageColor, ImageSequence
 
 from manako.agent.errors import TrainingError
 from manako.agent.report import figures
-from manako.agent.report.figures import RecordedEpisode, episode_gif, learning_curve
+from manako.agent.report.figures import RecordedEpisode, episode_gif, learning_curve, success_chart
 
 NAMES = ("up", "down", "left", "right")
 
@@ -196,3 +196,14 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, change, sentence):
     with pytest.raises(TrainingError, match=r"No episodes for .*play.gif"):
         episode_gif([], NAMES, tmp_path / "play.gif")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chart_has_a_wider_line_for_a_wider_interval(tmp_path):
+    def drawn(low, high, baseline=None):
+        path = tmp_path / "new" / f"{low}.png"
+        success_chart([("a row", 0.5, (low, high))], path, "GoTo", baseline)
+        return colored(path, figures.COLORS["success_rate"]), colored(path, "#6b6b6b")
+
+    narrow, wide = drawn(0.49, 0.51)[0], drawn(0.1, 0.9)[0]
+    assert 0 < narrow < wide / 2
+    assert drawn(0.2, 0.8)[1] < drawn(0.3, 0.7, (0.35, (0.3, 0.4)))[1]

@@ -13,6 +13,7 @@ from manako.experiments import collect, run_dpo, run_ladder, run_sft
 from manako.experiments.common.collecting import play_until
 from manako.experiments.common.command_line import UsageError, run_main
 from manako.experiments.common.ladder_report import compare_steps, print_report
+from manako.experiments.common.ladder_table import TABLE
 from tests.helpers.small_envs import tiny_policy
 from tests.helpers.small_runs import GOTO, corridor_env, expert_trajectories
 
@@ -48,7 +49,7 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
         ],
     }
     (tmp_path / "ladder.yaml").write_text(json.dumps(ladder))
-    done = run("run_ladder.py", tmp_path, ladder="ladder.yaml", output_dir="out", eval_episodes=6)
+    done = run("run_ladder.py", tmp_path, ladder="ladder.yaml", output_dir="out", eval_episodes=6, table="table.md")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [row["step"] for row in report["steps"]] == ["start", "sft", "dpo", "kto", "ppo"]
@@ -61,6 +62,14 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     pairs = [(pair["step"], pair["against"]) for pair in report["comparisons"]]
     assert pairs[:3] == [("sft", "start"), ("dpo", "start"), ("dpo", "sft")] and len(pairs) == 10
     assert report["demonstrations"]["demos"]["episodes"] >= 30 and "ppo against sft" in done.stdout
+    assert report["random"]["episodes"] == 6
+    for row in report["steps"]:
+        assert 0 <= row["expert_agreement"]["share"] <= 1 and row["milliseconds_a_frame"] > 0
+        assert set(row["controls"]) == (set() if row["step"] == "start" else {"blank_image", "replaced_instruction"})
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith(TABLE.begin) and table.count("\n") == 10 and "| `dpo` | `sft` |" in table
+    for chart in ("table.png", "out/report.png"):
+        assert (tmp_path / chart).read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime
     done = run("run_ladder.py", tmp_path, resume="out", eval_episodes=6, sample="true")
     drawn = json.loads((tmp_path / "out/report_sampled.json").read_text())
@@ -146,7 +155,8 @@ def test_every_step_is_compared_with_all_before_it():
 def test_one_start_played_by_likeliest_actions_is_no_sample(starts, sampled, tested, capsys):
     row = {"from": None, "episodes": 20, "starts": starts, "success": 0.5, "success_ci95": [0.3, 0.7]}
     row |= {"return_mean": 0.5, "seconds": 1.0, "trained_parameters": 7, "perplexity": 30.0, "probes": 0.9}
-    result = {"env": "Lake", "sampled_actions": sampled, "demonstrations": {}}
+    row |= {"parameters": 9, "controls": {}, "expert_agreement": None, "milliseconds_a_frame": 0.5}
+    result = {"env": "Lake", "sampled_actions": sampled, "demonstrations": {}, "random": row}
     result["steps"] = [{**row, "step": "start"}, {**row, "step": "sft"}]
     result["comparisons"] = [{"step": "sft", "against": "start", "difference": 0.1, "p": 0.25}]
     print_report(result, Path("report.json"))
@@ -184,6 +194,7 @@ BAD = {
         {"ladder": "key.yaml", "output_dir": "a"},
         "unknown key 'gama' in ppo: no runner has",
     ),
+    "a ladder's table": (run_ladder, {"ladder": "flat.yaml", "table": "no/table.md"}, "The folder of --table"),
     "a strange ladder": (run_ladder, {"ladder": "strange.yaml", "output_dir": "a"}, "Step 1 of strange.yaml"),
 }
 
