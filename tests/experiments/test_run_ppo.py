@@ -253,9 +253,10 @@ def test_signals_save_and_say_how_to_resume(number, tmp_path):
 
 
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.yaml"))
+LADDERS = [path for path in CONFIGS if "\nsteps:" in path.read_text()]
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("ladder_")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
 def test_ladders(path):
     ladder, head = read_yaml(path), path.read_text().split("\ncommon:")[0]
     for step in check_ladder(ladder, path.name):
@@ -265,7 +266,7 @@ def test_ladders(path):
     assert f"python experiments/run_ladder.py --ladder experiments/configs/{path.name}" in head
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if not p.stem.startswith("ladder_")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in LADDERS], ids=lambda path: path.stem)
 def test_configurations(path):
     parse(PPOCommand, "", ["--config", str(path)])
     head = path.read_text().split("\nenvironment:")[0]
