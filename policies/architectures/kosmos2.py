@@ -1,6 +1,6 @@
 """Kosmos-2 (arXiv:2306.14824): image embeddings in the token stream of one decoder, and places as tokens of its words.
 
-    python experiments/run_ppo.py --policy kosmos2 --env manako/Touch-v0
+    python experiments/run_ppo.py --config experiments/configs/touch_kosmos2.yaml
 
     frame ─ CLIP tower ─ (B, P + 1, Dv) ─ unit length ─ dense ─┐
                         latent queries (K, D) ─────────────────┴─ cross-attention ─ (B, K, D)
@@ -43,7 +43,9 @@ TEMPLATE = (
     "{%- endfor -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
-# As the library draws them, words, places and the frame hardly reach the state at which the answer is read.
+# As the library draws them, words and the frame hardly reach the state at which the answer is read: with layers of .1
+# and the others at 1, exchanging the frame changed that state by .01 of its size, the instruction by .04. With these it
+# is .4, and .1 to .25 (four seeds, Touch).
 WORD_STD = 2.0
 LAYER_STD = 0.25
 DENSE_STD = 2.0  # its input has unit length, 1 / 8 a number
