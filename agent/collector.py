@@ -278,6 +278,11 @@ class RolloutCollector:
             instructions=[text for step in steps for text in step.shown.instructions],
             images=np.concatenate([step.shown.images for step in steps]),
             expert_actions=torch.from_numpy(np.stack(advice)) if advice else None,
+            last_images={
+                (t, slot): step.result.observations.images[slot].copy()
+                for t, step in enumerate(steps)
+                for slot in np.flatnonzero(step.result.terminated | step.result.truncated).tolist()
+            },
         )
 
 

@@ -4,7 +4,7 @@ Nothing is rendered, prompted or tokenized again for training. What is learned f
 keeps beside it (frames, seeds, the expert's advice) in its `record`, where one was asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ class Record(NamedTuple):
     instructions: list[str]  # T * N, as the env gave them
     images: np.ndarray  # (T * N, H, W, 3) uint8, the env's own frames
     expert_actions: Tensor | None  # (T, N) int64, what the env's expert would have done
+    last_images: Mapping[tuple[int, int], np.ndarray] = {}  # (t, slot) of a step that ended its episode -> (H, W, 3)
 
 
 class Rollout(NamedTuple):
@@ -105,7 +106,7 @@ def merge(fragments: Sequence[Rollout]) -> Rollout:
         version=fragments[0].version,
         seconds=max(fragment.seconds for fragment in fragments),
         outcomes=[said[row] for row in rows.tolist()] if outcomes else None,
-        record=_merge_records(records, rows) if records else None,
+        record=_merge_records(records, rows, firsts) if records else None,
     )
 
 
@@ -128,8 +129,8 @@ def _merge_bootstrap(fragments: Sequence[Rollout], sizes: list[int], firsts: lis
     return joined.select(torch.cat([torch.arange(total), total + in_order])), final_at[in_order]
 
 
-def _merge_records(records: Sequence[Record], rows: Tensor) -> Record:
-    """The records of all slots; `rows` as in `merge`."""
+def _merge_records(records: Sequence[Record], rows: Tensor, firsts: Sequence[int]) -> Record:
+    """The records of all slots; `rows` and `firsts` as in `merge`."""
     texts = [text for record in records for text in record.instructions]
     advice = [record.expert_actions for record in records if record.expert_actions is not None]
     return Record(
@@ -140,4 +141,9 @@ def _merge_records(records: Sequence[Record], rows: Tensor) -> Record:
         instructions=[texts[row] for row in rows.tolist()],
         images=np.concatenate([record.images for record in records])[rows.numpy()],
         expert_actions=torch.cat(advice, dim=1) if advice else None,
+        last_images={
+            (t, first + slot): image
+            for record, first in zip(records, firsts, strict=True)
+            for (t, slot), image in record.last_images.items()
+        },
     )

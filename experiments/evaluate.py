@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +34,15 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
 )
 from manako.experiments.common.run_folder import is_run, policy_folder  # noqa: E402
-from manako.experiments.common.settings import OF_PRESETS, EvaluateCommand, PPOCommand  # noqa: E402
+from manako.experiments.common.settings import (  # noqa: E402
+    OF_PRESETS,
+    EvaluateCommand,
+    ImagineCommand,
+    PPOCommand,
+)
 from manako.policies import PolicySource  # noqa: E402
+
+Played = TypeVar("Played", EvaluateCommand, ImagineCommand)  # settings to which a run's are added
 
 
 def main() -> int:
@@ -62,7 +69,7 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[EvaluateCom
     return line
 
 
-def with_the_runs(line: CommandLine[EvaluateCommand]) -> EvaluateCommand:
+def with_the_runs(line: CommandLine[Played]) -> Played:
     """Returns the settings, with those of the run in which the policy lies where none were given."""
     given, command = line.given, line.settings
     folder, policy = Path(command.policy.policy), policy_folder(command.policy.policy)

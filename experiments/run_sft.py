@@ -64,6 +64,11 @@ def read_line(arguments: Sequence[str] | None = None) -> SFTCommand:
         raise UsageError(f"--dataset is for --stage instruct: {sft.stage} makes its captions from the environment.")
     if sft.stage != "instruct" and sft.loss == "actions":
         raise UsageError("--loss actions is for --stage instruct: captions are no actions, leave it out.")
+    if command.policy.next_frame_coef and (sft.stage, sft.loss) != ("instruct", "actions"):
+        raise UsageError(
+            f"--next_frame_coef is {command.policy.next_frame_coef}, but only --stage instruct --loss actions learns "
+            "what follows an action: expected 0 here, leave it out."
+        )
     return command
 
 

@@ -229,6 +229,10 @@ class Policy(nn.Module, ABC):
             f"{type(self).__name__} cannot learn: expected a policy with a model, such as the preset tiny."
         )
 
+    def own_losses(self, inputs: Rows, actions: Rows) -> Mapping[str, Tensor]:
+        """Returns the policy's own losses on steps, (), as `evaluate_actions` has them; none by default."""
+        return {}
+
     def forward(self, inputs: Rows, actions: Rows) -> Evaluated:
         """Returns what `evaluate_actions` does; mixed precision and data parallelism wrap this method."""
         return self.evaluate_actions(inputs, actions)

@@ -186,12 +186,15 @@ class VLMPolicy(Policy):
         """Returns log-probabilities and entropy (B, 1), values (B,) and the distribution (B, A)."""
         logprobs, values = self.distribution(inputs)
         taken = logprobs.gather(1, actions["index"][:, None])  # (B, 1)
-        losses = {}
-        if NEXT_CODES in inputs.columns and torch.is_grad_enabled():
-            assert self.next_frame is not None, "rows with codes are of a policy that predicts"
-            following = self.next_frame.loss(inputs, actions["index"].tolist())
-            losses["next_frame_loss"] = self.next_frame_coef * following
+        losses = self.own_losses(inputs, actions) if torch.is_grad_enabled() else {}
         return Evaluated(taken, entropy(logprobs)[:, None], values, logprobs, losses)
+
+    def own_losses(self, inputs: Rows, actions: Rows) -> dict[str, Tensor]:
+        """Returns the loss on the next frame's codes, weighted, where the rows hold them."""
+        if NEXT_CODES not in inputs.columns:
+            return {}
+        assert self.next_frame is not None, "rows with codes are of a policy that predicts"
+        return {"next_frame_loss": self.next_frame_coef * self.next_frame.loss(inputs, actions["index"].tolist())}
 
     def see_next(self, inputs: Rows, images: np.ndarray) -> Rows:
         """Returns the rows with the next frames' codes (B, P) int64 where their loss counts."""

@@ -44,8 +44,10 @@ FEATURES = Features(
         "episode": Value("int64"),  # number in this dataset
         "step": Value("int64"),  # in the episode, from 0
         "policy": Value("string"),  # who played
+        "last_image": Image(),  # what an episode's last step returned, in its last row
     }
 )
+LATER = ("last_image",)  # columns that older datasets lack
 
 
 def to_dataset(
@@ -130,6 +132,7 @@ def _row(
 ) -> dict[str, Any]:
     """One step, without what holds for its whole episode."""
     record, flat = _record(rollout), t * rollout.rewards.shape[1] + slot
+    last = record.last_images.get((t, slot))
     action = int(record.to_env[t, slot])
     return {
         "image": {"bytes": _png(record.images[flat]), "path": None},
@@ -146,6 +149,7 @@ def _row(
         "expert_action": int(record.expert_actions[t, slot]) if record.expert_actions is not None else -1,
         "seed": int(record.seeds[t, slot]),
         "step": int(record.steps[t, slot]),
+        "last_image": None if last is None else {"bytes": _png(last), "path": None},
     }
 
 
@@ -195,7 +199,7 @@ def load_trajectories(
         raise TrainingError(
             f"{folder!r} holds no trajectories ({reason}): expected a dataset of experiments/collect.py."
         ) from error
-    missing = [name for name in FEATURES if name not in getattr(dataset, "column_names", ())]
+    missing = [name for name in FEATURES if name not in (*LATER, *getattr(dataset, "column_names", ()))]
     if missing or not isinstance(about, dict) or not {"env_id", "action_names", "frame_shape"} <= set(about):
         named = f"the column {missing[0]!r} is missing" if missing else "it does not say of which environment it is"
         raise TrainingError(

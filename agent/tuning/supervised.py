@@ -58,18 +58,34 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
     )
 
 
-def demonstrated_actions(trajectories: Dataset, only_success: bool = False) -> Dataset:
+def demonstrated_actions(trajectories: Dataset, only_success: bool = False, next_frames: bool = False) -> Dataset:
     """Returns each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
 
     Args:
         trajectories: of `agent.data.trajectories`.
         only_success: leave out episodes without success.
+        next_frames: and `next_image` (PNG bytes), which the step returned; None behind an episode of a dataset that
+            does not hold last frames.
 
     Raises:
         TrainingError: nothing is left.
     """
-    columns = _successful(trajectories, only_success).select_columns(["image", "instruction", "action"])
-    return columns.cast_column("image", Image(decode=False))
+    rows = _successful(trajectories, only_success)
+    columns = rows.select_columns(["image", "instruction", "action"]).cast_column("image", Image(decode=False))
+    return columns.add_column("next_image", _next_frames(rows)) if next_frames else columns
+
+
+def _next_frames(rows: Dataset) -> list[bytes | None]:
+    """What each step of whole episodes, in order, returned, as PNG bytes."""
+    frames, episodes = [frame["bytes"] for frame in stored_frames(rows)], rows["episode"]
+    following = [
+        frames[at + 1] if at + 1 < len(frames) and episodes[at + 1] == episodes[at] else None
+        for at in range(len(frames))
+    ]
+    if "last_image" not in rows.column_names:
+        return following
+    lasts = rows.cast_column("last_image", Image(decode=False))["last_image"]
+    return [after if last is None else last["bytes"] for after, last in zip(following, lasts, strict=True)]
 
 
 def _successful(trajectories: Dataset, only_success: bool) -> Dataset:

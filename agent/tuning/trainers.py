@@ -152,7 +152,7 @@ class PolicyCloningTrainer(PolicySFTTrainer):
     Against the likelihood of the answer's tokens it leaves out what the policy never does, which is to say anything
     but one of its actions, and the end of the answer. It takes the policy's own forward (the prompts' common beginning
     once, the actions' rows of the LM head alone), and a frame and instruction that stand in a batch several times are
-    computed once.
+    computed once. The policy's own losses are added, such as the next frame's where the data hold it.
 
     Args:
         policy: its model learns where it requires gradients.
@@ -177,7 +177,10 @@ class PolicyCloningTrainer(PolicySFTTrainer):
         """The loss on actions is for every policy with a closed set of them."""
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns what the policy sees of the U different observations of B rows; `observation` and `action` (B,)."""
+        """Returns what the policy sees of the U different observations of B rows; `observation` and `action` (B,).
+
+        Of the rows whose next frame is known, also what the policy keeps of it, and their actions.
+        """
         places: dict[tuple[str, bytes], int] = {}
         frames: list[np.ndarray] = []
         instructions: list[str] = []
@@ -186,12 +189,18 @@ class PolicyCloningTrainer(PolicySFTTrainer):
             png = row["image"]["bytes"]
             place = places.setdefault((row["instruction"], png), len(places))
             if place == len(frames):
-                frames.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))  # (H, W, 3)
+                frames.append(picture(png))
                 instructions.append(row["instruction"])
             observation.append(place)
         inputs = self.policy.prepare(np.stack(frames), instructions)
         action = torch.tensor([row["action"] for row in rows])
-        return {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
+        made = {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
+        known = [at for at, row in enumerate(rows) if row.get("next_image") is not None]
+        if known:
+            seen_next = np.stack([picture(rows[at]["next_image"]) for at in known])
+            made["followed"] = self.policy.see_next(inputs.select(made["observation"][known]), seen_next)
+            made["taken"] = self.policy.actions_from_env(action[known].numpy())
+        return made
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -206,7 +215,19 @@ class PolicyCloningTrainer(PolicySFTTrainer):
         right = logprobs.detach().argmax(-1) == inputs["action"]
         self._metrics["train" if self.model.training else "eval"]["action_accuracy"].append(right.float().mean().item())
         loss = -logprobs.gather(1, inputs["action"][:, None]).mean()
+        if "followed" in inputs:
+            device = self.policy.device
+            with self.accelerator.autocast():
+                losses = self.policy.own_losses(inputs["followed"].to(device), inputs["taken"].to(device))
+            for name, own in losses.items():
+                self._metrics["train" if self.model.training else "eval"][name].append(own.item())
+                loss = loss + own
         return (loss, output) if return_outputs else loss
+
+
+def picture(png: bytes) -> np.ndarray:
+    """Returns the frame (H, W, 3) uint8 of a PNG file's bytes."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 class PolicyDPOTrainer(_OfPolicy, DPOTrainer):

@@ -94,6 +94,23 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
+class ImagineSettings:
+    """What imagine.py plays, says and writes."""
+
+    episodes: int = setting(200, "held-out episodes whose frames are said", ge=1)
+    player: Literal["random", "expert", "policy"] = setting(
+        "random", "who acts: chance, the env's scripted expert, or the policy's greedy actions"
+    )
+    seed: int = setting(0, "of the held-out episodes and of chance; by default the run's", ge=0, lt=2**31)
+    output: str | None = setting(None, "JSON file for the results, must not exist")
+    gif: str | None = setting(None, "GIF file for the first episodes, imagined beside real, must not exist")
+    gif_episodes: int = setting(4, "how many of them", ge=1)
+    torch_threads: int | None = setting(
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+    )
+
+
+@dataclass(frozen=True)
 class ModelCheckSettings:
     """Which models check_model.py asks, and what it writes."""
 
@@ -206,6 +223,15 @@ class EvaluateCommand:
     environment: EnvSettings = section(EnvSettings, "environment")
     policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *OF_LEARNING, *OF_PRESETS))
     run: EvaluateSettings = section(EvaluateSettings, "evaluation")
+
+
+@dataclass(frozen=True)
+class ImagineCommand:
+    """Settings of imagine.py; a run brings its own where the policy lies in one."""
+
+    environment: EnvSettings = section(EnvSettings, "environment")
+    policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *OF_LEARNING, *OF_PRESETS))
+    run: ImagineSettings = section(ImagineSettings, "imagination")
 
 
 @dataclass(frozen=True)

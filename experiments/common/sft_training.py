@@ -165,7 +165,7 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
     trajectories, _ = load_trajectories(str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape)
     frames = sample_frames(trajectories, FITTED_FRAMES)
     if sft.loss == "actions":
-        return demonstrated_actions(trajectories, sft.only_success), frames
+        return demonstrated_actions(trajectories, sft.only_success, policy.next_frame_coef > 0), frames
     return demonstrations(trajectories, policy, sft.only_success), frames
 
 

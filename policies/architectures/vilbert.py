@@ -89,7 +89,7 @@ def build_vlm(
 def _make(vision_config: PreTrainedConfig, adapter: str, tokenizer: Any) -> MaskedVLM:
     text_config = LxmertConfig(
         **SMALL,
-        initializer_range=0.35,
+        initializer_range=0.1,
         vocab_size=len(tokenizer),
         l_layers=1,
         r_layers=1,

@@ -14,7 +14,7 @@ class FrameTokenizerConfig(PreTrainedConfig):
     Args:
         image_size: side in pixels of the square that it sees.
         patch_size: side of the patches, of which each becomes a code.
-        hidden_size: width of its layers.
+        hidden_size: width of its layers; with 64, some seeds put two kinds of patches into one code.
         levels: values that each dimension of a code may have; their product is how many codes there are.
     """
 
@@ -22,7 +22,7 @@ class FrameTokenizerConfig(PreTrainedConfig):
 
     image_size: int = 40
     patch_size: int = 8
-    hidden_size: int = 64
+    hidden_size: int = 256
     levels: tuple[int, ...] | list[int] = (8, 5, 5)
 
     @property
