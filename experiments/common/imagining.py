@@ -79,7 +79,7 @@ def run_imagination(command: ImagineCommand, name: str) -> int:
     real = np.concatenate([each[1:] for each in codes])
     with policy.frozen_weights():
         said = say_each(policy, episodes)
-        imagined = [imagine_episode(policy, episode) for episode in episodes]  # (T + 1, K) each
+        imagined = imagine_episodes(policy, episodes)  # (T + 1, K) each
     dreamed = np.concatenate([each[1:] for each in imagined])
     rows = {
         "next frame": agreement(said, real, before),
@@ -178,16 +178,22 @@ def say_each(policy: VLMPolicy, episodes: Sequence[Played]) -> np.ndarray:
     return np.concatenate(said)
 
 
-def imagine_episode(policy: VLMPolicy, episode: Played) -> np.ndarray:
-    """Returns codes (T + 1, K): of the first frame, then what the policy says by its own codes and the real actions."""
+def imagine_episodes(policy: VLMPolicy, episodes: Sequence[Played]) -> list[np.ndarray]:
+    """Returns codes (T + 1, K) of each episode: of its first frame, then by its own codes and the real actions."""
     assert policy.next_frame is not None
-    inputs = policy.prepare(np.stack(episode.frames[:1]), episode.instructions[:1]).to(policy.device)
-    codes = [inputs[COLUMN][..., 0].long().cpu()]  # (1, K)
-    for text, action in zip(episode.instructions, episode.actions, strict=True):
-        inputs = policy.prepare(np.stack(episode.frames[:1]), [text]).to(policy.device)
-        inputs = Rows({**inputs.columns, COLUMN: codes[-1][..., None].to(inputs[COLUMN])}, inputs.fillers)
-        codes.append(policy.next_frame.imagine(inputs, [action]).cpu())
-    return torch.cat(codes).numpy()
+    codes = [[each] for each in policy.next_frame.codes(np.stack([episode.frames[0] for episode in episodes]))]
+    for t in range(max(len(episode.actions) for episode in episodes)):
+        going = [number for number, episode in enumerate(episodes) if t < len(episode.actions)]
+        for at in range(0, len(going), BATCH):
+            part = going[at : at + BATCH]
+            images = np.stack([episodes[number].frames[0] for number in part])  # whose codes are not read
+            inputs = policy.prepare(images, [episodes[number].instructions[t] for number in part])
+            now = torch.stack([codes[number][-1] for number in part])[..., None]  # (B, K, 1)
+            inputs = Rows({**inputs.columns, COLUMN: now.to(inputs[COLUMN])}, inputs.fillers).to(policy.device)
+            said = policy.next_frame.imagine(inputs, [episodes[number].actions[t] for number in part]).cpu()
+            for number, each in zip(part, said, strict=True):
+                codes[number].append(each)
+    return [torch.stack(each).numpy() for each in codes]
 
 
 def pixel_error(policy: VLMPolicy, dream: NextFrame, episodes: Sequence[Played]) -> float:
