@@ -79,7 +79,7 @@ def commands() -> list[Command]:
 
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 120
+    assert len(lines) <= 140
     prose = FENCE.sub("", (ROOT / "README.md").read_text()).splitlines()
     assert max(len(line) for line in prose if not line.startswith(("|", "- "))) <= 162
 
@@ -211,6 +211,7 @@ steps:
 READ_ONLY = {
     "python experiments/run_ppo.py --seed 0": "a run of the first command",
     "python experiments/run_ppo.py --config ": "minutes; tests/experiments/test_run_ppo.py reads every configuration",
+    "python experiments/run_ladder.py --ladder experiments/configs/architectures.yaml": "an hour; read there",
     "python experiments/play.py": "a person plays in a window; tests/agent/data has its recordings",
     "python experiments/submit_ray_job.py": "a cluster's; tests/agent/workers submits to one of its own",
     "python /path/to/experiments/submit_ray_job.py": "likewise",

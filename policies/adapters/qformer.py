@@ -21,7 +21,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from manako.policies.adapters.base import Adapter, Text
 
 WIDEST = 768  # BLIP-2's; a smaller language model has a Q-Former of its own width
-LAYERS = 2
+LAYERS = 2  # text sees by the second what queries saw in the first, as BLIP-2's matching and captions need it
 
 
 class QFormerAdapter(Adapter):

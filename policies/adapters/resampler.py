@@ -1,6 +1,6 @@
 """Learned latents that gather the features by cross-attention, as in Flamingo; they may gather the instruction as well.
 
-    K latents ─ cross-attention to [features, (text), latents] ─ feed-forward ─┐ x 2
+    K latents ─ cross-attention to [features, (text), latents] ─ feed-forward ─┐
     (B, K, D) ◄── norm ────────────────────────────────────────────────────────┘
 
 The perceiver resampler of Flamingo (arXiv:2204.14198), by the library's `Idefics2PerceiverResampler`. Where a
@@ -17,7 +17,9 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 from manako.policies.adapters.base import Adapter, Text
-from manako.policies.adapters.qformer import LAYERS, heads_of, initializer_range, places, text_projection
+from manako.policies.adapters.qformer import heads_of, initializer_range, places, text_projection
+
+LAYERS = 1  # from random weights two learn later
 
 
 class Resampler(Idefics2PerceiverResampler):

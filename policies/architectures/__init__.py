@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
 
-OWN = {  # model types of ours -> modules or packages of this folder that make them known to transformers
+OWN = {  # model types -> modules or packages of this folder that make classes of ours known to transformers
+    "kosmos-2": "kosmos2",  # its processor; the model is the library's
     "manako": "composed",
     "manako_flamingo": "flamingo",
     "manako_vision_tokens": "vision_tokens",

@@ -10,7 +10,13 @@ As small random parts, the composed model with the encoder `eva` and the adapter
     python experiments/run_sft.py --policy blip2 --dataset data/goto --trainable full --loss actions
 
 With `--vision_encoder FOLDER` it has the EVA of a BLIP-2, with `--language_model smollm2` a pretrained language model.
-The paper's second stage is `run_sft.py --stage align`: language model and encoder stay, Q-Former and projection learn.
+The paper's two stages come before acting: first the Q-Former learns of frames and captions by contrast, matching and
+words (qformer_pretraining.py), then with the projection to say captions by the language model, which stays as it is:
+
+    python experiments/run_sft.py --policy blip2 --stage represent --env manako/GoTo-v0 --output_dir runs/represent
+    python experiments/run_sft.py --policy runs/represent --stage align --env manako/GoTo-v0 --output_dir runs/align
+    python experiments/run_sft.py --policy runs/align --dataset data/goto --trainable full --loss actions
+
 The preset's Q-Former sees the patches without the class token, as every adapter here does.
 
 A model of the library (this file's `name_parts`, and InstructBLIP's, see instructblip.py) has a decoder (OPT, Vicuna)

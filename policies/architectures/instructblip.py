@@ -15,7 +15,8 @@ A model of the library is a row as BLIP-2 is, and its processor makes `qformer_i
     python experiments/check_model.py Salesforce/instructblip-flan-t5-xl
 
 Otherwise than in the paper the preset's Q-Former has no words of its own: it reads the prompt's text before the image,
-embedded by the language model. Left out: the paper's training on 13 data sets; a Q-Former of BLIP-2 to start from.
+embedded by the language model; `--stage represent` teaches it as BLIP-2's (qformer_pretraining.py). Left out: the
+paper's training on 13 data sets; a Q-Former of BLIP-2 to start from.
 """
 
 from manako.policies.architectures.blip2 import name_parts

@@ -52,9 +52,10 @@ SMALL = {  # of the small random models
     "attention_probs_dropout_prob": 0.0,
     "tie_word_embeddings": False,
 }
-# The library draws embeddings so small that the state at the mask hardly depends on words and places. The same holds of
-# layers: each row says its initializer_range, by which exchanging the frame, or the instruction, changes that state by
-# half of its size (tiny: .5 and .3; at .15 a tenth, and PPO did not learn).
+# The library draws embeddings so small that the state at the mask hardly depends on words and places. The same holds
+# of layers: each row says its initializer_range. UNITER learns by PPO alone where exchanging the frame, or the
+# instruction, changes that state by half of its size (.25), and not by a tenth (.15). ViLBERT does not learn so at any,
+# and clones an expert best from small layers: of GoTo's moves 97 % right at .1 after 500 steps, 93 at .2, 73 at .35.
 WORD_STD, PLACE_STD = 1.0, 0.5
 HEAD_SCALE = 0.1  # the first policy is nearly uniform, so that PPO explores
 
@@ -89,7 +90,7 @@ class MaskedModel(ManakoModel):
 
     def __init__(self, config: ManakoConfig) -> None:
         super().__init__(config)
-        self.language_model.pooler = nn.Identity()  # matching is read at the mask, see masked_pretraining.py
+        self.language_model.pooler = nn.Identity()  # matching has a head of its own, see masked_pretraining.py
 
     @abstractmethod
     def encode(self, input_ids: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor, boxes: torch.Tensor) -> Any:

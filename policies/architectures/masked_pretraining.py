@@ -1,14 +1,14 @@
 """The tasks by which UNITER (arXiv:1909.11740) and ViLBERT (arXiv:1908.02265) meet images and words.
 
-    python experiments/run_sft.py --stage align --policy uniter --env manako/GoTo-v0 --captions 4000 --epochs 8
+    python experiments/run_sft.py --stage align --policy uniter --env manako/GoTo-v0 --captions 4000 --epochs 4
 
-    <|user|> red <|mask|> at top left. <|assistant|> <|mask|> + its frame     ─► MLM head ─► "ball"       masked words
-    <|user|> red  ball    at top left. <|assistant|> <|mask|> + its frame, or ─► state at the last <|mask|> ─► 0 | 1
-                                                    another caption's         pooler, 2-way head          matching
+    <|user|> red <|mask|> at top left. <|assistant|> <|mask|> + its frame ──────► MLM head ─► "ball"     masked words
+    <|user|> red  ball    at top left. <|assistant|> <|mask|> + its frame, or ──► first state ─► 0 | 1       matching
+                                                    another caption's             pooler, 2-way head
 
 A caption stands where the instruction stands when the policy acts, in the same chat template and without a system text.
-Masked words are read by the MLM head that acting uses. Whether a caption matches is read at the last `<|mask|>`, where
-acting reads as well, in place of the papers' first token: so what is learned there is what the answer is made of.
+Masked words are read by the MLM head that acting uses. Matching is read at the first token, as in the papers, so that
+the state at the last `<|mask|>`, where the answer is read, is not made to say match or no match.
 
 Left out: masked regions and UNITER's alignment of words and regions, which need a detector's classes. The matching
 head ends with the training.
@@ -43,7 +43,6 @@ class Texts(NamedTuple):
     ids: Tensor  # (B, L) int64
     mask: Tensor  # (B, L) int64, 1 where text is
     is_word: Tensor  # (B, L) bool, True where a word of the caption may be masked
-    last: Tensor  # (B,) int64, the place of the last [MASK]
 
 
 class MaskedPretraining(Pretraining):
@@ -125,7 +124,7 @@ class MaskedPretraining(Pretraining):
                 "environment's caption()."
             )
         is_word = torch.isin(ids, self.word_ids.to(ids.device))
-        return Texts(ids, mask, is_word, mask.sum(1) - 1)
+        return Texts(ids, mask, is_word)
 
     def _mask(self, texts: Texts, generator: torch.Generator | None = None) -> tuple[Texts, Tensor]:
         """The captions with masked words, and where they are, (B, L) bool."""
@@ -147,8 +146,7 @@ class MaskedPretraining(Pretraining):
 
     def _judge(self, texts: Texts, visual: Visual) -> Tensor:
         """Logits (B, 2) of no match and match."""
-        states = self._states(texts, visual)
-        return self.matching(states[torch.arange(len(states), device=states.device), texts.last])
+        return self.matching(self._states(texts, visual)[:, 0])
 
 
 def mask_words(

@@ -1,6 +1,6 @@
 """BLIP-2's first stage (arXiv:2301.12597, section 3.1): a Q-Former learns of frames what captions can say.
 
-    python experiments/run_sft.py --stage represent --policy blip2 --env manako/GoTo-v0 --captions 4000 --epochs 8
+    python experiments/run_sft.py --stage represent --policy blip2 --env manako/GoTo-v0 --captions 4000 --epochs 4
 
     queries (K) ──────── self-attention, cross-attention to the frame's features, feed-forward (queries') ─► (B, K, D)
     [CLS|DEC] caption ── the same self-attention ─────────────────────────────── feed-forward (captions') ─► (B, L, D)
@@ -155,7 +155,7 @@ class QFormerPretraining(Pretraining):
         else:
             words = self.words(texts.ids[:, 1:])
         embedded = torch.cat([self.starts[start].expand(len(words), 1, -1), words], 1)
-        return embedded + places(torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device), embedded)
+        return embedded + places(texts.mask, embedded)
 
     def _see(self, images: np.ndarray) -> Tensor:
         """Features (B, P, Dv) of frames (B, H, W, 3)."""

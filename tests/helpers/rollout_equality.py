@@ -1,5 +1,7 @@
 """Two rollouts held against each other: to the last bit, or to rounding."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -33,6 +35,9 @@ def same_bits(one: Rollout | Record, other: Rollout | Record) -> None:
             same_rows(mine, theirs, name)
         elif isinstance(mine, Record):
             same_bits(mine, theirs)
+        elif isinstance(mine, Mapping):  # frames by (t, slot)
+            assert mine.keys() == theirs.keys(), name
+            assert all(np.array_equal(image, theirs[place]) for place, image in mine.items()), name
         else:
             assert mine == theirs, name
 

@@ -75,13 +75,13 @@ def test_the_next_caption_that_says_something_else():
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_caption_is_read_as_an_instruction_is_and_judged_at_the_mask(row, made):
+def test_a_caption_is_read_as_an_instruction_is(row, made):
     policy, pretraining = made[row]
     texts = pretraining._texts(["red ball <|mask|> at left."])
     assert policy.processor.tokenizer.decode(texts.ids[0]) == "<|user|>red ball at left.<|assistant|><|mask|>"
     assert policy.prompt("red ball at left.").endswith("<|user|>red ball at left.<|assistant|><|mask|>")
     hidden = policy.processor.tokenizer.convert_ids_to_tokens(texts.ids[0, ~texts.is_word[0]].tolist())
-    assert hidden == ["<|user|>", "<|assistant|>", "<|mask|>"] and texts.last.tolist() == [texts.ids.shape[1] - 1]
+    assert hidden == ["<|user|>", "<|assistant|>", "<|mask|>"]
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_the_losses_are_those_of_the_models_own_forward(row, made, monkeypatch):
         logprobs = policy.base_vlm(hidden, pixels).logits.log_softmax(-1)[0, 1:-2]
         words += logprobs[torch.arange(len(logprobs)), ids[0, 1:-2]].tolist()
         ids = pretraining._texts([CAPTIONS[(2, 0, 1, 3)[place]]]).ids
-        state = policy.base_vlm.model(ids, pixels).last_hidden_state[:, -1]
+        state = policy.base_vlm.model(ids, pixels).last_hidden_state[:, 0]
         is_right = (1, 0, 0, 1)[place]  # the first two have the same caption: 0 by 2 is right, 1 by 0 and 2 by 1 wrong
         judged.append(pretraining.matching(state).log_softmax(-1)[0, is_right].item())
     losses = pretraining.losses(images, CAPTIONS)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from manako.agent.data.trajectories import save_trajectories
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.pretraining import PretrainingTrainer
 from manako.experiments import run_sft
 from manako.experiments.common.command_line import run_main
 from manako.policies.trainable import part_of
 from tests.helpers.small_envs import Corridor
-from tests.helpers.small_runs import GOTO, goto_policy, weights
+from tests.helpers.small_runs import GOTO, expert_trajectories, goto_policy, weights
 
 
 class Same(Corridor):
@@ -98,6 +99,45 @@ def test_align_says_what_it_measured_before_and_after_and_cloning_goes_on(tmp_pa
     assert f"  {'matching':26} {matched[0]:.3f} -> {matched[1]:.3f}" in out
     assert report["trained_parameters"] > 300_000  # auto stands for everything
     assert not any("matching" in name for name in weights(goto_policy(policy=str(tmp_path / "align/final"))))
+
+
+def test_blip2_from_representation_by_alignment_to_acting(tmp_path, monkeypatch, capsys):
+    """Each stage begins with what the one before it wrote, and teaches what the paper says."""
+    monkeypatch.setattr("manako.experiments.common.sft_training.MEASURED_FRAMES", 8)
+    save_trajectories(expert_trajectories(2, 4, 0.0, "expert"), tmp_path / "data")
+    given = {"env": GOTO, "captions": 8, "batch_size": 4}
+    act = {
+        "stage": "instruct",
+        "dataset": tmp_path / "data",
+        "loss": "actions",
+        "trainable": "full",
+        "eval_episodes": 0,
+    }
+    stages = {
+        "represent": {**given, "policy": "blip2"},
+        "align": {**given, "policy": tmp_path / "represent"},
+        "instruct": {**act, "policy": tmp_path / "align", "batch_size": 4, "gif_episodes": 0},
+    }
+    found = {"start": weights(goto_policy(policy="blip2").vlm)}
+    for stage, words in stages.items():
+        code, _, error = run(monkeypatch, capsys, **{"stage": stage, **words}, output_dir=tmp_path / stage)
+        assert code == 0, error
+        found[stage] = weights(goto_policy(policy=str(tmp_path / stage / "final")).vlm)
+    for before, after, still in (("start", "represent", ".proj."), ("represent", "align", None)):
+        moved = {name for name in found[after] if not torch.equal(found[before][name], found[after][name])}
+        assert moved and all(name.startswith("model.adapter.") for name in moved)
+        assert not still or not any(still in name for name in moved)
+    assert not torch.equal(found["align"]["lm_head.weight"], found["instruct"]["lm_head.weight"])
+    report = json.loads((tmp_path / "represent/report.json").read_text())["held_out"]
+    assert set(report["after"]) == {
+        "caption of a frame",
+        "frame of a caption",
+        "matching",
+        "words",
+        "words, other frame",
+    }
+    lines = [json.loads(line) for line in (tmp_path / "represent/metrics.jsonl").open()]
+    assert all({"contrast", "matching", "words"} <= set(line) for line in lines) and len(lines) == 2
 
 
 @pytest.mark.parametrize(
