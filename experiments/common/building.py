@@ -179,6 +179,19 @@ def make_tuning_args(
         )
 
 
+def check_learns_by_acting(policy: VLMPolicy, trainable: str) -> None:
+    """Checks that what learns has a gradient of what the policy says.
+
+    Raises:
+        UsageError: it is an encoder that learns in its own stage alone.
+    """
+    if policy.parts.encoder_learns_alone and trainable == "encoder":
+        raise UsageError(
+            f"--trainable encoder came, but nothing that {type(policy.base_vlm).__name__} says teaches its encoder, "
+            "whose codes are whole numbers: expected run_sft.py --stage represent, or --trainable full, or lora."
+        )
+
+
 def make_plan(
     environment: EnvSettings,
     workers: WorkerSettings,

@@ -23,7 +23,7 @@ from manako.agent.tuning.preferences import (
 )
 from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, check_learns_text
 from manako.envs import Observations
-from manako.experiments.common.building import make_tuning_args, policy_of_run
+from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
 from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
@@ -49,6 +49,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     environment, dpo, run = command.environment, command.dpo, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     check_learns_text(policy)
+    check_learns_by_acting(policy, command.policy.trainable)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
     console, before = plain_console(), measure_retention(policy)

@@ -12,7 +12,14 @@ from manako.agent.backends import make_rollouts
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
 from manako.agent.report.figures import learning_curve
-from manako.experiments.common.building import connected, copy_maker, make_plan, make_trainer_args, policy_of_run
+from manako.experiments.common.building import (
+    check_learns_by_acting,
+    connected,
+    copy_maker,
+    make_plan,
+    make_trainer_args,
+    policy_of_run,
+)
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import sights
 from manako.experiments.common.progress import Progress
@@ -43,6 +50,7 @@ def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: 
 def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
     environment, ppo, run = command.environment, command.ppo, command.run
     policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None)
+    check_learns_by_acting(policy, command.policy.trainable)
     check_training_room(policy, command.policy.trainable, policy.device)
     staging = run_dir / ".staging"
     if checkpoint is not None:

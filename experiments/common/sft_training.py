@@ -17,7 +17,7 @@ from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.pretraining import PretrainingTrainer
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
-from manako.experiments.common.building import make_tuning_args, policy_of_run
+from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import make_vector_env, sights
 from manako.experiments.common.progress import (
@@ -55,6 +55,7 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     command, policy, pretraining = _policy_of_stage(command)
     if pretraining is not None:
         return _pretrain(command, policy, pretraining, run_dir, started)
+    check_learns_by_acting(policy, command.policy.trainable)
     if sft.loss != "actions":
         check_learns_text(policy)
     policy.value_head.requires_grad_(False)  # nothing here asks for values

@@ -8,16 +8,16 @@ from PIL import Image
 
 from manako.agent.errors import TrainingError
 from manako.agent.report.imagination import Imagined, agreement, imagination_gif
-from manako.experiments import imagine
+from manako.experiments import imagine, run_ppo
 from manako.experiments.common.command_line import run_main
 
 WORDS = ["--env", "manako/GoTo-v0", "--policy", "vision_tokens", "--episodes", "6", "--num_envs", "4"]
 
 
-def run(words, monkeypatch, capfd):
+def run(words, monkeypatch, capfd, main=imagine.main):
     monkeypatch.setattr("sys.argv", ["imagine.py", *words])
     with pytest.raises(SystemExit) as stopped:
-        run_main(imagine.main)
+        run_main(main)
     out, err = capfd.readouterr()
     return stopped.value.code, out, err
 
@@ -80,3 +80,10 @@ def test_it_refuses_in_a_sentence(tmp_path, monkeypatch, capfd):
     ):
         code, _, err = run(words, monkeypatch, capfd)
         assert code == 2 and expected in err and "Traceback" not in err, (words, err)
+
+
+def test_no_acting_teaches_the_tokenizer(tmp_path, monkeypatch, capfd):
+    words = ["--policy", "vision_tokens", "--trainable", "encoder", "--output_dir", str(tmp_path / "run")]
+    code, _, err = run(words, monkeypatch, capfd, run_ppo.main)
+    assert code == 2 and "expected run_sft.py --stage represent" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
