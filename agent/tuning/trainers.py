@@ -194,7 +194,7 @@ class PolicyCloningTrainer(PolicySFTTrainer):
             observation.append(place)
         inputs = self.policy.prepare(np.stack(frames), instructions)
         action = torch.tensor([row["action"] for row in rows])
-        made = {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
+        made: dict[str, Any] = {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
         known = [at for at, row in enumerate(rows) if row.get("next_image") is not None]
         if known:
             seen_next = np.stack([picture(rows[at]["next_image"]) for at in known])
