@@ -16,13 +16,16 @@ environment can bring one in.
     python experiments/run_ppo.py --policy runs/codes/final --next_frame_coef 1                        act, and predict
     python experiments/imagine.py --policy runs/...                                    imagined beside real frames
 
-To predict alone, from the play of chance, whose last frames the data set holds:
+To predict, from the play of chance (a data set keeps each episode's last frame). On GoTo with --seed 2 this took 89 s
+on a shared core and said 1,132 of 1,132 frames of held-out episodes whole, where a copy of the frame before is right
+in 31.8 %. With 400 episodes, 8 passes and 10 epochs of `represent` (55 to 170 s, by how busy the machine was) three
+seeds gave 99.9, 99.2 and 95.8 %:
 
-    python experiments/run_sft.py --stage represent --policy vision_tokens --captions 1000 --epochs 10 \
+    python experiments/run_sft.py --stage represent --policy vision_tokens --captions 1000 --epochs 30 \
         --learning_rate 3e-3 --output_dir runs/codes
-    python experiments/collect.py --player random --episodes 400 --output data/random
+    python experiments/collect.py --player random --episodes 1000 --output data/random
     python experiments/run_sft.py --policy runs/codes/final --trainable full --dataset data/random --loss actions \
-        --next_frame_coef 1 --learning_rate 2e-3 --epochs 8 --output_dir runs/world
+        --next_frame_coef 1 --learning_rate 2e-3 --epochs 5 --output_dir runs/world
     python experiments/imagine.py --policy runs/world/final --gif imagined.gif
 
 Left out: a decoder that draws across patches, so each patch is drawn from its code alone, and what does not fit into
