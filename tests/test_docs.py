@@ -175,6 +175,10 @@ RUN = {
         f"{EVALUATION} --episodes 16 --num_envs 8 --output_dir runs/preferences"
     ),
     "python experiments/export_lerobot.py --dataset data/goto --output data/lerobot": "",
+    "python experiments/run_sft.py --stage represent --policy vision_tokens --output_dir runs/codes": "--captions 64",
+    "python experiments/run_sft.py --policy runs/codes/final --trainable full --dataset data/goto --loss actions "
+    "--next_frame_coef 1 --output_dir runs/world": EVALUATION,
+    "python experiments/imagine.py --policy runs/world/final --gif imagined.gif": "--episodes 8",
     # docs/ladder.md
     "python experiments/collect.py --env manako/GoTo-v0 --error_rate 0.3 --episodes 6000 --num_steps 64 "
     "--output data/goto": ("--episodes 16 --num_steps 16 --num_envs 8 --output data/demonstrations"),
@@ -289,7 +293,7 @@ def test_commands_run(folder, monkeypatch, capfd):
             run_main(runner_of(command.runner).main)
         assert stop.value.code == 0, f"{text}: {capfd.readouterr().err}"
     runs = {path.parent.name for path in (folder / "runs").glob("*/evaluation.json")}
-    assert runs == {"...", "grpo", "imitation", "preferences", "sft", "dpo", "ppo"}
+    assert runs == {"...", "grpo", "imitation", "preferences", "world", "sft", "dpo", "ppo"}
     assert (folder / "data/lerobot/meta/info.json").is_file()
 
 

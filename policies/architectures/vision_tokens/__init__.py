@@ -1,4 +1,4 @@
-"""Vision tokens: frames as words of a second vocabulary, which the model reads and, for what comes next, also says.
+r"""Vision tokens: frames as words of a second vocabulary, which the model reads and, for what comes next, also says.
 
     frame ── patches ── small network ── FSQ ──►  P codes of 200          frozen but in its own stage, `represent`
                                                    │ looked up, (P, D)
@@ -15,6 +15,15 @@ environment can bring one in.
     python experiments/run_sft.py --stage represent --policy vision_tokens --output_dir runs/codes     frames to codes
     python experiments/run_ppo.py --policy runs/codes/final --next_frame_coef 1                        act, and predict
     python experiments/imagine.py --policy runs/...                                    imagined beside real frames
+
+To predict alone, from the play of chance, whose last frames the data set holds:
+
+    python experiments/run_sft.py --stage represent --policy vision_tokens --captions 1000 --epochs 10 \
+        --learning_rate 3e-3 --output_dir runs/codes
+    python experiments/collect.py --player random --episodes 400 --output data/random
+    python experiments/run_sft.py --policy runs/codes/final --trainable full --dataset data/random --loss actions \
+        --next_frame_coef 1 --learning_rate 2e-3 --epochs 8 --output_dir runs/world
+    python experiments/imagine.py --policy runs/world/final --gif imagined.gif
 
 Left out: a decoder that draws across patches, so each patch is drawn from its code alone, and what does not fit into
 200 kinds of patches is lost; a model of rewards and ends, which IRIS learns in imagination.
