@@ -10,7 +10,7 @@ from tests.helpers.foreign_models import NAMES
 
 FRAME = (64, 64, 3)
 MASKED = ("uniter", "vilbert")  # they say one token, and have a contract of their own: test_masked_rows.py
-OF_LIBRARY = ("blip2", "instructblip", "llava")  # names that families of the library have as well
+OF_LIBRARY = ("blip2", "instructblip", "kosmos2", "llava")  # names that families of the library have as well
 OWN_ROWS = tuple(  # smollm2 is tiny with larger parts
     f"preset_{name}" if name in OF_LIBRARY else name for name in PRESETS if name not in (*MASKED, "smollm2")
 )

@@ -217,3 +217,8 @@ def test_ppo_learns_it_too_and_both_trainers_agree(coef, tmp_path):
         assert torch.equal(again.distribution(inputs)[0], trainer.policy.distribution(inputs)[0])
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     assert torch.equal(plain.model.adapter.head.weight, trainer.policy.base_vlm.model.adapter.head.weight)
+
+
+def test_more_codes_than_a_precision_can_number_are_refused():
+    with pytest.raises(PolicyError, match=r"give 280 codes: expected 256 at most"):
+        FrameTokenizer(FrameTokenizerConfig(levels=[8, 7, 5]))

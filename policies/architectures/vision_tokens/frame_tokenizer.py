@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from manako.policies.architectures.vision_tokens.configuration import FrameTokenizerConfig
+from manako.policies.errors import PolicyError
 
 LOADED = "_is_hf_initialized"  # how the library marks weights that come from a file
+MOST_CODES = 256  # codes travel as numbers of the model's precision, and bfloat16 tells no more whole numbers apart
 EPSILON = 1e-3  # keeps the outermost levels reachable
 
 
@@ -57,6 +59,11 @@ class FrameTokenizer(PreTrainedModel):
 
     def __init__(self, config: FrameTokenizerConfig) -> None:
         super().__init__(config)
+        if config.num_codes > MOST_CODES:
+            raise PolicyError(
+                f"levels {list(config.levels)} give {config.num_codes} codes: expected {MOST_CODES} at most, which "
+                "every precision of the weights can number."
+            )
         width, depth, patch = config.hidden_size, len(config.levels), config.patch_size
         self.encoder = nn.Sequential(nn.Conv2d(3, width, patch, stride=patch), nn.GELU(), nn.Conv2d(width, depth, 1))
         self.fsq = FSQ(list(config.levels))
