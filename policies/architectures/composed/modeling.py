@@ -91,7 +91,11 @@ class ManakoModel(ManakoPreTrainedModel):
     ) -> torch.Tensor:
         """Returns visual tokens (B, K, D) of pixels (B, 3, h, w), and of text where the adapter wants some."""
         text = self.text_for_adapter(text_input_ids, text_attention_mask)
-        return self.adapter(self.get_vision_features(pixel_values), text)
+        return self._adapt(self.get_vision_features(pixel_values), text)
+
+    def _adapt(self, features: torch.Tensor, text: Text | None) -> torch.Tensor:
+        """Visual tokens (B, K, D); an adapter that reads no text need not take any."""
+        return self.adapter(features) if text is None else self.adapter(features, text)
 
     def text_for_adapter(
         self, text_input_ids: torch.Tensor | None, text_attention_mask: torch.Tensor | None
@@ -140,7 +144,7 @@ class ManakoModel(ManakoPreTrainedModel):
             if pixel_values is not None:
                 image_features = self.get_vision_features(pixel_values)  # (images, P, Dv)
             text = self.text_for_adapter(text_input_ids, text_attention_mask)
-            visual = self.adapter(image_features, text)  # (images, K, D)
+            visual = self._adapt(image_features, text)  # (images, K, D)
             is_image = input_ids == self.config.image_token_id  # (B, L)
             if int(is_image.sum()) != visual.shape[0] * visual.shape[1]:
                 raise ValueError(
