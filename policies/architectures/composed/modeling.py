@@ -93,8 +93,8 @@ class ManakoModel(ManakoPreTrainedModel):
         text = self.text_for_adapter(text_input_ids, text_attention_mask)
         return self._adapt(self.get_vision_features(pixel_values), text)
 
-    def _adapt(self, features: torch.Tensor, text: Text | None) -> torch.Tensor:
-        """Visual tokens (B, K, D); an adapter that reads no text need not take any."""
+    def _adapt(self, features: Any, text: Text | None) -> torch.Tensor:
+        """Visual tokens (B, K, D) of features (B, P, Dv); an adapter that reads no text need not take any."""
         return self.adapter(features) if text is None else self.adapter(features, text)
 
     def text_for_adapter(
