@@ -26,7 +26,7 @@ from manako.policies.source import SYSTEM, ActionFormat
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
 
 
-SEEN_LATER = ("next_codes",)  # columns of what a step returned, which is no part of what was seen before it
+NEXT_CODES = "next_codes"  # column of what a step returned, which is no part of what was seen before it
 
 
 class Rows:
@@ -78,7 +78,7 @@ class Rows:
         for row in range(len(self)):
             digest = hashlib.blake2b(digest_size=8)
             for name, column in sorted(self.columns.items()):
-                if name in SEEN_LATER:
+                if name == NEXT_CODES:
                     continue
                 value = column[row]
                 if name in self.fillers:

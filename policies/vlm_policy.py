@@ -21,10 +21,11 @@ from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.pretraining import Pretraining
-from manako.policies.architectures.vision_tokens.next_frame import NEXT_CODES, NextFrame
+from manako.policies.architectures.vision_tokens.next_frame import NextFrame
 from manako.policies.errors import PolicyError
 from manako.policies.features import MOST_BYTES, FrozenFeatures
 from manako.policies.interface import (
+    NEXT_CODES,
     Acted,
     Draws,
     Evaluated,

@@ -19,11 +19,11 @@ from manako.agent.report.evaluation import evaluate, expert_agreement
 from manako.agent.report.figures import success_chart
 from manako.agent.report.statistics import mcnemar
 from manako.agent.tuning.forgetting import measure_retention
-from manako.envs import EnvError, held_out_seeds
+from manako.envs import held_out_seeds
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.command_line import build, checked_sections
-from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.environments import knows_expert, make_vector_env
 from manako.experiments.common.ladder_table import TABLE
 from manako.experiments.common.progress import episodes_in_words, plain_console
 from manako.experiments.common.run_folder import write_text
@@ -126,10 +126,7 @@ def agreement_with_expert(
 ) -> dict[str, Any] | None:
     """Returns in how many of an expert's states the policy's likeliest action is the expert's; None without expert."""
     with contextlib.closing(make_vector_env(environment, len(seeds), seed, held_out=True)) as env:
-        env.reset(seeds=list(seeds))
-        try:
-            env.expert_actions()
-        except EnvError:
+        if not knows_expert(env):
             return None
         found = expert_agreement(policy, env, seeds)
     return {"share": found.share, "agreed": found.agreed, "states": found.states, "episodes": len(seeds)}

@@ -13,7 +13,7 @@ from manako.envs import EpisodeVectorEnv
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.architectures.vision_tokens.configuration import FrameTokenizerConfig
 from manako.policies.architectures.vision_tokens.frame_tokenizer import FSQ, FrameTokenizer
-from manako.policies.architectures.vision_tokens.next_frame import NEXT_CODES
+from manako.policies.interface import NEXT_CODES
 from manako.policies.trainable import parameter_table, part_of
 from tests.helpers.foreign_models import INSTRUCTIONS, NAMES, frames, text_folder
 from tests.helpers.small_runs import ppo_config, weights

@@ -17,10 +17,8 @@ from transformers import DynamicCache
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.architectures.model import Model
 from manako.policies.features import COLUMN
-from manako.policies.interface import Rows
+from manako.policies.interface import NEXT_CODES, Rows
 from manako.policies.processing import Processing
-
-NEXT_CODES = "next_codes"  # of rows: (B, P) int64, of the frame that the step returned
 
 
 class NextFrame:
@@ -55,7 +53,7 @@ class NextFrame:
         """Returns the mean of -log p(code | those before it) over B samples and their P codes, ().
 
         Args:
-            inputs: B rows with `next_codes`.
+            inputs: B rows with `next_codes` (B, P) int64, of the frame that the step returned.
             actions: index of each sample's action.
         """
         following = inputs[NEXT_CODES]  # (B, P)

@@ -13,7 +13,7 @@ from manako.agent.tuning.trainers import PolicyCloningTrainer, picture
 from manako.envs import EpisodeVectorEnv
 from manako.experiments import run_sft
 from manako.experiments.common.command_line import UsageError
-from manako.policies.architectures.vision_tokens.next_frame import NEXT_CODES
+from manako.policies.interface import NEXT_CODES
 from tests.helpers.small_runs import GOTO, goto_policy
 
 
