@@ -29,7 +29,7 @@ from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_loop import episode_means, minibatches, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
-from manako.agent.tuning.parameter_groups import regroup
+from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.policies.interface import Policy
 
 ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
@@ -49,7 +49,7 @@ class _RolloutDataset(IterableDataset):
         return self.trainer.iterate()
 
 
-class PPOTrainer(_BaseTrainer):
+class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
     """Proximal policy optimisation (arXiv:1707.06347) of a VLM policy in environments.
 
     Args:
@@ -110,7 +110,7 @@ class PPOTrainer(_BaseTrainer):
         self.microbatches_per_iteration = args.num_ppo_epochs * self.num_samples // args.per_device_train_batch_size
         self.iteration = 0
         self.failure: WorkersError | None = None
-        self.policy = policy
+        self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.add_callback(_PPOStops(self))
@@ -145,15 +145,6 @@ class PPOTrainer(_BaseTrainer):
         parts = self.num_samples // args.per_device_train_batch_size
         for minibatch in minibatches(samples, args, self.iteration, parts):
             yield {name: value for name, value in minibatch._asdict().items() if value is not None and name != "usable"}
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Returns the Trainer's optimizer with the policy's groups of parameters."""
-        is_new = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if is_new:
-            rates = self.args.learning_rate, self.args.adapter_learning_rate
-            regroup(optimizer, self.policy.parameter_groups(*rates))
-        return optimizer
 
     def compute_loss(
         self,

@@ -4,6 +4,31 @@ from typing import Any
 
 import torch
 
+from manako.policies.interface import Policy
+
+
+class GroupsOfPolicy:
+    """What a trainer inherits before transformers' Trainer: a policy's groups in the optimizer that the latter makes.
+
+    Attributes:
+        policy: whose parameters learn.
+        adapter_learning_rate: of the adapter, if another.
+    """
+
+    policy: Policy
+    adapter_learning_rate: float | None
+    optimizer: Any
+    args: Any
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Returns the Trainer's optimizer with the policy's groups of parameters."""
+        trainer: Any = super()
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = trainer.create_optimizer(model)
+        if is_new:
+            regroup(optimizer, self.policy.parameter_groups(self.args.learning_rate, self.adapter_learning_rate))
+        return optimizer
+
 
 def regroup(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
     """Gives the parameters of each group its learning rate, before the first step.

@@ -14,12 +14,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from manako.agent.tuning.parameter_groups import regroup
+from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.agent.tuning.trainers import StepMetricsCallback
 from manako.policies.interface import Policy
 
 
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(GroupsOfPolicy, Trainer):
     """Minimises the sum of a pretraining's losses.
 
     Args:
@@ -68,14 +68,6 @@ class PretrainingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the single losses to what is logged of a step."""
         super().log({**logs, **self._parts} if "loss" in logs else logs, start_time)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Returns the Trainer's optimizer with the policy's groups of parameters."""
-        is_new = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if is_new:
-            regroup(optimizer, self.policy.parameter_groups(self.args.learning_rate, self.adapter_learning_rate))
-        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, and leaves the model in evaluation mode."""

@@ -25,7 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
-from manako.agent.tuning.parameter_groups import regroup
+from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.policies.interface import Policy
 
 SHARES = {
@@ -66,7 +66,7 @@ class StepMetricsCallback(TrainerCallback):
             print(f"step {state.global_step:5d}/{state.max_steps}  loss {row['loss']:.4f}{shares}", flush=True)
 
 
-class _OfPolicy:
+class _OfPolicy(GroupsOfPolicy):
     """What the three trainers share.
 
     Args:
@@ -100,16 +100,6 @@ class _OfPolicy:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepMetricsCallback(run_dir, self.rows))
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Returns the Trainer's optimizer with the policy's groups of parameters."""
-        trainer: Any = super()
-        is_new = self.optimizer is None  # type: ignore[attr-defined]
-        optimizer: torch.optim.Optimizer = trainer.create_optimizer(model)
-        if is_new:
-            rate = self.args.learning_rate  # type: ignore[attr-defined]
-            regroup(optimizer, self.policy.parameter_groups(rate, self.adapter_learning_rate))
-        return optimizer
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, and leaves the model as the policy wants it: in evaluation mode."""
         trainer: Any = super()
@@ -127,7 +117,7 @@ class _OfPolicy:
             for model in (self.policy.model, plain_model(self.policy)):  # TRL's head and accelerate's autocast end here
                 for name in ("forward", "_original_forward"):
                     model.__dict__.pop(name, None)
-            shutil.rmtree(self.args.output_dir, ignore_errors=True)  # type: ignore[attr-defined]
+            shutil.rmtree(self.args.output_dir, ignore_errors=True)
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""

@@ -15,10 +15,12 @@ Left out: the prompts of Vicuna (a language model's own chat template is used), 
 descriptions, of which `run_sft.py --stage instruct` on demonstrations takes the place.
 """
 
+from functools import partial
+
 from manako.policies.architectures.composed import build as composed
 from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration
 from manako.policies.architectures.composed.processing import ManakoProcessor
-from manako.policies.encoders import eva_qformer
+from manako.policies.encoders import build_encoder, eva_qformer
 
 
 def build_vlm(
@@ -43,5 +45,5 @@ def build_vlm(
         image_size,
         patch_size,
         seed,
-        load_encoder=eva_qformer.load,
+        make_encoder=partial(build_encoder, load=eva_qformer.load),
     )

@@ -10,7 +10,7 @@ from manako.errors import first_line
 from manako.policies.adapters import ADAPTERS
 from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration, ManakoModel
 from manako.policies.architectures.composed.processing import IMAGE_TOKEN, ManakoProcessor, special_vocabulary
-from manako.policies.encoders import Encoder, LoadEncoder, build_encoder, pretrained
+from manako.policies.encoders import Encoder, build_encoder
 from manako.policies.errors import PolicyError
 from manako.policies.language_models import build_language_model
 from manako.policies.pretrained import quietly
@@ -25,8 +25,7 @@ def build_vlm(
     patch_size: int | None = None,
     seed: int = 0,
     kind: type[ManakoForConditionalGeneration] = ManakoForConditionalGeneration,
-    make_encoder: Callable[[], Encoder] | None = None,
-    load_encoder: LoadEncoder = pretrained.load,
+    make_encoder: Callable[[str, tuple[int, int, int], int | None, int | None], Encoder] = build_encoder,
 ) -> tuple[ManakoForConditionalGeneration, ManakoProcessor]:
     """Composes a VLM from three parts.
 
@@ -39,8 +38,7 @@ def build_vlm(
         patch_size: see `manako.policies.encoders.build_encoder`.
         seed: seed of the random weights.
         kind: class of the model.
-        make_encoder: what `kind` sees by, in place of `vision_encoder`, which is then only its name.
-        load_encoder: what makes an encoder of a folder or a Hub id.
+        make_encoder: makes an encoder of its name, the frames' shape and the two sizes.
 
     Returns:
         The model in evaluation mode and its processor.
@@ -61,10 +59,7 @@ def build_vlm(
         if text_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
             with quietly():
                 text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        if make_encoder is not None:
-            encoder, image_processor = make_encoder()
-        else:
-            encoder, image_processor = build_encoder(vision_encoder, frame_shape, image_size, patch_size, load_encoder)
+        encoder, image_processor = make_encoder(vision_encoder, frame_shape, image_size, patch_size)
         config = kind.config_class(
             vision_config=encoder.config,
             text_config=text_model.config,

@@ -1,14 +1,12 @@
 """The model that reads frames as codes, around any language model: a name of ours, a folder or a Hub id."""
 
-from transformers import ViTImageProcessorPil
-
 from manako.policies.architectures.composed import build as composed
 from manako.policies.architectures.composed.modeling import ManakoForConditionalGeneration
 from manako.policies.architectures.composed.processing import ManakoProcessor
 from manako.policies.architectures.vision_tokens.configuration import FrameTokenizerConfig
 from manako.policies.architectures.vision_tokens.frame_tokenizer import FrameTokenizer
 from manako.policies.architectures.vision_tokens.modeling import VisionTokensForConditionalGeneration
-from manako.policies.encoders.encoder import Encoder, sides
+from manako.policies.encoders.encoder import Encoder, sides, square_processor
 from manako.policies.errors import PolicyError
 
 FSQ_NAME, CODES = "fsq", "codes"  # what the preset calls its two parts
@@ -33,20 +31,22 @@ def build_vlm(
             raise PolicyError(
                 f"--{flag} {value!r} came, but vision_tokens reads frames as codes of its own tokenizer: leave it out."
             )
-
-    def encoder() -> Encoder:
-        side, patch = sides(frame_shape, image_size, patch_size)
-        processor = ViTImageProcessorPil(
-            size={"height": side, "width": side}, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]
-        )
-        return Encoder(FrameTokenizer(FrameTokenizerConfig(image_size=side, patch_size=patch)), processor)
-
     return composed.build_vlm(
         vision_encoder,
         None,
         language_model,
         frame_shape,
-        seed=seed,
+        image_size,
+        patch_size,
+        seed,
         kind=VisionTokensForConditionalGeneration,
-        make_encoder=encoder,
+        make_encoder=_frame_tokenizer,
     )
+
+
+def _frame_tokenizer(
+    name: str, frame_shape: tuple[int, int, int], image_size: int | None, patch_size: int | None
+) -> Encoder:
+    """A new one; it is the only one that there is."""
+    side, patch = sides(frame_shape, image_size, patch_size)
+    return Encoder(FrameTokenizer(FrameTokenizerConfig(image_size=side, patch_size=patch)), square_processor(side))

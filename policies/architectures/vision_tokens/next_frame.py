@@ -37,7 +37,10 @@ class NextFrame:
     def codes(self, images: np.ndarray) -> Tensor:
         """Returns the codes (B, P) int64 of frames (B, H, W, 3) uint8, on the CPU."""
         pipeline, vlm = self.processing.pipeline, self.model.base_vlm
-        frames = pipeline.resize(images).to(vlm.device)
+        frames = pipeline.resize(images)
+        if self.processing.features is not None and self.processing.stores_features:
+            return self.processing.features(frames)[..., 0].long()  # which keeps them, for when the policy sees these
+        frames = frames.to(vlm.device)
         with torch.autocast(vlm.device.type, enabled=False):
             return vlm.model.get_vision_features(pipeline.pixels(frames)["pixel_values"])[..., 0].long().cpu()
 
