@@ -22,16 +22,9 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import (  # noqa: E402
-    CommandLine,
-    UsageError,
-    check_new_file,
-    read_command_line,
-    run_main,
-    show,
-)
+from manako.experiments.common.command_line import CommandLine, run_main, show  # noqa: E402
+from manako.experiments.common.played_policy import read_played, with_the_runs  # noqa: E402
 from manako.experiments.common.settings import ImagineCommand  # noqa: E402
-from manako.experiments.evaluate import with_the_runs  # noqa: E402
 
 
 def main() -> int:
@@ -50,12 +43,8 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[ImagineComm
     Raises:
         UsageError: no policy, or files of results that exist.
     """
-    line = read_command_line(ImagineCommand, "Imagines the frames of held-out episodes, beside real ones.", arguments)
-    if "policy" not in line.given:
-        raise UsageError("--policy is missing: give the run folder of a policy of vision tokens.")
-    check_new_file(line.settings.run.output, "--output")
-    check_new_file(line.settings.run.gif, "--gif")
-    return line
+    description = "Imagines the frames of held-out episodes, beside real ones."
+    return read_played(ImagineCommand, description, "the run folder of a policy of vision tokens", arguments)
 
 
 if __name__ == "__main__":
