@@ -7,8 +7,7 @@ Acting and learning read the same numbers. A frame's features depend on that fra
 of the environments over workers stores the same ones: it goes through the encoder by itself, or, in a small encoder, in
 a group of a fixed size whose numbers were found to be the same at every place.
 What was made of the latest frames is kept, since environments show the same frame again, and cloning does in every
-epoch. Off where the encoder learns, and where a frame's features are larger than `MOST_BYTES`. Training on tokens (SFT
-with `--loss tokens`, DPO, KTO) makes its inputs by `training_inputs`, which has pixels in it.
+epoch. Off where the encoder learns, and where a frame's features are larger than `MOST_BYTES`.
 """
 
 import hashlib

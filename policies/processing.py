@@ -198,9 +198,12 @@ class Processing:
 
     def with_features(self, inputs: Rows) -> Rows:
         """Returns the rows with the features of their frames, where these are stored."""
-        if self.features is None or not self.stores_features:
-            return inputs
-        return Rows({**inputs.columns, COLUMN: self.features(inputs["frames"])}, inputs.fillers)
+        seen = self.seen(inputs["frames"])
+        return inputs if seen is None else Rows({**inputs.columns, COLUMN: seen}, inputs.fillers)
+
+    def seen(self, frames: Tensor) -> Tensor | None:
+        """Returns features (B, P, Dv) float32, on the CPU, of resized frames, or None where they are not stored."""
+        return self.features(frames) if self.features is not None and self.features.is_frozen else None
 
     def pixels(self, inputs: Rows) -> dict[str, Tensor]:
         """Returns the inputs that are made of the rows' frames, or the features that stand for them."""

@@ -298,6 +298,7 @@ class VLMPolicy(Policy):
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         rows = self.processing.rows([self.prompts.tokenized(prompt) for prompt, _ in texts], images)
+        rows = self.processing.with_features(rows)
         return self.processing.training_inputs(rows, [self.prompts.answer_to(*text) for text in texts])
 
     def answers(self, actions: Rows) -> list[str]:

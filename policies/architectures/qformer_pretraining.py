@@ -159,6 +159,9 @@ class QFormerPretraining(Pretraining):
 
     def _see(self, images: np.ndarray) -> Tensor:
         """Features (B, P, Dv) of frames (B, H, W, 3)."""
+        stored = self.processing.seen(self.processing.pipeline.resize(images))
+        if stored is not None:
+            return stored.to(self.vlm.device, self.vlm.dtype)
         return self.base.model.get_vision_features(**self.pixels(images))
 
     def _joint(self, texts: Texts, start: int, features: Tensor, queries_see: bool, causal: bool) -> Tensor:

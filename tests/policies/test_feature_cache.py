@@ -6,17 +6,21 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_loop import train_ppo
 from manako.agent.rollout import merge
+from manako.agent.tuning.supervised import assistant_message
+from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer
 from manako.envs import EpisodeVectorEnv
 from manako.policies import PolicyError, PolicySource, features, load_policy
 from manako.policies.architectures.composed import modeling
 from manako.policies.features import COLUMN
 from manako.policies.interface import Draws, Rows
 from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, TURNS, frames
+from tests.test_families import datasets, settings
 
 
 def policy_of(trainable="adapter", **source):
@@ -256,13 +260,53 @@ def test_a_copy_has_features_of_its_own():
 # ---- beside it -------------------------------------------------------------------------------------------------------
 
 
-def test_training_on_tokens_is_given_pixels():
-    policy = policy_of()
-    prompt = policy.messages("go")
-    inputs = policy.training_inputs(
-        frames(1), [prompt], [[{"role": "assistant", "content": [{"type": "text", "text": "up"}]}]]
-    )
-    assert "pixel_values" in inputs and COLUMN not in inputs
+@pytest.mark.parametrize("trainable", ["adapter", "full"])
+def test_training_on_tokens_is_given_features_of_a_frozen_encoder(trainable):
+    policy = policy_of(trainable)
+    answers = [assistant_message(text) for text in ("up", "left", "up")]
+    inputs = policy.training_inputs(frames(3), [policy.messages(text) for text in INSTRUCTIONS[:3]], answers)
+    assert (COLUMN in inputs, "pixel_values" in inputs) == ((True, False) if trainable == "adapter" else (False, True))
+
+
+@pytest.mark.parametrize("method", range(3), ids=["sft", "dpo", "kto"])
+def test_training_on_tokens_runs_the_encoder_once_a_frame(method, seen, tmp_path, monkeypatch):
+    """Not once an epoch, nor again for the reference; and what is learned is what pixels teach."""
+    trainer_of, config = ((PolicySFTTrainer, SFTConfig), (PolicyDPOTrainer, DPOConfig), (PolicyKTOTrainer, KTOConfig))[
+        method
+    ]
+
+    def train():
+        policy, args = policy_of(), settings(config, tmp_path)
+        args.max_steps, args.learning_rate = 4, 1e-3
+        trainer = trainer_of(policy, args, datasets(policy, 255 - frames(2))[method], tmp_path)
+        seen.clear()
+        trainer.train()
+        return sum(seen), [row["loss"] for row in trainer.rows]
+
+    stored, losses = train()
+    monkeypatch.setattr("manako.policies.vlm_policy.MOST_BYTES", 0)
+    again, of_pixels = train()
+    assert stored == 2 and again >= 8 and len(losses) == 4
+    np.testing.assert_allclose(losses, of_pixels, rtol=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_a_q_formers_own_losses_run_the_encoder_once_a_frame(seen, monkeypatch):
+    """And are those of pixels; so is what is measured."""
+
+    def learn():
+        torch.manual_seed(0)
+        pretraining = policy_of(adapter="qformer").pretraining("represent")
+        pictures, told = 255 - frames(3), ["a red ball", "a blue box", "nothing"]
+        seen.clear()
+        losses = [torch.stack(list(pretraining.losses(pictures, told).values())) for _ in range(2)]
+        return sum(seen), *losses, pretraining.measure(pictures, told)
+
+    stored, *losses, measured = learn()
+    monkeypatch.setattr("manako.policies.vlm_policy.MOST_BYTES", 0)
+    again, *of_pixels, same = learn()
+    assert (stored, again) == (3, 6) and measured == pytest.approx(same)
+    torch.testing.assert_close(losses, of_pixels, atol=1e-5, rtol=1e-4)
 
 
 def test_generate_takes_features_in_its_first_step():
