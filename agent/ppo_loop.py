@@ -19,6 +19,7 @@ from torch import Tensor
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import RolloutSource
 from manako.agent.losses import ppo_loss
+from manako.agent.return_scale import ReturnScale
 from manako.agent.rng import SHUFFLES, make_rng
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples, recompute_logprobs, with_advantages, with_group_advantages
@@ -48,10 +49,11 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: max(0.0, (total_updates - step) / total_updates)
     )
+    scale = return_scale(settings, rollouts.num_envs)
 
     for iteration in range(settings.num_iterations):
         rollout = rollouts.collect(iteration)
-        samples = samples_of(rollout, policy, settings, lag=iteration - rollout.version)
+        samples = samples_of(rollout, policy, settings, scale, lag=iteration - rollout.version)
         measured: list[dict[str, Tensor]] = []
         for minibatch in minibatches(samples, settings, iteration, num_minibatches):
             minibatch = minibatch.to(policy.device)
@@ -80,18 +82,28 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
         }
 
 
-def samples_of(rollout: Rollout, policy: Policy, settings: "PPOConfig", lag: int) -> Samples:
+def return_scale(settings: "PPOConfig", num_envs: int) -> ReturnScale | None:
+    """Returns the unit of rewards, or None where they are taken as they are."""
+    return ReturnScale(settings.gamma, num_envs, settings.advantage != "gae") if settings.scale_returns else None
+
+
+def samples_of(
+    rollout: Rollout, policy: Policy, settings: "PPOConfig", scale: ReturnScale | None, lag: int
+) -> Samples:
     """Returns the rollout's samples with their advantages.
 
     Args:
         rollout: what was played.
         policy: the one that learns; it judges anew what weights `lag` updates older played.
         settings: of PPO.
+        scale: the unit of rewards so far.
         lag: updates since the weights that acted.
     """
     importance = None
     if lag:
         rollout, importance = recompute_logprobs(rollout, policy)
+    if scale is not None:
+        rollout = scale(rollout)
     if settings.advantage == "gae":
         return with_advantages(rollout, settings.gamma, settings.gae_lambda, importance)
     return with_group_advantages(

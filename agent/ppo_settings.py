@@ -34,10 +34,13 @@ class PPOSettings:
     step_weight: float = setting(1.0, "weight of gigpo's step advantages beside the episode's", only_in_file=True, ge=0)
     gamma: float = setting(0.99, "discount of an env step", ge=0, le=1)
     gae_lambda: float = setting(0.95, "lambda of GAE", ge=0, le=1)
+    scale_returns: bool = setting(
+        True, "rewards are divided by a running deviation of the discounted return: their unit does not matter"
+    )
     clip_range: float = setting(0.2, "epsilon of the clipped surrogate", gt=0)
     clip_range_vf: float | None = setting(
         None,
-        "epsilon of the clipped value loss, in units of the return; null leaves it unclipped",
+        "epsilon of the clipped value loss, in units of the (scaled) return; null leaves it unclipped",
         only_in_file=True,
         gt=0,
     )

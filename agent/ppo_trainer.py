@@ -26,7 +26,7 @@ from manako.agent.group_advantages import METHODS
 from manako.agent.interfaces import Rollouts, VectorEnv
 from manako.agent.losses import explained_variance, ppo_loss
 from manako.agent.ppo_config import PPOConfig
-from manako.agent.ppo_loop import episode_means, minibatches, samples_of
+from manako.agent.ppo_loop import episode_means, minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
@@ -109,6 +109,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             reference = policy
         self.microbatches_per_iteration = args.num_ppo_epochs * self.num_samples // args.per_device_train_batch_size
         self.iteration = 0
+        self.scale = return_scale(args, source.num_envs)
         self.failure: WorkersError | None = None
         self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
@@ -138,7 +139,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
                 self.failure = error
                 return
             lag = self.iteration - rollout.version
-            samples = samples_of(rollout, self.policy, args, lag)
+            samples = samples_of(rollout, self.policy, args, self.scale, lag)
         self._rollout_metrics(rollout, samples)
         if samples.importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
@@ -173,7 +174,9 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder)
-        state = {"iteration": self.iteration, "env": self.collector.state_dict()}
+        state: dict[str, Any] = {"iteration": self.iteration, "env": self.collector.state_dict()}
+        if self.scale is not None:
+            state["return_scale"] = self.scale.state_dict()
         (folder / ROLLOUT_STATE).write_text(json.dumps(state))
         if tensors := self.collector.tensors():
             save_file(tensors, folder / ROLLOUT_TENSORS)
@@ -183,6 +186,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.policy.load_weights(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text())
         self.iteration = state["iteration"]
+        if self.scale is not None:
+            self.scale.load_state_dict(state["return_scale"])
         tensors = folder / ROLLOUT_TENSORS
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
 
@@ -205,6 +210,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
                 if samples.usable is None
                 else {"usable_samples": samples.usable.float().mean().item()}
             ),
+            **({} if self.scale is None else {"return_deviation": self.scale.deviation}),
             "rollout_steps_per_second": self.num_samples / rollout.seconds,
             "rollout_seconds": rollout.seconds,
             **self.collector.metrics(),

@@ -101,3 +101,22 @@ class FeatureCacheCommand:
     """Settings of feature_cache.py."""
 
     benchmark: FeatureCacheSettings = section(FeatureCacheSettings, "benchmark")
+
+
+@dataclass(frozen=True)
+class RewardScaleSettings:
+    """What reward_scale.py compares."""
+
+    env: str = setting("manako/ColorMatch-v0", "Gymnasium id of an environment that says success")
+    seeds: int = setting(3, "how many seeds, from 0 on", ge=1)
+    total_steps: int = setting(9_728, "env steps of a training", ge=1)
+    num_envs: int = setting(32, "environments side by side", ge=1)
+    chart: str | None = setting(None, "PNG file for the curves")
+    output: str | None = setting(None, "JSON file for the results, must not exist")
+
+
+@dataclass(frozen=True)
+class RewardScaleCommand:
+    """Settings of reward_scale.py."""
+
+    benchmark: RewardScaleSettings = section(RewardScaleSettings, "benchmark")
