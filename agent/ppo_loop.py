@@ -87,9 +87,7 @@ def return_scale(settings: "PPOConfig", num_envs: int) -> ReturnScale | None:
     return ReturnScale(settings.gamma, num_envs, settings.advantage != "gae") if settings.scale_returns else None
 
 
-def samples_of(
-    rollout: Rollout, policy: Policy, settings: "PPOConfig", scale: ReturnScale | None, lag: int
-) -> Samples:
+def samples_of(rollout: Rollout, policy: Policy, settings: "PPOConfig", scale: ReturnScale | None, lag: int) -> Samples:
     """Returns the rollout's samples with their advantages.
 
     Args:

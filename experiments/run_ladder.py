@@ -52,6 +52,7 @@ from manako.experiments.common.settings import (  # noqa: E402
     PPOCommand,
     SFTCommand,
 )
+from manako.policies.architectures.presets import ENCODER_NAMES, PRESETS  # noqa: E402
 from manako.settings import setting  # noqa: E402
 
 RUNNERS = {"collect": "collect.py", "sft": "run_sft.py", "dpo": "run_dpo.py", "ppo": "run_ppo.py"}
@@ -157,6 +158,12 @@ def check_ladder(ladder: dict[str, Any], source: str) -> list[dict[str, Any]]:
             )
         if step["name"] in (START, *names) or not step["name"].isidentifier():
             raise UsageError(f"The name {step['name']!r} in {source} is taken or no word: expected another.")
+        if step["name"] in (*PRESETS, *ENCODER_NAMES):
+            raise UsageError(
+                f"The name {step['name']!r} in {source} is that of a preset or of an encoder, so that a later step's "
+                f"setting {step['name']!r} could mean either: expected another, such as "
+                f"{step['name']}_{step['runner']}."
+            )
         names.append(step["name"])
         checked_sections(COMMANDS[step["runner"]], own_sections(step), f"Step {step['name']} of {source}")
     return steps

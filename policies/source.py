@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from manako.policies.answers import KINDS
-from manako.policies.architectures.presets import PRESETS
+from manako.policies.architectures.presets import ENCODER_NAMES, PRESETS
 from manako.settings import setting
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class PolicySource:
     policy: str = setting("tiny", f"preset ({', '.join(PRESETS)}), model folder, run checkpoint or Hub id")
     vision_encoder: str | None = setting(
         None,
-        "replaces a preset's encoder: vit, clip_vit, eva, eva_qformer, convnext, efficientnet_lite0, folder or Hub id",
+        f"replaces a preset's encoder: {', '.join(ENCODER_NAMES)}, folder or Hub id",
     )
     adapter: str | None = setting(
         None,

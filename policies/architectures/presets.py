@@ -8,6 +8,9 @@ The others are small random models of a published shape; the file of that name i
 
 from dataclasses import dataclass
 
+# the keys of `manako.policies.encoders.ENCODERS`, which needs torch; a test holds the two together
+ENCODER_NAMES = ("vit", "clip_vit", "eva", "eva_qformer", "convnext", "efficientnet_lite0")
+
 
 @dataclass(frozen=True)
 class Preset:

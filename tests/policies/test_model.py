@@ -13,6 +13,7 @@ from manako.policies.adapters import ADAPTERS, Adapter
 from manako.policies.architectures.composed import ManakoConfig, ManakoModel, ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import PLAIN_TEMPLATE, special_vocabulary, vlm_chat_template
+from manako.policies.architectures.presets import ENCODER_NAMES
 from manako.policies.encoders import ENCODERS
 from tests.helpers.foreign_models import FRAME, NAMES, byte_tokenizer, frames, text_folder, vision_folder
 
@@ -404,3 +405,7 @@ def test_preference_optimisation(tmp_path):
     )
     trainer.train()
     assert abs(trainer.state.log_history[0]["loss"] - np.log(2)) < 1e-4  # the model still is its reference
+
+
+def test_the_light_list_of_encoders_is_the_tables():
+    assert tuple(ENCODERS) == ENCODER_NAMES

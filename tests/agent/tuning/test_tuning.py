@@ -195,6 +195,12 @@ BAD = {
         "unknown key 'gama' in ppo: no runner has",
     ),
     "a ladder's table": (run_ladder, {"ladder": "flat.yaml", "table": "no/table.md"}, "The folder of --table"),
+    "a preset's name": (
+        run_ladder,
+        {"ladder": "tiny.yaml", "output_dir": "a"},
+        "is that of a preset",
+    ),
+    "an encoder's name": (run_ladder, {"ladder": "vit.yaml", "output_dir": "a"}, "expected another, such as vit_ppo"),
     "a strange ladder": (run_ladder, {"ladder": "strange.yaml", "output_dir": "a"}, "Step 1 of strange.yaml"),
 }
 
@@ -202,6 +208,8 @@ BAD = {
 @pytest.mark.parametrize(("runner", "given", "message"), BAD.values(), ids=BAD)
 def test_bad_input(runner, given, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "strange.yaml").write_text("steps: [{name: a, runner: fly}]")
+    (tmp_path / "tiny.yaml").write_text("steps: [{name: tiny, runner: sft}]")
+    (tmp_path / "vit.yaml").write_text("steps: [{name: vit, runner: ppo}]")
     (tmp_path / "flat.yaml").write_text("common: {env: Lake-v0}\nsteps: [{name: a, runner: sft, dataset: b}]")
     (tmp_path / "step.yaml").write_text("steps: [{name: a, runner: sft, sft: {gamma: 1}}]")
     (tmp_path / "key.yaml").write_text("common: {ppo: {gama: 1}}\nsteps: [{name: a, runner: sft}]")
