@@ -39,6 +39,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
 )
 from manako.experiments.common.run_folder import check_job_folder, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together, moved  # noqa: E402
+from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
 
 def main() -> int:
@@ -54,6 +55,7 @@ def main() -> int:
     if line.file is not None:
         names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
         show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
+    command = with_trainable(command)
     from manako.experiments.common.ppo_training import train  # torch and all
 
     return train(command, run_dir, checkpoint, started)

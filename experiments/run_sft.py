@@ -14,7 +14,6 @@ The run folder holds final/ for --policy of any other runner, the evaluation bes
 model has forgotten: perplexity of text and questions answered, before and after.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -32,8 +31,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 from manako.experiments.common.command_line import UsageError, parse, run_main, show  # noqa: E402
 from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
 from manako.experiments.common.settings import SFTCommand  # noqa: E402
-
-LEARNS = {"instruct": "lora"}  # unless --trainable says otherwise; before it the architecture says, or the adapter
+from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
 
 def main() -> int:
@@ -42,6 +40,8 @@ def main() -> int:
     command = read_line()
     run_dir = new_run_dir(command)
     show("run", str(run_dir))
+    if command.sft.stage == "instruct":  # before it the architecture may say what learns
+        command = with_trainable(command)
     from manako.experiments.common.sft_training import train  # torch and all
 
     return train(command, run_dir, started)
@@ -55,9 +55,6 @@ def read_line(arguments: Sequence[str] | None = None) -> SFTCommand:
     """
     command = parse(SFTCommand, "Supervised fine-tuning with TRL: captions, then demonstrations.", arguments)
     sft = command.sft
-    if command.policy.trainable == "auto":
-        learns = dataclasses.replace(command.policy, trainable=LEARNS.get(sft.stage, "auto"))
-        command = dataclasses.replace(command, policy=learns)
     if sft.stage == "instruct" and sft.dataset is None:
         raise UsageError("--dataset is missing: give the folder of trajectories that experiments/collect.py wrote.")
     if sft.stage != "instruct" and sft.dataset is not None:

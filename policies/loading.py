@@ -18,6 +18,7 @@ from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed.build import swap_parts
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.presets import PRESETS
+from manako.policies.default_trainable import IS_RANDOM, POLICY_FILE, began_random, with_default
 from manako.policies.encoders import ENCODERS
 from manako.policies.errors import PolicyError
 from manako.policies.interface import PolicySpec
@@ -27,7 +28,6 @@ from manako.policies.pretrained import check_name, quietly
 from manako.policies.saving import (
     DTYPES,
     LORA_CONFIG_FILE,
-    POLICY_FILE,
     VALUE_HEAD_FILE,
     digest,
     fill,
@@ -76,13 +76,14 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     Raises:
         PolicyError: nothing loadable there, damaged files, or parts that do not fit.
     """
+    source, is_random = with_default(source), began_random(source)
     parts = parts_of(source.trainable)
     model, source, head, base_sha = load_model(source, action_names, frame_shape)
     policy = put_policy_around(model, source, action_names, frame_shape)
     if head is not None:
         fill(policy.value_head, head, Path(source.policy))
     policy.value_head.requires_grad_("value_head" in parts)
-    policy.origin = {"source": asdict(source), "base_sha256": base_sha}
+    policy.origin = {"source": asdict(source), "base_sha256": base_sha, IS_RANDOM: is_random}
     return policy
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from manako.errors import first_line
 from manako.policies.adapters import Adapter
+from manako.policies.default_trainable import POLICY_FILE
 from manako.policies.errors import PolicyError
 from manako.policies.pretrained import quietly
 from manako.policies.source import PolicySource
@@ -24,7 +25,7 @@ from manako.policies.source import PolicySource
 if TYPE_CHECKING:
     from manako.policies.vlm_policy import VLMPolicy
 
-POLICY_FILE, VALUE_HEAD_FILE = "policy.json", "value_head.safetensors"
+VALUE_HEAD_FILE = "value_head.safetensors"
 LORA_CONFIG_FILE, LORA_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FORMAT = 1
 DESCRIPTION = {  # what policy.json holds beside its format

@@ -39,7 +39,7 @@ class PolicySource:
     trainable: str = setting(
         "full",
         "what learns: full, adapter, lora (with the adapter), or parts among encoder, adapter, language_model, lora, "
-        "value_head joined by +",
+        "value_head joined by +; auto: full where the language model began random, lora where it is pretrained",
     )
     lora_rank: int = setting(16, "rank of LoRA", ge=1)
     lora_alpha: int = setting(32, "LoRA is scaled by lora_alpha / lora_rank", only_in_file=True, ge=1)

@@ -146,7 +146,7 @@ class SFTSettings(TuningSettings):
     stage: Literal["represent", "align", "instruct"] = setting(
         "instruct",
         "represent (what the architecture learns of frames before a language model reads them), align (frame -> "
-        "caption; auto trains the adapter) or instruct (demonstrations; auto trains LoRA too)",
+        "caption; auto leaves a pretrained language model as it is) or instruct (demonstrations)",
     )
     loss: Literal["tokens", "actions"] = setting(
         "tokens", "of instruct: the answer's tokens out of the vocabulary, or its action out of the actions (quicker)"
@@ -180,7 +180,7 @@ class PPOCommand:
     """Settings of run_ppo.py; also the content of a run's config.yaml."""
 
     environment: EnvSettings = section(EnvSettings, "environment")
-    policy: PolicySource = section(PolicySource, "policy", without=SEED)
+    policy: PolicySource = section(PolicySource, "policy", without=SEED, trainable="auto")
     ppo: PPOSettings = section(PPOSettings, "PPO")
     workers: WorkerSettings = section(WorkerSettings, "rollout workers")
     run: PPORunSettings = section(PPORunSettings, "run")
@@ -211,7 +211,7 @@ class DPOCommand:
     """Settings of run_dpo.py."""
 
     environment: EnvSettings = section(EnvSettings, "environment")
-    policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *PREDICTION), trainable="lora")
+    policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *PREDICTION), trainable="auto")
     dpo: DPOSettings = section(DPOSettings, "preference optimisation")
     run: RunSettings = section(RunSettings, "run", eval_episodes=200)
 

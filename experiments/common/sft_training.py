@@ -30,6 +30,7 @@ from manako.experiments.common.progress import (
 from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import SFTCommand
+from manako.experiments.common.what_learns import trainable_of
 from manako.policies import VLMPolicy
 from manako.policies.architectures.pretraining import Pretraining
 from manako.policies.room import check_training_room
@@ -104,7 +105,8 @@ def _policy_of_stage(command: SFTCommand) -> tuple[SFTCommand, VLMPolicy, Pretra
     """
     environment, run, source = command.environment, command.run, command.policy
     asked = source.trainable == "auto"
-    source = replace(source, trainable="adapter") if asked else source
+    if asked:  # a pretrained language model stays as it is until it is to act
+        source = replace(source, trainable="full" if trainable_of(source)[0] == "full" else "adapter")
     policy, _ = policy_of_run(environment, source, run.seed, run.torch_threads)
     pretraining = policy.pretraining(command.sft.stage)
     if pretraining is None and command.sft.stage == "represent":
