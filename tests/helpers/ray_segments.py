@@ -126,8 +126,8 @@ class Outdated(ReplicaWorker):
     """A worker that answers with the rollout of other weights."""
 
     def collect(self, segment: Any, iteration: int, version: int, weights: Any, state: Any) -> Any:
-        packed, after = super().collect(segment, iteration, version, weights, state)
-        return packed._replace(version=version - 1), after
+        packed, *others = super().collect(segment, iteration, version, weights, state)
+        return packed._replace(version=version - 1), *others
 
 
 class Unready:
