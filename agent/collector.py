@@ -300,8 +300,8 @@ def warn_given_up(count: int, slots: int) -> None:
     """
     if count:
         log.warning(
-            "warning: %d of %d running episodes did not play again as they had, so their slots start new ones: an "
-            "episode goes on where everything random is drawn from self.np_random, with the same versions and env_kwargs",
+            "warning: %d of %d running episodes did not play again as they had, so their slots start new ones: draw "
+            "all that is random from self.np_random, and keep versions and env_kwargs, if they are to go on",
             count,
             slots,
         )

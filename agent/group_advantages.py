@@ -159,4 +159,4 @@ def whole_groups(ended: Tensor, group_size: int) -> float:
         ended: (T, N) bool, terminated or truncated.
         group_size: neighbouring slots of a group.
     """
-    return ended.any(0).view(-1, group_size).all(1).float().mean().item()
+    return ended.any(0).view(-1, group_size).all(1).double().mean().item()

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
-from manako.agent.interfaces import GIVEN_UP
+from manako.agent.interfaces import GIVEN_UP, NOT_FIXED
 from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
 from manako.experiments.common.settings import PPOCommand
@@ -183,6 +183,8 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
             f"{row['length_mean']:.1f}",
         )
     console.print(table)
+    if not first.get("fixed_by_seed", True):
+        console.print(f"{NOT_FIXED}: no two rows are of the same ones, and none is held out")
 
 
 def episodes_in_words(episodes: int, starts: int) -> str:

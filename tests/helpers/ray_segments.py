@@ -112,6 +112,14 @@ def replica_settings(maker: Any = None, batch_size: int | None = None, **policy:
     )
 
 
+def random_player() -> Any:
+    """Chance in Drift."""
+    from manako.agent.data.demonstrators import RandomPlayer
+    from manako.policies.interface import PolicySpec
+
+    return RandomPlayer(PolicySpec(("left", "right"), (8, 64, 3)))
+
+
 class Curious(EnvWorker):
     """An EnvWorker that says what it has imported."""
 
