@@ -112,19 +112,22 @@ class Drift(gym.Env):
     Args:
         folder: a file `exit` in it kills the process at an episode's fourth step, once.
         seeded: chance is the seed's.
+        wild: it begins anywhere, whatever the seed, and ends at any step.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
     action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Discrete(100)
     action_names, instruction = NAMES, "watch"
 
-    def __init__(self, folder: str = "", seeded: bool = False, render_mode: str | None = None, **_: Any) -> None:
-        self.folder, self.seeded, self.render_mode = folder, seeded, render_mode
+    def __init__(
+        self, folder: str = "", seeded: bool = False, wild: bool = False, render_mode: str | None = None, **_: Any
+    ) -> None:
+        self.folder, self.seeded, self.wild, self.render_mode = folder, seeded, wild, render_mode
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict]:
         super().reset(seed=seed)
         self.chance = self.np_random if self.seeded else np.random.default_rng()
-        self.steps, self.place = 0, 30
+        self.steps, self.place = 0, int(self.chance.integers(20, 40)) if self.wild else 30
         return 0, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
@@ -137,7 +140,8 @@ class Drift(gym.Env):
             else:
                 os._exit(1)
         self.place += int(self.chance.choice([-1, 1]))
-        return self.place, float(self.place), False, self.steps == 20, {}
+        over = not 0 < self.place < 63 or self.chance.random() < 0.1 if self.wild else False
+        return self.place, float(self.place), bool(over), self.steps == 20 and not self.wild, {}
 
     def render(self) -> np.ndarray:
         frame = np.zeros((8, 64, 3), np.uint8)
