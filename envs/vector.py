@@ -454,7 +454,7 @@ class EpisodeVectorEnv:
 
     def _digest(self, slot: int, image: np.ndarray, instruction: str, *paid: Any) -> None:
         """Takes what a slot shows, and after a step (reward, terminated, truncated), into its episode's digest."""
-        digest = hashlib.sha256(np.ascontiguousarray(image).tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(image).data)
         said = [self.digests[slot], str(instruction), *map(float, paid)]
         digest.update(json.dumps(said).encode())
         self.digests[slot] = digest.hexdigest()
