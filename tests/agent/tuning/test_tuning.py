@@ -163,6 +163,20 @@ def test_one_start_played_by_likeliest_actions_is_no_sample(starts, sampled, tes
     assert ("sft against start: +10.0 points, p = 0.25" in capsys.readouterr().out) == tested
 
 
+def test_episodes_that_no_seed_fixes_are_compared_in_no_pairs(capsys):
+    """Both steps won half of their episodes, but nobody knows whether of the same ones."""
+    won = {"start": [True, False], "sft": [False, True]}
+    comparisons = compare_steps(won, paired=False)
+    assert comparisons == [{"step": "sft", "against": "start", "difference": 0.0, "p": None}]
+    row = {"from": None, "episodes": 2, "starts": 2, "success": 0.5, "success_ci95": [0.3, 0.7], "fixed_by_seed": False}
+    row |= {"return_mean": 0.5, "seconds": 1.0, "trained_parameters": 7, "perplexity": 30.0, "probes": 0.9}
+    row |= {"parameters": 9, "controls": {}, "expert_agreement": None, "milliseconds_a_frame": 0.5}
+    result = {"env": "Lake", "sampled_actions": True, "demonstrations": {}, "random": row, "comparisons": comparisons}
+    print_report({**result, "steps": [{**row, "step": "start"}, {**row, "step": "sft"}]}, Path("report.json"))
+    text = capsys.readouterr().out
+    assert "sft against start: +0.0 points\nno p: episodes are not fixed by seed" in text and "McNemar" not in text
+
+
 FORGETFUL = {"env": "tests.helpers.small_envs:tests/Halves-v0", "env_kwargs": '{"forgetful": true}'}
 BAD = {
     "no dataset": (run_sft, {"output_dir": "a"}, "--dataset is missing"),
