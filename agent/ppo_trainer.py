@@ -192,7 +192,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.policy.load_weights(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text())
         self.iteration = state["iteration"]
-        self._ended.load_state_dict(state["episodes"])
+        if "episodes" in state:  # checkpoints of older versions have none, and their episodes are started anew
+            self._ended.load_state_dict(state["episodes"])
         tensors = folder / ROLLOUT_TENSORS
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
 

@@ -289,14 +289,15 @@ class EpisodeVectorEnv:
         """
         before, known, seeds = list(self._episodes), dict(self._known), held_out_seeds(1, self.seed)
         start = time.perf_counter()
-        if self.observations is None:
-            self.reset(seeds=seeds * self.num_envs)
+        mask = np.full(self.num_envs, self.observations is None)  # all have to begin before one can begin again
+        mask[0] = True
         shown: set[tuple[bytes, str]] = set()
         for number in range(_SEED_RESETS):
             if len(shown) > 1 or (number > 1 and time.perf_counter() - start > _SEED_SECONDS):
                 break
-            seen = self.reset_done(np.arange(self.num_envs) == 0, seeds=seeds)
+            seen = self.reset_done(mask, seeds=seeds * int(mask.sum()))
             shown.add((seen.images[0].tobytes(), seen.instructions[0]))
+            mask[1:] = False
         self._episodes, self._known = before, known
         return len(shown) == 1
 
