@@ -4,6 +4,7 @@ The order of the file is the order of events: a step is recorded, the steps are 
 a function of (seed, slot, iteration), so a resumed run and any split of the slots over workers sample the same actions.
 """
 
+import logging
 import time
 from typing import Any, NamedTuple, Self
 
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from manako.agent.backends import RolloutPlan
 from manako.agent.errors import TrainingError
-from manako.agent.interfaces import Shown, Stepped, VectorEnv, ask
+from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask
 from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers
 from manako.policies.interface import Acted, Draws, Policy, Rows
+
+log = logging.getLogger("manako.rollouts")
 
 
 class _Step(NamedTuple):
@@ -143,16 +146,18 @@ class RolloutCollector:
         return rollout._replace(episodes=episodes, version=iteration, seconds=time.perf_counter() - start)
 
     def metrics(self) -> dict[str, float]:
-        """Returns nothing beyond what every rollout has."""
-        return {}
+        """Returns the number of episodes given up so far, since they did not replay."""
+        return {GIVEN_UP: self.env.given_up}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where the environments are."""
         return self.env.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
-        """Brings the environments back to where they were."""
+        """Brings the environments back to where they were; what does not replay is started anew, with a warning."""
+        before = self.env.given_up
         self._shown = self.env.load_state_dict(state)
+        warn_given_up(self.env.given_up - before, self.env.num_envs)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns no weights: the policy itself acts."""
@@ -283,6 +288,22 @@ class RolloutCollector:
                 for t, step in enumerate(steps)
                 for slot in np.flatnonzero(step.result.terminated | step.result.truncated).tolist()
             },
+        )
+
+
+def warn_given_up(count: int, slots: int) -> None:
+    """Warns of episodes that did not replay, if there are any.
+
+    Args:
+        count: of these episodes.
+        slots: that were brought back.
+    """
+    if count:
+        log.warning(
+            "warning: %d of %d running episodes did not play again as they had, so their slots start new ones: draw "
+            "all that is random from self.np_random, and keep versions and env_kwargs, if they are to go on",
+            count,
+            slots,
         )
 
 

@@ -6,8 +6,10 @@
     gigpo   grpo's, and for each step the same among the group's steps of the same observation (Feng et al. 2025,
             arXiv:2505.10978)
 
-Pure functions. Episodes that the rollout cut off have no return and take no part: their samples are marked, and nothing
-is learned from them.
+Pure functions. An episode that the rollout cut off has no return. So the e-th episodes of a group take part where all
+slots of the group have played theirs to the end, and none of them does where one was cut off: else short episodes
+would be compared among themselves. Samples that take no part are marked, and nothing is learned from them;
+`whole_groups` says how many groups are left where episodes outlast the rollout.
 """
 
 import torch
@@ -113,7 +115,7 @@ def group_advantages(
         step_weight: omega of gigpo, the weight of the step's advantage beside the episode's.
 
     Returns:
-        (T, N) float32 advantages, and (T, N) bool: True = of a complete episode that has another to be compared with.
+        (T, N) float32 advantages, and (T, N) bool: True = of an episode that ended, as did all of its group.
 
     Raises:
         TrainingError: an unknown method, or gigpo without states.
@@ -137,9 +139,11 @@ def group_advantages(
     compare = rloo if method == "rloo" else grpo
     judged = torch.zeros(number)
     judged[whole] = compare(returns[whole], group[whole])
-    _, _, size = group_mean_and_count(returns[whole], group[whole])
+    members = torch.unique(groups, return_counts=True)[1][torch.unique(groups, return_inverse=True)[1]]  # (N,)
+    members = members.expand(steps, slots).flatten()[first]  # (episodes,)
+    _, _, ended_members = group_mean_and_count(returns[whole], group[whole])
     usable = torch.zeros(number, dtype=torch.bool)
-    usable[whole] = size > 1
+    usable[whole] = (ended_members == members[whole]) & (ended_members > 1)
     mask = usable[place]  # (T * N,)
     advantages = judged[place]
     if method == "gigpo":
@@ -149,3 +153,13 @@ def group_advantages(
         _, seen = torch.unique(torch.stack([group[place], states.flatten()], dim=1)[mask], dim=0, return_inverse=True)
         advantages[mask] += step_weight * grpo(togo, seen)
     return (advantages * mask).view(steps, slots), mask.view(steps, slots)
+
+
+def whole_groups(ended: Tensor, group_size: int) -> float:
+    """Returns the share of groups whose slots all played their first episode of the rollout to its end.
+
+    Args:
+        ended: (T, N) bool, terminated or truncated.
+        group_size: neighbouring slots of a group.
+    """
+    return ended.any(0).view(-1, group_size).all(1).double().mean().item()

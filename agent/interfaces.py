@@ -56,6 +56,8 @@ class VectorEnv(Protocol):
     episode_returns: np.ndarray  # (N,)
     episode_lengths: np.ndarray  # (N,)
     episode_seeds: list[int]  # N
+    digests: list[str]  # N, of all that the current episodes have shown and paid so far
+    given_up: int  # episodes that did not replay, so far
 
     def reset(self, seeds: Sequence[int] | None = None) -> Shown:
         """Starts an episode in every slot."""
@@ -76,14 +78,21 @@ class VectorEnv(Protocol):
         """Returns the state as JSON: `first_slot`, and of N slots each `episodes`, `slots`, `replacements`."""
 
     def load_state_dict(self, state: Any) -> Shown | None:
-        """Brings every slot back to where it was."""
+        """Brings every slot back to where it was; an episode that does not replay is given up and started anew."""
 
     def close(self) -> None:
         """Closes the environments."""
 
 
+NOT_FIXED = "episodes are not fixed by seed"
+SEEDED = "expected an environment that draws everything random from self.np_random, or --advantage gae"
+
+
 class EvaluationEnv(VectorEnv, Protocol):
-    """Environments that can also say what another instruction would be."""
+    """Environments that can also say what another instruction would be, and whether they follow their seeds."""
+
+    def follows_seeds(self) -> bool:
+        """Says whether a seed fixes how an episode begins; starts some, so it is asked between episodes."""
 
     def replaced_instructions(self) -> tuple[str, ...]:
         """Returns for each slot a valid instruction other than its own."""
@@ -100,6 +109,9 @@ TOLD = {
 def ask(env: VectorEnv, needs: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns what a policy needs to be told, by name."""
     return {name: TOLD[name](env) for name in needs}
+
+
+GIVEN_UP = "episodes_given_up"  # of `Rollouts.metrics`: episodes that did not replay, so far
 
 
 class RolloutSource(Protocol):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import RolloutSource
 from manako.agent.losses import ppo_loss
@@ -51,6 +52,7 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
     )
     scale = return_scale(settings, rollouts.num_envs)
 
+    ended = EpisodeCount(rounds=settings.advantage != "gae")
     for iteration in range(settings.num_iterations):
         rollout = rollouts.collect(iteration)
         samples = samples_of(rollout, policy, settings, scale, lag=iteration - rollout.version)
@@ -77,7 +79,7 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
             "iteration": iteration + 1,
             "env_steps": (iteration + 1) * num_samples,
             "first_ratio_error": measured[0]["ratio_error"].item(),
-            **episode_means(rollout),
+            **means(ended.take(rollout)),
             **{name: torch.stack([part[name].detach() for part in measured]).mean().item() for name in measured[0]},
         }
 
@@ -127,18 +129,3 @@ def minibatches(samples: Samples, settings: "PPOConfig", iteration: int, parts: 
         order = make_rng(settings.seed, SHUFFLES, iteration, epoch).permutation(len(kept))
         for rows in kept[torch.from_numpy(order)].tensor_split(parts):
             yield samples.select(rows)
-
-
-def episode_means(rollout: Rollout) -> dict[str, float | None]:
-    """Returns number, success, return and length of the episodes that ended; None where none did."""
-    ended = rollout.episodes
-
-    def mean(values: list[float]) -> float | None:
-        return sum(values) / len(values) if values else None
-
-    return {
-        "episodes": len(ended),
-        "success_rate": mean([episode.success for episode in ended]),
-        "episode_return": mean([episode.episode_return for episode in ended]),
-        "episode_length": mean([episode.length for episode in ended]),
-    }

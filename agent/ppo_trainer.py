@@ -21,12 +21,13 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
 from manako.agent.collector import RolloutCollector
+from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import TrainingError, WorkersError
-from manako.agent.group_advantages import METHODS
-from manako.agent.interfaces import Rollouts, VectorEnv
+from manako.agent.group_advantages import METHODS, whole_groups
+from manako.agent.interfaces import NOT_FIXED, SEEDED, EvaluationEnv, Rollouts
 from manako.agent.losses import explained_variance, ppo_loss
 from manako.agent.ppo_config import PPOConfig
-from manako.agent.ppo_loop import episode_means, minibatches, return_scale, samples_of
+from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
@@ -65,7 +66,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         failure: what ended the run at the start of an iteration, with everything learned so far kept; None if nothing.
 
     Raises:
-        TrainingError: sizes that do not divide, a reference is missing, or neither or both of env and rollouts came.
+        TrainingError: sizes that do not divide, a reference is missing, neither or both of env and rollouts came, or
+            episodes of one seed are to be compared in an environment that ignores its seeds.
     """
 
     _name = "PPO"
@@ -76,7 +78,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self,
         policy: Policy,
         args: PPOConfig,
-        env: VectorEnv | None = None,
+        env: EvaluationEnv | None = None,
         reference: Policy | None = None,
         callbacks: list[TrainerCallback] | None = None,
         rollouts: Rollouts | None = None,
@@ -101,6 +103,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             raise TrainingError(
                 f"group_size is {args.group_size} for {source.num_envs} environments: expected 2 or more, a divisor."
             )
+        if args.advantage != "gae" and env is not None and not env.follows_seeds():
+            raise TrainingError(f"{args.advantage} compares episodes of one seed, and here {NOT_FIXED}: {SEEDED}.")
         if args.kl_coef and reference is None:
             if not policy.has_reference:
                 raise TrainingError(
@@ -111,6 +115,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.iteration = 0
         self.scale = return_scale(args, source.num_envs)
         self.failure: WorkersError | None = None
+        self._ended = EpisodeCount(rounds=args.advantage != "gae")
         self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -174,7 +179,11 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder)
-        state: dict[str, Any] = {"iteration": self.iteration, "env": self.collector.state_dict()}
+        state: dict[str, Any] = {
+            "iteration": self.iteration,
+            "env": self.collector.state_dict(),
+            "episodes": self._ended.state_dict(),
+        }
         if self.scale is not None:
             state["return_scale"] = self.scale.state_dict()
         (folder / ROLLOUT_STATE).write_text(json.dumps(state))
@@ -186,8 +195,11 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.policy.load_weights(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text())
         self.iteration = state["iteration"]
-        if self.scale is not None:
+        # checkpoints of older versions have neither: their episodes, and the unit of their rewards, are started anew
+        if self.scale is not None and "return_scale" in state:
             self.scale.load_state_dict(state["return_scale"])
+        if "episodes" in state:
+            self._ended.load_state_dict(state["episodes"])
         tensors = folder / ROLLOUT_TENSORS
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
 
@@ -203,12 +215,15 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
 
     def _rollout_metrics(self, rollout: Rollout, samples: Samples) -> None:
         self._rollout = {
-            **episode_means(rollout),
+            **means(self._ended.take(rollout)),
             **self._outcomes(rollout),
             **(
                 {"explained_variance": explained_variance(samples.values, samples.returns).item()}
                 if samples.usable is None
-                else {"usable_samples": samples.usable.float().mean().item()}
+                else {
+                    "usable_samples": samples.usable.float().mean().item(),
+                    "whole_groups": whole_groups(rollout.terminated | rollout.truncated, self.args.group_size),
+                }
             ),
             **({} if self.scale is None else {"return_deviation": self.scale.deviation}),
             "rollout_steps_per_second": self.num_samples / rollout.seconds,

@@ -28,6 +28,7 @@ from manako.envs.vector import (
     episode_seed,
     held_out_seeds,
     make_env,
+    training_seeds,
 )
 
 for _id, _entry_point in (
@@ -53,4 +54,5 @@ __all__ = [
     "held_out_seeds",
     "make_env",
     "make_vlm_env",
+    "training_seeds",
 ]

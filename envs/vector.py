@@ -10,12 +10,17 @@ leaves it stuck.
 
 Seeds: slot k of a run's split s plays episode e with `episode_seed(seed, s, k // group_size, e)`, and k counts over
 all workers. So workers in any number play the same episodes, and no training episode has a held-out seed. Where
-recorded play is played again, `seed_lists` names each slot's seeds instead.
+the episodes are fixed beforehand (recorded play, a data set), `seed_lists` names each slot's seeds instead.
+
+A slot comes back by its episode's actions, played again from its seed. What an episode has shown and paid so far is
+kept as one digest, each step's made of the one before, so a replay that differs in any step is known. Such an episode
+is given up, and its slot starts another one from the same seed.
 """
 
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +37,7 @@ TRAINING, HELD_OUT = 0, 1  # splits
 STATE_FORMAT = 1
 EPISODES_A_ROUND = 100_000  # more than one slot plays in a round
 _MAX_REMEMBERED = 256  # instructions kept for replaced_instructions
+_SEED_RESETS, _SEED_SECONDS = 5, 1.0  # resets to one seed, and after how long two of them are enough
 
 
 class Observations(NamedTuple):
@@ -78,6 +84,8 @@ class EpisodeVectorEnv:
         episode_lengths: (N,) int64, their steps so far. Both may be read between `step` and `reset_done`.
         episode_seeds: The seeds of the current episodes, N.
         observations: What every slot shows now; None before the first reset.
+        digests: One a slot, of all that its episode has shown and paid so far.
+        given_up: Episodes that did not replay in `load_state_dict`, so far.
     """
 
     def __init__(
@@ -169,6 +177,8 @@ class EpisodeVectorEnv:
         self._episodes = [0] * num_envs  # episodes started
         self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # of the current episodes
         self._ended = np.zeros(num_envs, bool)
+        self.digests: list[str] = [""] * num_envs
+        self.given_up = 0
         self.observations: Observations | None = None
         self._known: dict[str, None] = {}  # instructions seen, oldest first
         self._replacements: list[str | None] = [None] * num_envs
@@ -231,6 +241,9 @@ class EpisodeVectorEnv:
         self._ended = terminated | truncated
         success = infos["success"] if "success" in infos else np.zeros(self.num_envs, bool)
         self.observations = Observations(seen["image"].copy(), seen["instruction"])
+        for slot in range(self.num_envs):
+            paid = (rewards[slot], terminated[slot], truncated[slot])
+            self._digest(slot, self.observations.images[slot], self.observations.instructions[slot], *paid)
         return StepResult(self.observations, rewards, terminated, truncated, success)
 
     def expert_actions(self) -> np.ndarray:
@@ -269,12 +282,31 @@ class EpisodeVectorEnv:
             raise EnvError("there is no instruction to replace before reset")
         return tuple(self._replacement(slot) for slot in range(self.num_envs))
 
+    def follows_seeds(self) -> bool:
+        """Says whether a seed fixes how an episode begins: one seed always gives the same first frame and instruction.
+
+        The first slot is reset a few times to one held-out seed, twice where that takes long, so ask between episodes.
+        """
+        before, known, seeds = list(self._episodes), dict(self._known), held_out_seeds(1, self.seed)
+        start = time.perf_counter()
+        mask = np.full(self.num_envs, self.observations is None)  # all have to begin before one can begin again
+        mask[0] = True
+        shown: set[tuple[bytes, str]] = set()
+        for number in range(_SEED_RESETS):
+            if len(shown) > 1 or (number > 1 and time.perf_counter() - start > _SEED_SECONDS):
+                break
+            seen = self.reset_done(mask, seeds=seeds * int(mask.sum()))
+            shown.add((seen.images[0].tobytes(), seen.instructions[0]))
+            mask[1:] = False
+        self._episodes, self._known = before, known
+        return len(shown) == 1
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of every slot, as JSON: its episode's seed and actions, and a digest of what it shows."""
+        """Returns the state of every slot, as JSON: its episode's seed, actions, and digest."""
         if self.observations is None:
             return {**self._identity(), "episodes": list(self._episodes), "slots": None}
         slots = [
-            {"seed": self.episode_seeds[slot], "actions": list(self._actions[slot]), "digest": self._digest(slot)}
+            {"seed": self.episode_seeds[slot], "actions": list(self._actions[slot]), "digest": self.digests[slot]}
             for slot in range(self.num_envs)
         ]
         return {
@@ -288,12 +320,14 @@ class EpisodeVectorEnv:
     def load_state_dict(self, state: Mapping[str, Any]) -> Observations | None:
         """Brings every slot back to where it was, by playing its actions again from its episode's seed.
 
+        Where that shows or pays anything else than it did, the episode is given up, and the slot starts it anew, from
+        the same seed; `given_up` counts these.
+
         Returns:
             What the slots see; None where the saved object had not been reset.
 
         Raises:
-            EnvError: The state is of another environment or number of slots, or the environment does not play the
-                same way again.
+            EnvError: The state is of another environment or number of slots, or the environment broke.
         """
         for key, expected in self._identity().items():
             if state.get(key) != expected:
@@ -313,23 +347,41 @@ class EpisodeVectorEnv:
         self._start(np.ones(self.num_envs, bool), [slot["seed"] for slot in state["slots"]], counted=False)
         assert self.observations is not None
         images, instructions = self.observations.images.copy(), list(self.observations.instructions)
-        for index, (env, slot) in enumerate(zip(self._vector.envs, state["slots"], strict=True)):
-            self._actions[index] = [int(action) for action in slot["actions"]]
-            for action in self._actions[index]:
-                if self._ended[index]:
-                    raise EnvError(self._replay_failure(index, "its episode ends before the saved actions do"))
-                seen, reward, terminated, truncated, _ = env.step(action)
-                self.episode_returns[index] += reward
-                self.episode_lengths[index] += 1
-                self._ended[index] = terminated or truncated
-                images[index], instructions[index] = seen["image"], seen["instruction"]
+        for index, slot in enumerate(state["slots"]):
+            images[index], instructions[index] = self._replay(index, [int(action) for action in slot["actions"]])
         self.observations = Observations(images, tuple(instructions))
         self._known = dict.fromkeys(state["instructions"])
         self._replacements = list(state["replacements"])
-        for index, slot in enumerate(state["slots"]):
-            if self._digest(index) != slot["digest"]:
-                raise EnvError(self._replay_failure(index, "it shows another frame or instruction than was saved"))
+        others = np.array([self.digests[index] != slot["digest"] for index, slot in enumerate(state["slots"])])
+        if others.any():
+            self.given_up += int(others.sum())
+            self._start(
+                others,
+                [slot["seed"] for slot, is_other in zip(state["slots"], others, strict=True) if is_other],
+                counted=False,
+            )
         return self.observations
+
+    def _replay(self, slot: int, actions: list[int]) -> tuple[np.ndarray, str]:
+        """Plays the actions of an episode that has just begun, as far as they go; returns what the slot shows then."""
+        assert self.observations is not None
+        image, instruction = self.observations.images[slot], self.observations.instructions[slot]
+        for action in actions:
+            if self._ended[slot]:
+                self.digests[slot] = ""  # the saved episode went on: another one
+                break
+            try:
+                seen, reward, terminated, truncated, _ = self._vector.envs[slot].step(action)
+            except EnvError:  # what could be done there cannot be done here
+                self.digests[slot] = ""
+                break
+            self._actions[slot].append(action)
+            self.episode_returns[slot] += reward
+            self.episode_lengths[slot] += 1
+            self._ended[slot] = terminated or truncated
+            image, instruction = seen["image"].copy(), seen["instruction"]
+            self._digest(slot, image, instruction, reward, terminated, truncated)
+        return image, instruction
 
     def close(self) -> None:
         """Closes the environments; a second call does nothing."""
@@ -377,6 +429,9 @@ class EpisodeVectorEnv:
             if len(self._known) < _MAX_REMEMBERED:
                 self._known[instructions[slot]] = None
         self.observations = Observations(images, tuple(instructions))
+        for slot in slots:
+            self.digests[slot] = str(self.episode_seeds[slot])
+            self._digest(slot, images[slot], instructions[slot])
         return self.observations
 
     def _next_seed(self, slot: int) -> int:
@@ -398,18 +453,12 @@ class EpisodeVectorEnv:
             self._replacements[slot] = others[self.episode_seeds[slot] % len(others)]
         return self._replacements[slot] or ""
 
-    def _digest(self, slot: int) -> str:
-        assert self.observations is not None
-        digest = hashlib.sha256(np.ascontiguousarray(self.observations.images[slot]).tobytes())
-        digest.update(json.dumps(self.observations.instructions[slot]).encode())
-        return digest.hexdigest()
-
-    def _replay_failure(self, slot: int, what: str) -> str:
-        return (
-            f"{self.env_id} does not play the same episode again (slot {self.first_slot + slot}, episode seed "
-            f"{self.episode_seeds[slot]}, {len(self._actions[slot])} actions): {what}; draw everything random from "
-            "self.np_random, and resume with the same versions and env_kwargs"
-        )
+    def _digest(self, slot: int, image: np.ndarray, instruction: str, *paid: Any) -> None:
+        """Takes what a slot shows, and after a step (reward, terminated, truncated), into its episode's digest."""
+        digest = hashlib.sha256(np.ascontiguousarray(image).data)
+        said = [self.digests[slot], str(instruction), *map(float, paid)]
+        digest.update(json.dumps(said).encode())
+        self.digests[slot] = digest.hexdigest()
 
 
 class _SuccessInInfo(gym.Wrapper):
@@ -448,6 +497,19 @@ def held_out_seeds(count: int, seed: int = 0) -> list[int]:
         seed: The run's.
     """
     return [episode_seed(seed, HELD_OUT, 0, episode) for episode in range(count)]
+
+
+def training_seeds(count: int, seed: int = 0, group_size: int = 1, part: int = 0) -> list[int]:
+    """Returns the episode seeds of a data set, none of which a held-out episode has, however it is played.
+
+    Args:
+        count: How many.
+        seed: The run's.
+        group_size: How many episodes in a row have the same seed.
+        part: Which of several data sets; each has its own seeds.
+    """
+    first = part * EPISODES_A_ROUND
+    return [episode_seed(seed, TRAINING, number // group_size, first) for number in range(count)]
 
 
 def make_env(

@@ -6,8 +6,9 @@
 
     python experiments/collect.py --player recorded --recording play.jsonl --output data/human
 
-None of the seeds is a held-out episode's. With --group_size G, every G episodes have the same seed, for preferences
-between them. A recording (by experiments/play.py, by hand, or a folder that this runner wrote; agent/data/recordings.py
+The episodes are those of seeds that are fixed beforehand, whatever --num_envs is, and each is played to its end. None
+of the seeds is a held-out episode's. With --group_size G, every G episodes have the same seed, for preferences between
+them. A recording (by experiments/play.py, by hand, or a folder that this runner wrote; agent/data/recordings.py
 says how it is written) names its own seeds (odd ones are pointed out, since held-out episodes have such), and each of
 its episodes becomes one of the dataset, in the same order.
 """
@@ -29,7 +30,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
 from manako.agent.data.recordings import Recording, read_recordings  # noqa: E402
 from manako.experiments.common.command_line import UsageError, parse, run_main, show  # noqa: E402
-from manako.experiments.common.environments import knows_expert, make_vector_env  # noqa: E402
+from manako.experiments.common.environments import ignored_seeds_of, knows_expert, make_vector_env  # noqa: E402
 from manako.experiments.common.settings import CollectCommand, check_workers  # noqa: E402
 
 
@@ -41,9 +42,12 @@ def main() -> int:
     with contextlib.closing(make_vector_env(command.environment, 1, command.run.seed, held_out=True)) as env:
         recordings = read_again(command, env.action_names)  # a fault in them shows before torch is loaded
         has_expert = knows_expert(env, needed=command.run.player == "expert")
+        unseeded = ignored_seeds_of(env, needed_for=_needs_seeds(command))
+    if unseeded is not None:
+        show("seeds", unseeded)
     from manako.experiments.common.collecting import collect  # torch and all
 
-    return collect(command, recordings, has_expert, started)
+    return collect(command, recordings, has_expert, unseeded, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CollectCommand:
@@ -53,7 +57,7 @@ def read_line(arguments: Sequence[str] | None = None) -> CollectCommand:
         UsageError: no output, or settings of another player.
     """
     command = parse(CollectCommand, "Records trajectories as a Hugging Face dataset.", arguments)
-    run, num_envs = command.run, command.environment.num_envs
+    run = command.run
     if not run.output:
         raise UsageError("--output is missing: give the folder of the new dataset.")
     if Path(run.output).exists():
@@ -64,9 +68,7 @@ def read_line(arguments: Sequence[str] | None = None) -> CollectCommand:
         _check_recorded(command)
     elif run.recording is not None:
         raise UsageError(f"--recording is for --player recorded, and --player is {run.player}: leave one out.")
-    check_workers(command.workers, num_envs)
-    if num_envs % run.group_size:
-        raise UsageError(f"--group_size is {run.group_size}, and --num_envs {num_envs}: expected a divisor.")
+    check_workers(command.workers, command.environment.num_envs)
     return command
 
 
@@ -82,6 +84,16 @@ def _check_recorded(command: CollectCommand) -> None:
         raise UsageError(
             f"--player recorded plays in this process, and --rollout_backend is {backend}: expected local."
         )
+
+
+def _needs_seeds(command: CollectCommand) -> str | None:
+    """What cannot be done where the environment ignores its seeds, and what to do instead."""
+    run = command.run
+    if run.player == "recorded":
+        return "so what was recorded cannot be played again: record with another player"
+    if run.group_size > 1:
+        return f"so no --group_size {run.group_size} of them can begin alike: leave it out"
+    return None
 
 
 def read_again(command: CollectCommand, action_names: tuple[str, ...]) -> list[Recording]:

@@ -35,7 +35,7 @@ from manako.agent.data.recordings import Recording, append_recording, read_recor
 from manako.envs import TRAINING, EpisodeVectorEnv, Observations, episode_seed  # noqa: E402
 from manako.envs.settings import EnvSettings  # noqa: E402
 from manako.experiments.common.command_line import UsageError, parse, run_main, section, show  # noqa: E402
-from manako.experiments.common.environments import make_vector_env  # noqa: E402
+from manako.experiments.common.environments import ignored_seeds_of, make_vector_env  # noqa: E402
 from manako.settings import setting  # noqa: E402
 
 KEYS = "123456789abcdefghijklmnopqrstuvwxyz"
@@ -194,6 +194,9 @@ def main() -> int:
         raise UsageError(f"{str(above)!r} cannot be written to: give another --output.")
     show("recording", f"{played.env}, to {output}")
     with contextlib.closing(make_vector_env(played, 1, command.run.seed)) as env:
+        unseeded = ignored_seeds_of(env)
+        if unseeded is not None:
+            print(f"warning: {unseeded}, so collect.py cannot play this recording again", file=sys.stderr)
         known = (played.env, env.action_names, played.env_kwargs)
         before = read_recordings(output, *known) if path.exists() and path.stat().st_size else []
         played_seeds = {recording.seed for recording in before}

@@ -50,12 +50,12 @@ def main() -> int:
     command, run_dir, checkpoint = (
         resumed(line) if line.settings.run.resume else (line.settings, new_run_dir(line.settings), None)
     )
-    check_together(command)
     show("run", f"{run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
     if line.file is not None:
         names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
         show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
     command = with_trainable(command)
+    check_together(command)
     from manako.experiments.common.ppo_training import train  # torch and all
 
     return train(command, run_dir, checkpoint, started)

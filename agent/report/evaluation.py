@@ -2,7 +2,7 @@
 
 `blank_image` shows the policy a black frame, `replaced_instruction` another valid instruction than its own: a policy
 that looks and reads falls to what guessing gives. All four play the same episodes, so differences can be tested in
-pairs.
+pairs; unless the environment ignores its seeds, which is looked at first and said.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from manako.agent.errors import TrainingError
-from manako.agent.interfaces import EvaluationEnv, Shown, ask
+from manako.agent.interfaces import NOT_FIXED, EvaluationEnv, Shown, ask
 from manako.agent.report.figures import RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
@@ -33,13 +33,15 @@ class Evaluation:
         episodes: in the order of their seeds.
         starts: how many different first observations (frame and instruction) they have; where it is 1, a deterministic
             environment plays the same episode over and over, and an interval over episodes says little.
+        fixed_by_seed: whether a seed fixes how an episode begins; else no two evaluations play the same episodes.
     """
 
     episodes: list[Episode]
     starts: int
+    fixed_by_seed: bool
 
     def summary(self) -> dict[str, Any]:
-        """Returns success and mean return with their 95 % intervals, mean length, episodes, starts."""
+        """Returns success and mean return with their 95 % intervals, mean length, episodes, starts, what of seeds."""
         success = [episode.success for episode in self.episodes]
         returns = [episode.episode_return for episode in self.episodes]
         return {
@@ -50,6 +52,8 @@ class Evaluation:
             "length_mean": float(np.mean([episode.length for episode in self.episodes])),
             "episodes": len(self.episodes),
             "starts": self.starts,
+            "fixed_by_seed": self.fixed_by_seed,
+            **({} if self.fixed_by_seed else {"note": NOT_FIXED}),
         }
 
 
@@ -83,9 +87,10 @@ def evaluate(
     results: list[Episode | None] = [None] * len(seeds)
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
+    fixed_by_seed = env.follows_seeds()
     # slots beyond the last seed play its episodes again, uncounted, since all slots step together
     observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
-    starts = {_observation_digest(observations, slot) for slot in range(n)}
+    starts = {_observation_digest(observations, slot) for slot in range(n) if playing[slot] is not None}
     with policy.frozen_weights():
         while any(index is not None for index in playing):
             result = env.step(_act(policy, env, observations, condition, sample, draws))
@@ -108,8 +113,9 @@ def evaluate(
                 playing[slot] = index = waiting.pop() if waiting else None
                 following.append(seeds[-1 if index is None else index])
             observations = env.reset_done(ended, seeds=following)
-            starts |= {_observation_digest(observations, slot) for slot in np.flatnonzero(ended).tolist()}
-    return Evaluation([episode for episode in results if episode is not None], len(starts))
+            begun = [slot for slot in np.flatnonzero(ended).tolist() if playing[slot] is not None]
+            starts |= {_observation_digest(observations, slot) for slot in begun}
+    return Evaluation([episode for episode in results if episode is not None], len(starts), fixed_by_seed)
 
 
 def _observation_digest(observations: Any, slot: int) -> bytes:

@@ -10,6 +10,7 @@
 Each row: {"prompt", "chosen", "rejected", "images"}; equal returns make no pair.
 """
 
+import io
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Picture
 
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.supervised import MESSAGES, answer_messages, prompt_columns, stored_frames
@@ -107,16 +109,21 @@ def branch_pairs(
         act: actions (A,) for what these environments show, to go on to the end.
         steps_per_episode: steps to branch at, sampled.
         seed: of that sample.
+
+    Raises:
+        TrainingError: the env does not play an episode again as it is in the trajectories.
     """
     generator = np.random.default_rng(seed)
     actions, seeds, numbers = trajectories["action"], trajectories["seed"], trajectories["step"]
+    frames = stored_frames(trajectories)
     first, pairs = 0, []
     while first < len(actions):
         length = 1
         while first + length < len(actions) and numbers[first + length]:
             length += 1
         for step in sorted(generator.permutation(length)[:steps_per_episode].tolist()):
-            returns = _branch(env, seeds[first], actions[first : first + step], act)
+            frame = np.array(Picture.open(io.BytesIO(frames[first + step]["bytes"])))
+            returns = _branch(env, seeds[first], actions[first : first + step], frame, act)
             best, worst = int(returns.argmax()), int(returns.argmin())
             if returns[best] > returns[worst]:
                 pairs.append((first + step, best, worst))
@@ -124,12 +131,20 @@ def branch_pairs(
     return pairs
 
 
-def _branch(env: Any, seed: int, before: list[int], act: Callable[[Any], np.ndarray]) -> np.ndarray:
+def _branch(env: Any, seed: int, before: list[int], frame: np.ndarray, act: Callable[[Any], np.ndarray]) -> np.ndarray:
     """Returns (A,) of the episodes that do the same up to a step, then each another action, then what `act` says."""
     count = env.num_envs
     observations = env.reset(seeds=[seed] * count)
     for action in before:
-        observations = env.step(np.full(count, action)).observations
+        result = env.step(np.full(count, action))
+        observations = result.observations
+        if (result.terminated | result.truncated).any():
+            break
+    if (env.episode_lengths != len(before)).any() or (observations.images != frame).any():  # (A, H, W, 3), (H, W, 3)
+        raise TrainingError(
+            f"The episode of seed {seed} did not play again to its step {len(before)} as it was recorded: expected an "
+            "environment that replays, or --pairs expert, state or return."
+        )
     returns, going = np.zeros(count), np.ones(count, bool)
     actions = np.arange(count)
     while True:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manako.agent.workers.segments import ROUND, History, Played, Segment, State
+from manako.agent.workers.segments import ROUND, Differs, History, Observed, Played, Segment, State
+from manako.errors import ManakoError
 
 if TYPE_CHECKING:
     from manako.agent.interfaces import Shown, VectorEnv
@@ -22,7 +23,11 @@ class SegmentNotHere(LookupError):
 
 
 class _Held:
-    """A segment that this worker keeps."""
+    """A segment that this worker keeps.
+
+    Attributes:
+        differs: whether it is elsewhere than the history says, since an episode did not replay.
+    """
 
     def __init__(self, env: "VectorEnv", history: History) -> None:
         self.env, self.position = env, 0
@@ -32,8 +37,13 @@ class _Held:
         elif state is not None:
             observations = env.load_state_dict(state)
         self.observations: Shown = env.reset() if observations is None else observations
-        for actions in history.actions:
-            self.step(actions)
+        try:
+            for actions in history.actions:
+                self.step(actions)
+        except ManakoError:  # what could be done there cannot be done here
+            self.differs = True
+        else:
+            self.differs = env.given_up > 0 or history.digests not in (None, tuple(env.digests))
 
     def step(self, actions: np.ndarray) -> Any:
         """Steps and starts new episodes; returns the step's result, and returns, lengths and seeds of its episodes."""
@@ -63,14 +73,21 @@ class EnvWorker:
         """Returns the worker's process id, once it runs."""
         return {"pid": os.getpid()}
 
-    def observe(self, segment: Segment, history: History) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Takes the segment over from its history; returns its images and instructions now."""
+    def observe(self, segment: Segment, history: History) -> Observed:
+        """Takes the segment over from a history without actions; episodes that do not replay are started anew."""
         held = self._take(segment, history)
-        return held.observations.images, held.observations.instructions
+        given_up = held.env.given_up if held.differs else 0
+        return Observed(
+            held.observations.images,
+            tuple(held.observations.instructions),
+            tuple(held.env.digests),
+            given_up,
+            held.env.state_dict() if given_up else None,
+        )
 
     def step(
         self, segment: Segment, position: int, actions: np.ndarray, history: History | None, want_state: bool
-    ) -> Played:
+    ) -> Played | Differs:
         """Takes one step of a segment.
 
         Args:
@@ -80,10 +97,15 @@ class EnvWorker:
             history: for a worker that does not hold the segment.
             want_state: return the state after the step, and count positions from there.
 
+        Returns:
+            The step, or that the history did not replay.
+
         Raises:
             SegmentNotHere: the worker does not hold the segment at this position, and no history came.
         """
         held = self._at(segment, position, history)
+        if held is None:
+            return Differs(segment)
         try:
             result, returns, lengths, seeds = held.step(actions)
             state = held.env.state_dict() if want_state else None
@@ -105,29 +127,38 @@ class EnvWorker:
             seeds,
             held.observations.images[ended],
             tuple(held.observations.instructions),
+            tuple(held.env.digests),
             state,
         )
 
-    def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray:
+    def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray | Differs:
         """Returns what the env's expert would do now, (n,); arguments and errors as of `step`."""
         held = self._at(segment, position, history)
-        return held.env.expert_actions()
+        return Differs(segment) if held is None else held.env.expert_actions()
 
-    def state(self, segment: Segment, history: History) -> State:
+    def state(self, segment: Segment, history: History) -> State | Differs:
         """Returns the segment's state, from which positions are counted now.
 
-        The history is for a worker that does not hold the segment at its end.
+        The history is for a worker that does not hold the segment at its end; it may not replay.
         """
-        held = self.held.get(segment)
-        if held is None or held.position != len(history.actions):
-            held = self._take(segment, history)
+        is_here = segment in self.held and self.held[segment].position == len(history.actions)
+        held = self._at(segment, len(history.actions), None if is_here else history)
+        if held is None:
+            return Differs(segment)
         held.position = 0
         return held.env.state_dict()
 
-    def _at(self, segment: Segment, position: int, history: History | None) -> _Held:
-        """The segment at this position, taken over from its history where one came; SegmentNotHere without either."""
+    def _at(self, segment: Segment, position: int, history: History | None) -> _Held | None:
+        """The segment at this position, taken over from its history where one came; SegmentNotHere without either.
+
+        None where the history did not replay.
+        """
         if history is not None:
-            return self._take(segment, history)
+            taken = self._take(segment, history)
+            if taken.differs:
+                self._drop(segment)
+                return None
+            return taken
         held = self.held.get(segment)
         if held is None or held.position != position:
             raise SegmentNotHere(f"{segment} is not here at step {position}")

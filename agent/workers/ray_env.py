@@ -1,5 +1,6 @@
 """Backend ray-env: workers hold environments only; the learner's policy acts for all of them."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +11,35 @@ import torch
 
 from manako.agent.backends import RolloutPlan
 from manako.agent.collector import RolloutCollector
-from manako.agent.errors import TrainingError
+from manako.agent.errors import TrainingError, WorkersError
 from manako.agent.interfaces import Shown
 from manako.agent.rollout import Rollout
 from manako.agent.workers.env_worker import EnvWorker, MakeSegment
 from manako.agent.workers.options import WorkerOptions
-from manako.agent.workers.segments import ROUND, History, Played, State, merge_states, segments_of, split_state
-from manako.agent.workers.supervisor import Supervisor
+from manako.agent.workers.segments import (
+    ROUND,
+    Differs,
+    History,
+    Observed,
+    Played,
+    ReplayDiffersError,
+    State,
+    merge_states,
+    segments_of,
+    split_state,
+)
+from manako.agent.workers.supervisor import MAX_FAILURES, Submit, Supervisor
 
 SNAPSHOT_EVERY = 64  # steps between the states that RayVectorEnv keeps
+log = logging.getLogger("manako.workers")
 
 
 class RayVectorEnv:
     """N environments in workers, stepped together: to the learner a vector env like the local one.
+
+    A lost segment is brought back by another worker, from its last state and the actions since. What it then shows must
+    be what the learner has seen, to the digest of all frames and rewards of each episode; else every method raises
+    `ReplayDiffersError`, and `load_state_dict` starts from a state again.
 
     Args:
         make_segment: makes a segment's environments, on the worker.
@@ -44,6 +61,8 @@ class RayVectorEnv:
         self.episode_returns = np.zeros(num_envs, np.float64)  # (N,)
         self.episode_lengths = np.zeros(num_envs, np.int64)
         self.episode_seeds: list[int] = [0] * num_envs
+        self.digests: list[str] = [""] * num_envs
+        self.given_up = 0
         self._histories = [History(None, ()) for _ in self.segments]
         self._holders: list[Any] = [None] * len(self.segments)  # the actor that has played the history
         self._ended = np.zeros(num_envs, bool)
@@ -54,6 +73,7 @@ class RayVectorEnv:
         """Starts an episode in every slot."""
         if seeds is not None:
             raise TrainingError("Workers play the episodes of the run's own seeds: expected no others.")
+        self._histories = [History(None, ()) for _ in self.segments]
         return self._observe()
 
     def reset_done(self, mask: np.ndarray, seeds: Sequence[int] | None = None) -> Shown:
@@ -76,7 +96,7 @@ class RayVectorEnv:
             self._holders[segment] = actor
             return actor.experts.remote(self.segments[segment], len(history.actions), None if known else history)
 
-        return np.concatenate(self.supervisor.run(submit))
+        return np.concatenate(self._run(submit))
 
     def step(self, actions: np.ndarray) -> "_JoinedStep":
         """Takes one action (N,) in every slot."""
@@ -95,17 +115,18 @@ class RayVectorEnv:
                 snapshot[segment],
             )
 
-        played: list[Played] = self.supervisor.run(submit)
+        played: list[Played] = self._run(submit)
         for segment, part in enumerate(played):
             history = self._histories[segment]
             self._histories[segment] = (
-                History(part.state, ())
+                History(part.state, (), part.digests)
                 if part.state is not None
-                else History(history.state, (*history.actions, parts[segment]))
+                else History(history.state, (*history.actions, parts[segment]), part.digests)
             )
         whole = _join(played)
         self.episode_returns, self.episode_lengths = whole.returns, whole.lengths
         self.episode_seeds = whole.seeds.tolist()
+        self.digests = list(whole.digests)
         self._ended = whole.terminated | whole.truncated
         self._upcoming = _Shown(whole.next_images, whole.next_instructions)
         return whole
@@ -118,12 +139,12 @@ class RayVectorEnv:
             self._holders[segment] = actor
             return actor.state.remote(self.segments[segment], history)
 
-        states = self.supervisor.run(submit)
+        states = self._run(submit)
         self._histories = [History(state, ()) for state in states]
         return merge_states(states)
 
     def load_state_dict(self, state: State) -> Shown | None:
-        """Brings every slot back to where it was."""
+        """Brings every slot back to where it was; episodes that do not replay are started anew."""
         self._histories = [History(part, ()) for part in split_state(state, self.segments)]
         return None if state["slots"] is None else self._observe()
 
@@ -136,9 +157,22 @@ class RayVectorEnv:
             self._holders[segment] = actor
             return actor.observe.remote(self.segments[segment], self._histories[segment])
 
-        seen = self.supervisor.run(submit)
-        images = np.concatenate([images for images, _ in seen])
-        return _Shown(images, tuple(text for _, texts in seen for text in texts))
+        seen: list[Observed] = self._run(submit)
+        for segment, part in enumerate(seen):
+            self.given_up += part.given_up
+            state = self._histories[segment].state if part.state is None else part.state
+            self._histories[segment] = History(state, (), part.digests)
+        self.digests = [digest for part in seen for digest in part.digests]
+        images = np.concatenate([part.images for part in seen])
+        return _Shown(images, tuple(text for part in seen for text in part.instructions))
+
+    def _run(self, submit: Submit) -> list[Any]:
+        """The results of all segments; ReplayDiffersError where a worker came out elsewhere."""
+        results = self.supervisor.run(submit)
+        differing = [result.segment for result in results if isinstance(result, Differs)]
+        if differing:
+            raise ReplayDiffersError(differing)
+        return results
 
 
 class CentralRollouts(RolloutCollector):
@@ -148,10 +182,29 @@ class CentralRollouts(RolloutCollector):
     _state: State | None = None
 
     def collect(self, iteration: int) -> Rollout:
-        """Plays the T steps, and keeps the state after them: once an environment is lost nobody can ask it."""
-        rollout = super().collect(iteration)
-        self._state = self.env.state_dict()
-        return rollout
+        """Plays the T steps, and keeps the state after them: once an environment is lost nobody can ask it.
+
+        Where a lost environment does not replay, the T steps are played again from where they began, with new episodes
+        in the slots that cannot be brought back there either: nothing is learned of steps that nobody took.
+
+        Raises:
+            WorkersError: see `Supervisor.finish`, or environments that do not replay were lost again and again.
+        """
+        for _ in range(MAX_FAILURES):
+            try:
+                rollout = super().collect(iteration)
+                self._state = self.env.state_dict()
+                return rollout
+            except ReplayDiffersError:
+                log.warning("a lost environment did not replay: the rollout of iteration %d starts again", iteration)
+                if self._state is None:
+                    self._shown = None
+                else:
+                    super().load_state_dict(self._state)
+        raise WorkersError(
+            f"Workers were lost in {MAX_FAILURES} attempts at one rollout, and their environments do not replay: "
+            "repair the environment, or the machine, and go on with --resume."
+        )
 
     def state_dict(self) -> State:
         """Returns where the environments were after the last rollout."""
@@ -163,8 +216,8 @@ class CentralRollouts(RolloutCollector):
         self._state = state
 
     def metrics(self) -> dict[str, float]:
-        """Returns the number of workers replaced so far."""
-        return {"restarts": self.env.supervisor.restarts}
+        """Returns the number of workers replaced so far, and of episodes given up."""
+        return {**super().metrics(), "restarts": self.env.supervisor.restarts}
 
 
 @dataclass(frozen=True)
@@ -191,6 +244,7 @@ def _join(parts: Sequence[Played]) -> _JoinedStep:
         instructions=tuple(text for part in parts for text in part.instructions),
         next_images=upcoming,
         next_instructions=tuple(text for part in parts for text in part.next_instructions),
+        digests=tuple(digest for part in parts for digest in part.digests),
         state=None,
     )
 

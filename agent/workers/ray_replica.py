@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from manako.agent.backends import RolloutPlan
+from manako.agent.collector import warn_given_up
 from manako.agent.errors import TrainingError
+from manako.agent.interfaces import GIVEN_UP
 from manako.agent.rollout import Rollout, merge
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker, unpack
@@ -50,6 +52,7 @@ class ReplicaRollouts:
         self.num_iterations, self.asynchronous = num_iterations, asynchronous
         self.segments = segments_of(num_envs, options.num_workers)
         self.broadcast_bytes = 0  # of the last update
+        self._given_up = 0  # episodes that did not replay
         self._states: list[State | None] = [None] * len(self.segments)
         self._weights: Any = None  # ObjectRef
         self._version = -1  # of those weights
@@ -79,8 +82,11 @@ class ReplicaRollouts:
                 self._begin(iteration, iteration, as_arrays(trainable_tensors(self.policy)))
         results = self.supervisor.finish()
         self.launched = None
-        fragments = [unpack(packed) for packed, _ in results]
-        self._states = [state for _, state in results]
+        fragments = [unpack(packed) for packed, _, _ in results]
+        self._states = [state for _, state, _ in results]
+        given_up = sum(count for _, _, count in results)
+        self._given_up += given_up
+        warn_given_up(given_up, self.num_envs)
         versions = {fragment.version for fragment in fragments}
         if versions != {self._version}:
             raise TrainingError(
@@ -93,8 +99,9 @@ class ReplicaRollouts:
         return rollout if self.asynchronous else rollout._replace(seconds=self._waited)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the workers replaced so far, bytes of the last broadcast, seconds that the learner waited."""
+        """Returns workers replaced and episodes given up so far, bytes of the last broadcast, seconds waited for it."""
         return {
+            GIVEN_UP: self._given_up,
             "restarts": self.supervisor.restarts,
             "broadcast_bytes": self.broadcast_bytes,
             "rollout_wait_seconds": self._waited,

@@ -80,7 +80,7 @@ class ReplicaWorker:
 
     def collect(
         self, segment: Segment, iteration: int, version: int, weights: Mapping[str, np.ndarray], state: State | None
-    ) -> tuple["Rollout", State]:
+    ) -> tuple["Rollout", State, int]:
         """Plays a segment's T steps of one iteration.
 
         Args:
@@ -91,7 +91,8 @@ class ReplicaWorker:
             state: of the segment before the iteration; None before the first.
 
         Returns:
-            The rollout, which bears the version, and the segment's state after it.
+            The rollout, which bears the version, the segment's state after it, and how many of its episodes did not
+            replay when the segment was taken over.
         """
         import torch
 
@@ -106,6 +107,7 @@ class ReplicaWorker:
             if upcoming != iteration:  # another worker has played it on
                 self.held.pop(other)
                 collector.close()
+        given_up = 0
         if segment not in self.held:
             collector = RolloutCollector(
                 settings.make_segment(*segment),
@@ -120,6 +122,7 @@ class ReplicaWorker:
             )
             if state is not None:
                 collector.load_state_dict(state)
+                given_up = collector.env.given_up
         else:
             _, collector = self.held.pop(segment)
         try:
@@ -131,7 +134,7 @@ class ReplicaWorker:
                 collector.close()
             raise
         self.held[segment] = (iteration + 1, collector)
-        return pack(rollout._replace(version=version)), after
+        return pack(rollout._replace(version=version)), after, given_up
 
     def _policy(self) -> "Policy":
         if self.policy is None:

@@ -37,6 +37,7 @@ class Played(NamedTuple):
     seeds: np.ndarray  # (n,) int64
     next_images: np.ndarray  # (ended, H, W, 3), the first frames of the new episodes, in the order of their slots
     next_instructions: tuple[str, ...]  # of all slots, after the new episodes' start
+    digests: tuple[str, ...]  # of all slots, after the new episodes' start
     state: State | None  # after the step, where it was asked for
 
 
@@ -45,6 +46,27 @@ class History(NamedTuple):
 
     state: State | None
     actions: tuple[np.ndarray, ...]  # each (n,)
+    digests: tuple[str, ...] | None = None  # n, of the episodes then; None where the learner has not seen them
+
+
+class Observed(NamedTuple):
+    """What n slots show at the end of a history without actions."""
+
+    images: np.ndarray  # (n, H, W, 3) uint8
+    instructions: tuple[str, ...]
+    digests: tuple[str, ...]
+    given_up: int  # slots whose episode did not replay, and that have started it anew
+    state: State | None  # with their new episodes, where there are such slots
+
+
+class Differs(NamedTuple):
+    """The answer of a worker that replayed a segment, and came out elsewhere than the learner has been."""
+
+    segment: Segment
+
+
+class ReplayDiffersError(Exception):
+    """What the learner has seen cannot be gone on with: the rollout is to be played again from its start."""
 
 
 def segments_of(num_envs: int, num_workers: int) -> list[Segment]:

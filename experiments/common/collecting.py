@@ -1,6 +1,7 @@
-"""Trajectories of collect.py and of run_dpo.py: rollouts until enough episodes have ended, as a dataset."""
+"""Trajectories of collect.py and of run_dpo.py: episodes that are fixed beforehand, all played to their end."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 
 from manako.agent.backends import make_rollouts
@@ -15,41 +17,47 @@ from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
 from manako.agent.data.recordings import Recording, split_over_slots
 from manako.agent.data.trajectories import episode_success, save_trajectories, to_dataset
-from manako.agent.interfaces import Rollouts
+from manako.agent.interfaces import NOT_FIXED, Rollouts
 from manako.agent.rollout import Rollout
+from manako.envs import training_seeds
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import knows_expert, make_vector_env
+from manako.experiments.common.environments import knows_expert, make_segment, make_vector_env
 from manako.experiments.common.settings import CollectCommand, DPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Policy
 
-PATIENCE = 100_000  # steps to wait for the first episode's end
+PATIENCE = 100_000  # steps to wait for an episode's end
 
 
-def collect(command: CollectCommand, recordings: Sequence[Recording], has_expert: bool, started: float) -> int:
+def collect(
+    command: CollectCommand, recordings: Sequence[Recording], has_expert: bool, unseeded: str | None, started: float
+) -> int:
     """Plays and writes the dataset.
 
     Args:
         command: the settings.
         recordings: the episodes to play again, none for other players.
         has_expert: whether the environment's expert can be asked what it would do.
+        unseeded: a sentence where the environment ignores its seeds.
         started: `time.perf_counter()` at the program's start.
 
     Returns:
         The exit code.
     """
     with connected(command.workers):
-        return _collect(command, recordings, has_expert, started)
+        return _collect(command, recordings, has_expert, unseeded, started)
 
 
-def _collect(command: CollectCommand, recordings: Sequence[Recording], has_expert: bool, started: float) -> int:
+def _collect(
+    command: CollectCommand, recordings: Sequence[Recording], has_expert: bool, unseeded: str | None, started: float
+) -> int:
     environment, run = command.environment, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     if recordings:
         rollouts, quota = _replay(command, policy, recordings, has_expert)
     else:
-        rollouts, quota = _play(command, policy, has_expert), None
+        rollouts, quota = _play(command, policy, has_expert)
     named = {
         "expert": f"expert, wrong {run.error_rate:.0%}" if run.error_rate else "expert",
         "policy": f"policy {command.policy.policy}",
@@ -59,6 +67,7 @@ def _collect(command: CollectCommand, recordings: Sequence[Recording], has_exper
     kwargs = None if environment.env_kwargs is None else json.dumps(environment.env_kwargs)
     about = {"env_kwargs": kwargs, "seed": run.seed, "error_rate": run.error_rate}
     about |= {"policy": command.policy.policy, "instruction": environment.instruction}
+    about |= {"fixed_by_seed": unseeded is None} | ({} if unseeded is None else {"note": NOT_FIXED})
     dataset = to_dataset(rollouts, policy, environment.env, named[run.player], about, quota)
     save_trajectories(dataset, Path(str(run.output)))
     success = episode_success(dataset)
@@ -69,9 +78,9 @@ def _collect(command: CollectCommand, recordings: Sequence[Recording], has_exper
     return 0
 
 
-def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> list[Rollout]:
-    """Rollouts until enough episodes have ended."""
-    run = command.run
+def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple[list[Rollout], list[int]]:
+    """Rollouts in which all episodes are played to their end, and how many of them each slot has played."""
+    environment, workers, run = command.environment, command.workers, command.run
     player: Policy = policy
     copy: Callable[[], Policy] = copy_maker(command.policy, policy, run.seed, run.torch_threads)
     if run.player == "expert":
@@ -80,21 +89,26 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> list[
     elif run.player == "random":
         copy = functools.partial(RandomPlayer, policy.spec)
         player = copy()
+    seeds = training_seeds(run.episodes or 500, run.seed, run.group_size)
+    equal = workers.workers * (workers.rollout_batch_size or 1)  # slots come in multiples of this
+    num_envs = min(environment.num_envs, equal * math.ceil(len(seeds) / equal))
+    seed_lists, quota = spread(seeds, num_envs)
     plan = make_plan(
-        command.environment,
-        command.workers,
+        dataclasses.replace(environment, num_envs=num_envs),
+        workers,
         player,
         copy,
         num_steps=run.num_steps,
         num_iterations=1_000_000,
         seed=run.seed,
-        group_size=run.group_size if run.group_size > 1 else None,
         bf16=run.bf16,
         record=True,
         ask_expert=has_expert,
     )
-    with contextlib.closing(make_rollouts(command.workers.rollout_backend, plan)) as source:
-        return play_until(source, run.episodes or 500, command.environment.env)
+    segment = functools.partial(make_segment, environment, run.seed, 1, seed_lists=seed_lists)
+    plan = dataclasses.replace(plan, make_segment=segment)
+    with contextlib.closing(make_rollouts(workers.rollout_backend, plan)) as source:
+        return play_to_the_end(source, quota, environment.env), quota
 
 
 def _replay(
@@ -113,29 +127,53 @@ def _replay(
 def own_trajectories(command: DPOCommand, policy: VLMPolicy, number: int) -> Dataset:
     """Returns the policy's own episodes, sampled, other ones in every round."""
     environment, dpo, seed = command.environment, command.dpo, command.run.seed
-    env = make_vector_env(environment, environment.num_envs, seed, group_size=dpo.group_size)
-    with contextlib.closing(env):
+    with contextlib.closing(make_vector_env(environment, 1, seed, held_out=True)) as env:
         expert = knows_expert(env)
-        collector = RolloutCollector(env, policy, dpo.num_steps, seed, rounds=True, record=True, ask_expert=expert)
-        rollouts = play_until(collector, dpo.episodes, environment.env, first=1000 * number)
-    return to_dataset(rollouts, policy, environment.env, f"policy {command.policy.policy}, round {number + 1}", {})
+    seeds = training_seeds(dpo.episodes, seed, dpo.group_size, part=number)
+    seed_lists, quota = spread(seeds, min(environment.num_envs, len(seeds)))
+    env = make_vector_env(environment, len(quota), seed, seed_lists=seed_lists)
+    with contextlib.closing(env):
+        collector = RolloutCollector(env, policy, dpo.num_steps, seed, record=True, ask_expert=expert)
+        rollouts = play_to_the_end(collector, quota, environment.env, first=1000 * number)
+    player = f"policy {command.policy.policy}, round {number + 1}"
+    return to_dataset(rollouts, policy, environment.env, player, {}, quota)
 
 
-def play_until(source: Rollouts, episodes: int, env: str, first: int = 0) -> list[Rollout]:
-    """Returns rollouts from number `first` on, until as many episodes have ended.
+def spread(seeds: Sequence[int], slots: int) -> tuple[list[list[int]], list[int]]:
+    """Returns the seeds of each slot's episodes, neighbouring ones as equally as can be, and how many it plays.
+
+    A slot beyond the last seed plays that again, and 0 episodes of it count.
+    """
+    parts = [part.tolist() for part in np.array_split(np.array(seeds), slots)]
+    return [part or [seeds[-1]] for part in parts], [len(part) for part in parts]
+
+
+def play_to_the_end(source: Rollouts, quota: Sequence[int], env: str, first: int = 0) -> list[Rollout]:
+    """Returns rollouts from number `first` on, until every slot has ended its episodes, however long they are.
+
+    Which episodes count is fixed beforehand: were it those that end first, it would be the short ones.
+
+    Args:
+        source: of the rollouts.
+        quota: episodes of each slot.
+        env: its name.
+        first: number of the first rollout.
 
     Raises:
-        UsageError: none ended in more than `PATIENCE` steps of all slots together.
+        UsageError: none ended in more than `PATIENCE` steps of the slots that still play, together.
     """
     rollouts: list[Rollout] = []
-    ended = steps = 0
-    while ended < episodes:
+    left, waited = np.array(quota), 0
+    while (left > 0).any():
+        playing = int((left > 0).sum())
         rollouts.append(source.collect(first + len(rollouts)))
-        ended += len(rollouts[-1].episodes)
-        steps += source.num_envs * source.num_steps
-        if steps > PATIENCE and not ended:
+        counted = [episode.slot for episode in rollouts[-1].episodes if left[episode.slot] > 0]
+        np.subtract.at(left, counted, 1)
+        waited = 0 if counted else waited + playing * source.num_steps
+        if waited > PATIENCE:
             raise UsageError(
-                f"No episode of {env} ended in {steps:,} steps of {source.num_envs} environments: expected an "
-                "environment whose episodes end, and --num_steps no shorter than they are."
+                f"No episode of {env} ended in {waited:,} steps of {playing} environments, and "
+                f"{sum(quota) - int(left.clip(0).sum()):,} of {sum(quota):,} had before: expected an environment whose "
+                "episodes end, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
             )
     return rollouts

@@ -25,7 +25,7 @@ from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, che
 from manako.envs import Observations
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
-from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.environments import ignored_seeds, make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
 from manako.experiments.common.results import evaluate_run, write_final
 from manako.experiments.common.run_folder import write_description, write_text
@@ -33,6 +33,11 @@ from manako.experiments.common.settings import DPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Draws
 from manako.policies.room import check_training_room
+
+SAME_SEED = {
+    pairs: f"and --pairs {pairs} compares what follows from one seed: expected --pairs expert or state"
+    for pairs in ("return", "branch")
+}
 
 
 def train(command: DPOCommand, run_dir: Path, started: float) -> int:
@@ -53,6 +58,9 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
     console, before = plain_console(), measure_retention(policy)
+    unseeded = ignored_seeds(environment, run.seed, needed_for=SAME_SEED.get(dpo.pairs))
+    if unseeded is not None:
+        console.print(f"seeds        {unseeded}")
     reports: list[dict[str, Any]] = []
     for number in range(dpo.rounds):
         if number == 0 and dpo.dataset is not None:

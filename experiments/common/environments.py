@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from manako.agent.interfaces import NOT_FIXED
 from manako.envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv
 from manako.envs.settings import EnvSettings
 
@@ -32,10 +33,41 @@ def make_vector_env(
 
 
 def make_segment(
-    settings: EnvSettings, seed: int, group_size: int, first_slot: int, num_slots: int
+    settings: EnvSettings,
+    seed: int,
+    group_size: int,
+    first_slot: int,
+    num_slots: int,
+    seed_lists: Sequence[Sequence[int]] | None = None,
 ) -> EpisodeVectorEnv:
-    """Returns the training environments of a range of slots, for a rollout worker."""
-    return make_vector_env(settings, num_slots, seed, first_slot=first_slot, group_size=group_size)
+    """Returns the training environments of a range of slots, for a rollout worker; `seed_lists` are those of all."""
+    own = None if seed_lists is None else seed_lists[first_slot : first_slot + num_slots]
+    return make_vector_env(settings, num_slots, seed, first_slot=first_slot, group_size=group_size, seed_lists=own)
+
+
+def ignored_seeds(settings: EnvSettings, seed: int, needed_for: str | None = None) -> str | None:
+    """Returns a sentence where the environment's episodes are not fixed by their seeds, else None.
+
+    Args:
+        settings: the environment.
+        seed: the run's.
+        needed_for: what cannot be done with such an environment, and what to do instead.
+
+    Raises:
+        EnvError: they are not, and `needed_for` says what for they have to be.
+    """
+    with contextlib.closing(make_vector_env(settings, 1, seed, held_out=True)) as env:
+        return ignored_seeds_of(env, needed_for)
+
+
+def ignored_seeds_of(env: EpisodeVectorEnv, needed_for: str | None = None) -> str | None:
+    """Returns and raises the same for an environment that is there; an episode of it is started."""
+    if env.follows_seeds():
+        return None
+    sentence = f"{NOT_FIXED}: two resets of {env.env_id} to one seed begin with another frame or instruction"
+    if needed_for is not None:
+        raise EnvError(f"{sentence}, {needed_for}")
+    return sentence
 
 
 def knows_expert(env: EpisodeVectorEnv, needed: bool = False) -> bool:

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
-from manako.agent.interfaces import ask
+from manako.agent.interfaces import NOT_FIXED, ask
 from manako.agent.report.imagination import Agreement, Imagined, agreement, imagination_gif
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.envs import EpisodeVectorEnv, held_out_seeds
@@ -73,6 +73,7 @@ def run_imagination(command: ImagineCommand, name: str) -> int:
     count = min(environment.num_envs, run.episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
         knows_expert(env, needed=run.player == "expert")
+        fixed_by_seed = env.follows_seeds()
         episodes = play(players[run.player], env, held_out_seeds(run.episodes, run.seed), run.seed)
     codes = [codes_of(dream, episode.frames) for episode in episodes]  # (T + 1, K) each
     before = np.concatenate([each[:-1] for each in codes])  # (F, K)
@@ -96,6 +97,8 @@ def run_imagination(command: ImagineCommand, name: str) -> int:
     summary = {
         "episodes": len(episodes),
         "starts": len({episode.frames[0].tobytes() for episode in episodes}),
+        "fixed_by_seed": fixed_by_seed,
+        **({} if fixed_by_seed else {"note": NOT_FIXED}),
         "different_frames": len(frames),
         "different_in_codes": len({each.tobytes() for every in codes for each in every}),
         "different_frames_and_actions": len(moments),

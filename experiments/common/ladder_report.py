@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from manako.agent.data.trajectories import episode_success, load_trajectories
+from manako.agent.interfaces import NOT_FIXED
 from manako.agent.report.evaluation import evaluate, expert_agreement
 from manako.agent.report.figures import success_chart
 from manako.agent.report.statistics import mcnemar
@@ -103,7 +104,7 @@ def evaluate_ladder(
         },
         "random": random,
         "steps": rows,
-        "comparisons": compare_steps(success),
+        "comparisons": compare_steps(success, paired=all(row["fixed_by_seed"] for row in rows)),
         "success": success,
     }
     file = folder / ("report_sampled.json" if sample else "report.json")
@@ -178,14 +179,15 @@ def _controls(step: Path) -> dict[str, float]:
     return {name: found[name]["success"] for name in CONTROLS if name in found}
 
 
-def compare_steps(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
+def compare_steps(success: dict[str, list[bool]], paired: bool = True) -> list[dict[str, Any]]:
     """Compares every step with every one before it, in pairs of the same episodes.
 
     Args:
         success: of each step's episodes, in the order of the steps.
+        paired: whether these are the same episodes for all steps.
 
     Returns:
-        A row a pair: the two, the difference in success, and McNemar's p.
+        A row a pair: the two, the difference in success, and McNemar's p; None where the episodes are no pairs.
     """
     names = list(success)
     return [
@@ -193,7 +195,7 @@ def compare_steps(success: dict[str, list[bool]]) -> list[dict[str, Any]]:
             "step": name,
             "against": other,
             "difference": (sum(success[name]) - sum(success[other])) / len(success[name]),
-            "p": mcnemar(success[other], success[name]),
+            "p": mcnemar(success[other], success[name]) if paired else None,
         }
         for number, name in enumerate(names)
         for other in names[:number]
@@ -253,8 +255,10 @@ def print_report(result: dict[str, Any], file: Path) -> None:
             came_from = {row["step"]: row["from"] for row in rows}
             pairs = [pair for pair in pairs if pair["against"] == came_from[pair["step"]]]
         for pair in pairs:
-            console.print(
-                f"{pair['step']} against {pair['against']}: {100 * pair['difference']:+.1f} points, p = {pair['p']:.2g}"
-            )
-        console.print("p: exact McNemar test on the same episodes, two-sided")
+            p = "" if pair["p"] is None else f", p = {pair['p']:.2g}"
+            console.print(f"{pair['step']} against {pair['against']}: {100 * pair['difference']:+.1f} points{p}")
+        if any(pair["p"] is None for pair in pairs):
+            console.print(f"no p: {NOT_FIXED}, so no two steps played the same ones")
+        else:
+            console.print("p: exact McNemar test on the same episodes, two-sided")
     console.print(f"written to {file}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manako.agent.backends import make_rollouts
+from manako.agent.interfaces import SEEDED
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
 from manako.agent.report.figures import learning_curve
@@ -21,7 +22,7 @@ from manako.experiments.common.building import (
     policy_of_run,
 )
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import sights
+from manako.experiments.common.environments import ignored_seeds, sights
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_final, write_gif
 from manako.experiments.common.run_folder import write_description, write_text
@@ -52,6 +53,8 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
     policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None)
     check_learns_by_acting(policy, command.policy.trainable)
     check_training_room(policy, command.policy.trainable, policy.device)
+    compared = f"and --advantage {ppo.advantage} compares episodes of one seed: {SEEDED}"
+    unseeded = ignored_seeds(environment, run.seed, needed_for=None if ppo.advantage == "gae" else compared)
     staging = run_dir / ".staging"
     if checkpoint is not None:
         shutil.rmtree(staging, ignore_errors=True)
@@ -87,7 +90,7 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
         progress = Progress(run_dir, command, policy, args.num_iterations, trainer.num_samples, started)
         for callback in (metrics, saver, progress):
             trainer.add_callback(callback)
-        progress.header(env, None if checkpoint else sensitivity(policy, *sights(environment, run.seed)))
+        progress.header(env, None if checkpoint else sensitivity(policy, *sights(environment, run.seed)), unseeded)
         if checkpoint is None:
             write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "before.gif")
         try:

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
+from manako.agent.interfaces import GIVEN_UP, NOT_FIXED
 from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
 from manako.experiments.common.settings import PPOCommand
@@ -47,11 +48,12 @@ class Progress(TrainerCallback):
         self._train_start = 0.0
         self._first_iteration = 0
         self._last_line = -1e9
+        self._cut_told, self._given_up = False, 0
 
-    def header(self, env: EpisodeVectorEnv, state: Sensitivity | None = None) -> None:
+    def header(self, env: EpisodeVectorEnv, state: Sensitivity | None = None, seeds: str | None = None) -> None:
         """Prints what is about to run, and how far frame and instruction move the policy's state.
 
-        The runner has already said where.
+        The runner has already said where. `seeds` says that the environment ignores them.
         """
         played, workers, source = self.command.environment, self.command.workers, self.command.policy
         policy = self.policy
@@ -68,6 +70,9 @@ class Progress(TrainerCallback):
                 f"workers      {workers.workers} ({workers.rollout_backend}), {workers.worker_cpus:g} CPU and "
                 f"{workers.worker_gpus:g} GPU each"
             )
+        if seeds is not None:
+            self.console.print(f"seeds        {seeds}")
+        self.console.print("counted      episodes in the order of their starts, none before the first of all slots end")
         for heading, text in policy.describe():
             self.console.print(f"{heading:<13}{text}")
         if state is not None:
@@ -90,10 +95,22 @@ class Progress(TrainerCallback):
         left = (self.iterations - logs["iteration"]) * (now - self._train_start) / done
         success = "   -" if logs["success_rate"] is None else f"{logs['success_rate']:4.0%}"
         returned = "     -" if logs["episode_return"] is None else f"{logs['episode_return']:6.2f}"
+        if logs.get(GIVEN_UP, 0) > self._given_up:
+            self._given_up = logs[GIVEN_UP]
+            self.console.print(
+                f"replay       {self._given_up:.0f} episodes did not play again as they had: started anew"
+            )
+        if logs.get("whole_groups", 1) < 1 and not self._cut_told:
+            self._cut_told = True
+            self.console.print(
+                f"warning: in {1 - logs['whole_groups']:.0%} of the groups an episode outlasted the rollout of "
+                f"--num_steps {self.command.ppo.num_steps}, and nothing is learned of such a group: give as many steps "
+                "as an episode can have"
+            )
         line = (
             f"iteration {logs['iteration']:4d}/{self.iterations}  steps {logs['env_steps']:8,d}  success {success}  "
-            f"return {returned}  entropy {logs['entropy']:5.2f}  kl {logs['approx_kl']:6.4f}  {rate:6,.0f} steps/s  "
-            f"{_clock(left)} left"
+            f"return {returned}  of {logs['episodes']:4d} episodes  entropy {logs['entropy']:5.2f}  "
+            f"kl {logs['approx_kl']:6.4f}  {rate:6,.0f} steps/s  {_clock(left)} left"
         )
         if done == 1:
             self.console.print(f"first update {now - self.started:.1f} s after the start")
@@ -166,6 +183,8 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
             f"{row['length_mean']:.1f}",
         )
     console.print(table)
+    if not first.get("fixed_by_seed", True):
+        console.print(f"{NOT_FIXED}: no two rows are of the same ones, and none is held out")
 
 
 def episodes_in_words(episodes: int, starts: int) -> str:

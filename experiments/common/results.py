@@ -39,7 +39,9 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
         rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes])
     success = {name: [episode.success for episode in result.episodes] for name, result in rows.items()}
-    write_text(run_dir / "episodes.json", json.dumps({"seeds": seeds[: run.eval_episodes], "success": success}))
+    fixed_by_seed = all(result.fixed_by_seed for result in rows.values())
+    said = {"seeds": seeds[: run.eval_episodes], "fixed_by_seed": fixed_by_seed, "success": success}
+    write_text(run_dir / "episodes.json", json.dumps(said))
     write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
     return {name: result.summary() for name, result in rows.items()}
 

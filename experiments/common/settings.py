@@ -67,10 +67,10 @@ class CollectSettings:
     )
     recording: str | None = setting(None, "file or dataset folder that --player recorded plays again, all of it")
     error_rate: float = setting(0.0, "how often the expert does something else", ge=0, le=1)
-    episodes: int | None = setting(None, "whole episodes to record, at least; 500 by default", ge=1)
+    episodes: int | None = setting(None, "episodes to record, each to its end; 500 by default", ge=1)
     output: str | None = setting(None, "folder of the dataset, must not exist")
     num_steps: int = setting(16, "env steps of each environment in a rollout", ge=1)
-    group_size: int = setting(1, "episodes of the same seed, a divisor of num_envs", ge=1)
+    group_size: int = setting(1, "episodes of the same seed", ge=1)
     seed: int = setting(0, "of everything random", ge=0, lt=2**31)
     torch_threads: int | None = setting(
         None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
@@ -280,7 +280,7 @@ def check_together(command: PPOCommand) -> None:
             "--async_rollouts needs workers that act by themselves, and --rollout_backend is "
             f"{workers.rollout_backend}: expected ray-replica."
         )
-    if ppo.kl_coef and "lora" not in command.policy.trainable.split("+"):
+    if ppo.kl_coef and command.policy.trainable != AUTO and "lora" not in command.policy.trainable.split("+"):
         raise UsageError(
             f"--kl_coef is {ppo.kl_coef}, and --trainable {command.policy.trainable} keeps no reference policy to stay "
             "close to: expected --trainable lora (its off state is the reference), or --kl_coef 0."

@@ -7,7 +7,7 @@ import torch
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError
-from manako.agent.group_advantages import EPSILON, group_advantages, grpo, returns_to_go, rloo
+from manako.agent.group_advantages import EPSILON, group_advantages, grpo, returns_to_go, rloo, whole_groups
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.envs import EpisodeVectorEnv
 from tests.helpers.small_policies import ColorNamer
@@ -78,6 +78,25 @@ def test_gigpo_adds_the_comparison_of_steps_that_saw_the_same():
     deviation = math.sqrt(sum((value - mean) ** 2 for value in (0.125, 0.5, 3)) / 2)
     close(steps[0, 2:], [(0.125 - mean) / deviation, (3 - mean) / deviation])
     assert usable.tolist() == USABLE and not steps[~usable].any()
+
+
+def test_a_group_takes_part_whole_or_not_at_all():
+    """Group 0: its second episodes end in two of three slots; group 1: one first episode is cut off."""
+    ends = {0: (1, 3), 1: (2, 4), 2: (3,), 3: (0,), 4: (4,), 5: ()}
+    ended = torch.tensor([[row in ends[slot] for slot in range(6)] for row in range(5)])
+    rewards = torch.arange(30.0).view(5, 6)
+    for method in ("rloo", "grpo", "gigpo"):
+        groups, states = torch.tensor([0, 0, 0, 7, 7, 7]), torch.zeros(5, 6, dtype=torch.long)
+        advantages, usable = group_advantages(method, rewards, ended, groups, states)
+        first = [[row <= (1, 2, 3)[slot] for slot in range(3)] + [False] * 3 for row in range(5)]
+        assert usable.tolist() == first and not advantages[~usable].any() and advantages[usable].any()
+    assert whole_groups(ended, 3) == 0.5 and whole_groups(ended, 2) == 2 / 3
+
+
+def test_seeds_that_an_environment_ignores_are_refused(tmp_path):
+    env = EpisodeVectorEnv("tests/Halves-v0", 8, group_size=2, env_kwargs={"forgetful": True})
+    with pytest.raises(TrainingError, match="rloo compares episodes of one seed, and here episodes are not fixed by"):
+        PPOTrainer(tiny_policy(env), ppo_config(tmp_path, advantage="rloo", group_size=2), env)
 
 
 def test_bad_calls():

@@ -1,5 +1,7 @@
 """Rollouts: that what is stored is what the policy saw, chose and was paid, and that any split plays the same."""
 
+import json
+import logging
 import math
 
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 import torch
 
 from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import RandomPlayer
 from manako.agent.errors import TrainingError
 from manako.agent.rng import ACTIONS, action_draws, make_rng
 from manako.agent.rollout import merge
 from manako.agent.samples import recompute_logprobs, with_advantages
-from manako.policies.interface import sample_categorical
-from tests.helpers.rollout_equality import close_enough, same_bits, same_rows
+from manako.envs import EpisodeVectorEnv
+from manako.policies.interface import PolicySpec, sample_categorical
+from tests.helpers.rollout_equality import breaks_of_drift, close_enough, same_bits, same_rows
 from tests.helpers.small_runs import color_env, corridor_env, indices, tiny_policy
 
 CORRIDOR = {"length": 7, "limit": 3}
@@ -272,6 +276,24 @@ def test_a_collector_is_brought_back_to_where_it_was():
     again = RolloutCollector(corridor_env(3, CORRIDOR), policy, num_steps=5, seed=0)
     again.load_state_dict(state)
     same_bits(expected, again.collect(1))
+    assert again.metrics() == {"episodes_given_up": 0}
+
+
+def test_episodes_that_do_not_replay_begin_anew_with_a_warning(caplog):
+    """Nobody sees a column jump by more than a place, and nothing of the given-up episodes is counted."""
+
+    def make():
+        player = RandomPlayer(PolicySpec(("left", "right"), (8, 64, 3)))
+        return RolloutCollector(EpisodeVectorEnv("tests/Drift-v0", 3), player, num_steps=7, seed=0, record=True)
+
+    first, again = make(), make()
+    before = [first.collect(iteration) for iteration in range(2)]
+    with caplog.at_level(logging.WARNING):
+        again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    after = [again.collect(iteration) for iteration in range(2, 6)]
+    assert breaks_of_drift(before + after) == [(14, slot) for slot in range(3)]
+    assert again.metrics() == {"episodes_given_up": 3} and "3 of 3 running episodes did not play" in caplog.text
+    assert [episode.length for rollout in after for episode in rollout.episodes] == [20] * 3
 
 
 # The reference, and what goes wrong

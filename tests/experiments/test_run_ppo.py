@@ -173,6 +173,59 @@ def test_a_resumed_run_is_bit_equal(settings, tmp_path, monkeypatch):
     )
 
 
+WILD = {"env": "tests.helpers.small_envs:tests/Drift-v0", "env_kwargs": '{"wild": true}', "num_steps": 8}
+
+
+def test_an_environment_that_follows_nothing_goes_through_with_the_right_words(tmp_path, monkeypatch, capfd, caplog):
+    """It ignores its seeds, cannot replay and has no time limit: trained, stopped, resumed, evaluated; no groups."""
+    from manako.agent.ppo_trainer import PPOTrainer
+
+    said = "episodes are not fixed by seed"
+    with monkeypatch.context() as patch:
+        log = PPOTrainer.log
+
+        def interrupt(self, logs, start_time=None):
+            log(self, logs, start_time)
+            if logs.get("grad_norm") is not None and self.iteration == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(PPOTrainer, "log", interrupt)
+        assert run(words(tmp_path / "run", **WILD), patch) == 130
+    assert f"seeds        {said}: two resets of tests.helpers" in capfd.readouterr().out
+    assert run(["--resume", str(tmp_path / "run")], monkeypatch) == 0
+    out, err = capfd.readouterr()
+    assert " of 8 running episodes did not play again as they had" in caplog.text
+    assert "Traceback" not in err and "replay       " in out and f"seeds        {said}" in out
+    assert f"{said}: no two rows are of the same ones, and none is held out" in out
+    found = rows(tmp_path / "run")
+    assert [row["iteration"] for row in found] == [1, 2, 3]
+    given_up = [row["episodes_given_up"] for row in found]
+    assert given_up[0] == 0 < max(given_up) <= 8
+    evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert all(row["note"] == said and row["starts"] <= row["episodes"] == 10 for row in evaluation.values())
+    assert run(words(tmp_path / "groups", **WILD, advantage="grpo", group_size=4), monkeypatch) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and f"error: {said}: two resets" in error and "and --advantage grpo compares" in error
+    assert not (tmp_path / "groups").exists()
+
+
+def test_groups_whose_episodes_outlast_the_rollout_are_pointed_out(tmp_path, monkeypatch, capfd):
+    """Half of the seeds play 40 steps, and no group of them ends in 8; the others are learned from."""
+    halves = {"env": "tests.helpers.small_envs:tests/Halves-v0", "num_steps": 8, "minibatch_size": 8}
+    folder = tmp_path / "run"
+    assert (
+        run(words(folder, **halves, advantage="rloo", group_size=2, eval_episodes=2, gif_episodes=0), monkeypatch) == 0
+    )
+    text = capfd.readouterr().out
+    found = rows(folder)
+    assert {row["success_rate"] for row in found} == {None} and {row["episodes"] for row in found} == {0}
+    shares = [row["whole_groups"] for row in found]
+    assert (
+        all(0 < share < 1 for share in shares) and text.count("of the groups an episode outlasted the rollout of") == 1
+    )
+    assert f"warning: in {1 - shares[0]:.0%} of the groups" in text and "success    -  return      -  of    0" in text
+
+
 def test_resume_falls_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch, capfd):
     from manako.agent.ppo_trainer import PPOTrainer
 

@@ -112,6 +112,14 @@ def replica_settings(maker: Any = None, batch_size: int | None = None, **policy:
     )
 
 
+def random_player() -> Any:
+    """Chance in Drift."""
+    from manako.agent.data.demonstrators import RandomPlayer
+    from manako.policies.interface import PolicySpec
+
+    return RandomPlayer(PolicySpec(("left", "right"), (8, 64, 3)))
+
+
 class Curious(EnvWorker):
     """An EnvWorker that says what it has imported."""
 
@@ -126,8 +134,8 @@ class Outdated(ReplicaWorker):
     """A worker that answers with the rollout of other weights."""
 
     def collect(self, segment: Any, iteration: int, version: int, weights: Any, state: Any) -> Any:
-        packed, after = super().collect(segment, iteration, version, weights, state)
-        return packed._replace(version=version - 1), after
+        packed, *others = super().collect(segment, iteration, version, weights, state)
+        return packed._replace(version=version - 1), *others
 
 
 class Unready:

@@ -54,3 +54,28 @@ def close_enough(one: Rollout, other: Rollout) -> None:
     assert (one.record is None) == (other.record is None)
     if one.record is not None:
         same_bits(one.record, other.record)
+
+
+def breaks_of_drift(rollouts):
+    """Holds that Drift's column goes one place a step in all that was seen; returns where an episode began anew.
+
+    Returns:
+        (t, slot) of the first steps of episodes that came before the one before had ended; t over all rollouts.
+    """
+    slots = rollouts[0].rewards.shape[1]
+    places = np.concatenate([r.record.images[:, 0, :, 0].argmax(1).reshape(-1, slots) for r in rollouts])  # (T, N)
+    steps, ended, seeds, rewards = (
+        np.concatenate([np.asarray(part) for part in column])
+        for column in zip(*((r.record.steps, r.truncated, r.record.seeds, r.rewards) for r in rollouts), strict=True)
+    )
+    anew = []
+    for t, slot in np.ndindex(places.shape):
+        if t == 0 or ended[t - 1, slot]:
+            assert steps[t, slot] == 0 and places[t, slot] == 30
+        elif steps[t, slot] == 0:  # given up: the same seed again, from its beginning
+            assert places[t, slot] == 30 and seeds[t, slot] == seeds[t - 1, slot] and t % len(rollouts[0].rewards) == 0
+            anew.append((t, slot))
+        else:
+            assert steps[t, slot] == steps[t - 1, slot] + 1 and seeds[t, slot] == seeds[t - 1, slot]
+            assert abs(places[t, slot] - places[t - 1, slot]) == 1 and rewards[t - 1, slot] == places[t, slot]
+    return anew

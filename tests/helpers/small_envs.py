@@ -1,9 +1,10 @@
-"""Two short environments for what the project's own do not do, and the tiny policy; light, for rollout workers.
+"""Short environments for what the project's own do not do, and the tiny policy; light, for rollout workers.
 
 `Corridor` truncates quickly and changes its instruction (and with it the prompt's length) at every step, `Poison` pays
-NaN.
+NaN, `Halves` has short successes and long failures, `Drift` moves as no seed says.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -68,7 +69,92 @@ class Poison(Corridor):
         return place, float("nan") if self.steps == self.at else reward, terminated, truncated, info
 
 
-for _id, _kind in (("tests/Corridor-v0", Corridor), ("tests/Poison-v0", Poison)):
+class Halves(gym.Env):
+    """Half of the seeds end after 2 steps in success, half after `longest` in failure, whatever is done.
+
+    `is_short(seed)` says which; `forgetful` leaves it to chance instead of the seed.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Discrete(100)
+    action_names, instruction = NAMES, "wait"
+
+    def __init__(self, longest: int = 40, forgetful: bool = False, render_mode: str | None = None) -> None:
+        self.longest, self.forgetful, self.render_mode = longest, forgetful, render_mode
+        self.chance = np.random.default_rng()
+
+    @staticmethod
+    def is_short(seed: int) -> bool:
+        return bool(np.random.default_rng(seed).integers(2))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict]:
+        super().reset(seed=seed)
+        self.shade = int((self.chance if self.forgetful else np.random.default_rng(seed)).integers(1000))
+        short = self.shade % 2 == 1 if self.forgetful else self.is_short(seed or 0)
+        self.steps, self.length = 0, 2 if short else self.longest
+        return 0, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
+        self.steps += 1
+        ended, success = self.steps == self.length, self.length == 2
+        return self.steps, float(ended and success), ended, False, {"success": ended and success}
+
+    def render(self) -> np.ndarray:
+        frame = np.zeros((16, 16, 3), np.uint8)
+        frame[:] = (self.shade % 256, self.shade // 256, self.steps)
+        frame[0, 0] = 255
+        return frame
+
+
+class Drift(gym.Env):
+    """A bright column that goes one to the left or right by chance that no seed fixes; 20 steps an episode.
+
+    Args:
+        folder: a file `exit` in it kills the process at an episode's fourth step, once.
+        seeded: chance is the seed's.
+        wild: it begins anywhere, whatever the seed, and ends at any step.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Discrete(100)
+    action_names, instruction = NAMES, "watch"
+
+    def __init__(
+        self, folder: str = "", seeded: bool = False, wild: bool = False, render_mode: str | None = None, **_: Any
+    ) -> None:
+        self.folder, self.seeded, self.wild, self.render_mode = folder, seeded, wild, render_mode
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict]:
+        super().reset(seed=seed)
+        self.chance = self.np_random if self.seeded else np.random.default_rng()
+        self.steps, self.place = 0, int(self.chance.integers(20, 40)) if self.wild else 30
+        return 0, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
+        self.steps += 1
+        if self.folder and self.steps == 4:
+            try:
+                os.unlink(os.path.join(self.folder, "exit"))
+            except FileNotFoundError:
+                pass
+            else:
+                os._exit(1)
+        self.place += int(self.chance.choice([-1, 1]))
+        over = not 0 < self.place < 63 or self.chance.random() < 0.1 if self.wild else False
+        return self.place, float(self.place), bool(over), self.steps == 20 and not self.wild, {}
+
+    def render(self) -> np.ndarray:
+        frame = np.zeros((8, 64, 3), np.uint8)
+        frame[:, self.place] = 255
+        return frame
+
+
+for _id, _kind in (
+    ("tests/Corridor-v0", Corridor),
+    ("tests/Poison-v0", Poison),
+    ("tests/Halves-v0", Halves),
+    ("tests/Drift-v0", Drift),
+):
     if _id not in gym.registry:  # this file is imported under two names
         gym.register(_id, entry_point=_kind)
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from manako.agent.data.demonstrators import RandomPlayer
 from manako.agent.errors import TrainingError
 from manako.agent.report.evaluation import CONDITIONS, evaluate, evaluate_all, expert_agreement, record_episodes
 from manako.agent.report.statistics import wilson_interval
 from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
 from manako.policies import PolicySource, load_policy, save_policy
+from manako.policies.interface import PolicySpec
 from tests.helpers.small_runs import tiny_policy
 
 SEEDS = [episode_seed(0, HELD_OUT, 0, episode) for episode in range(11)]
@@ -42,6 +44,20 @@ def test_starts_that_differ_are_counted_by_observation(policy):
     env = EpisodeVectorEnv("manako/GoTo-v0", 2, instruction="go to the red ball")
     boards = {env.reset(seeds=[seed] * 2).images[0].tobytes() for seed in SEEDS}
     assert evaluate(policy, env, SEEDS).starts == len(boards)  # here the instruction tells none apart
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_there_are_never_more_starts_than_episodes(forgetful):
+    """Slots without an episode play on uncounted: 5 episodes in 8 slots, and 9 in 4."""
+    options = {"env_kwargs": {"forgetful": forgetful}}
+    player = RandomPlayer(PolicySpec(("left", "right"), (16, 16, 3)))
+    for episodes, num_envs in ((5, 8), (9, 4)):
+        played = evaluate(player, EpisodeVectorEnv("tests/Halves-v0", num_envs, **options), SEEDS[:episodes])
+        assert len(played.episodes) == episodes >= played.starts >= episodes - 1
+        assert played.fixed_by_seed is not forgetful
+        said = played.summary()
+        assert said["fixed_by_seed"] is not forgetful
+        assert said.get("note") == ("episodes are not fixed by seed" if forgetful else None)
 
 
 def test_a_policy_that_always_says_the_same(policy, monkeypatch):

@@ -20,6 +20,8 @@ from manako.agent.tuning.preferences import (
     unpaired,
 )
 from manako.envs import EpisodeVectorEnv
+from manako.policies.interface import PolicySpec
+from tests.helpers.small_envs import tiny_policy
 from tests.helpers.small_runs import goto_policy
 
 GOTO = "manako/GoTo-v0"
@@ -111,6 +113,17 @@ def test_branches_try_every_action_and_go_on_to_the_end(trajectories):
                 result = single.step(single.expert_actions())
             returns.append(float(single.episode_returns[0]))
         assert chosen == int(np.argmax(returns)) and rejected == int(np.argmin(returns))
+
+
+def test_an_environment_that_does_not_replay_is_not_branched_from():
+    """Its column has drifted to another place by the step at which other actions would be tried."""
+    env = EpisodeVectorEnv("tests/Drift-v0", 2)
+    player = RandomPlayer(PolicySpec(env.action_names, env.frame_shape))
+    policy = tiny_policy(env)
+    rollout = RolloutCollector(env, player, 20, 0, record=True).collect(0)
+    recorded = to_dataset([rollout], policy, "tests/Drift-v0", "random", {})
+    with pytest.raises(TrainingError, match=r"The episode of seed \d+ did not play again to its step \d+ as it"):
+        branch_pairs(recorded, env, lambda _: np.zeros(2, np.int64), steps_per_episode=20, seed=0)
 
 
 def test_rows_for_trl(trajectories, policy):

@@ -10,7 +10,7 @@ import pytest
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.trajectories import save_trajectories
 from manako.experiments import collect, run_dpo, run_ladder, run_sft
-from manako.experiments.common.collecting import play_until
+from manako.experiments.common.collecting import play_to_the_end
 from manako.experiments.common.command_line import UsageError, run_main
 from manako.experiments.common.ladder_report import compare_steps, print_report
 from manako.experiments.common.ladder_table import TABLE
@@ -136,9 +136,9 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(
 def test_environments_without_an_end_are_refused(monkeypatch):
     monkeypatch.setattr("manako.experiments.common.collecting.PATIENCE", 7)
     env = corridor_env(8, {"length": 200, "limit": 100})
-    collector = RolloutCollector(env, tiny_policy(env), 1, 0, rounds=True)
-    with pytest.raises(UsageError, match="No episode of Corridor ended in 8 steps of 8 environments"):
-        play_until(collector, 1, "Corridor")
+    collector = RolloutCollector(env, tiny_policy(env), 1, 0)
+    with pytest.raises(UsageError, match="No episode of Corridor ended in 8 steps of 8 environments, and 0 of 8 had"):
+        play_to_the_end(collector, [1] * 8, "Corridor")
 
 
 def test_every_step_is_compared_with_all_before_it():
@@ -163,6 +163,21 @@ def test_one_start_played_by_likeliest_actions_is_no_sample(starts, sampled, tes
     assert ("sft against start: +10.0 points, p = 0.25" in capsys.readouterr().out) == tested
 
 
+def test_episodes_that_no_seed_fixes_are_compared_in_no_pairs(capsys):
+    """Both steps won half of their episodes, but nobody knows whether of the same ones."""
+    won = {"start": [True, False], "sft": [False, True]}
+    comparisons = compare_steps(won, paired=False)
+    assert comparisons == [{"step": "sft", "against": "start", "difference": 0.0, "p": None}]
+    row = {"from": None, "episodes": 2, "starts": 2, "success": 0.5, "success_ci95": [0.3, 0.7], "fixed_by_seed": False}
+    row |= {"return_mean": 0.5, "seconds": 1.0, "trained_parameters": 7, "perplexity": 30.0, "probes": 0.9}
+    row |= {"parameters": 9, "controls": {}, "expert_agreement": None, "milliseconds_a_frame": 0.5}
+    result = {"env": "Lake", "sampled_actions": True, "demonstrations": {}, "random": row, "comparisons": comparisons}
+    print_report({**result, "steps": [{**row, "step": "start"}, {**row, "step": "sft"}]}, Path("report.json"))
+    text = capsys.readouterr().out
+    assert "sft against start: +0.0 points\nno p: episodes are not fixed by seed" in text and "McNemar" not in text
+
+
+FORGETFUL = {"env": "tests.helpers.small_envs:tests/Halves-v0", "env_kwargs": '{"forgetful": true}'}
 BAD = {
     "no dataset": (run_sft, {"output_dir": "a"}, "--dataset is missing"),
     "no such dataset": (run_sft, {"output_dir": "a", "dataset": "nowhere"}, "There is no folder 'nowhere'"),
@@ -185,7 +200,12 @@ BAD = {
         "--error_rate is the expert's",
     ),
     "no expert": (collect, {"output": "a", "env": "CartPole-v1"}, "CartPole-v1 has no expert"),
-    "group": (collect, {"output": "a", "group_size": 3}, "expected a divisor"),
+    "group": (
+        collect,
+        {"output": "a", "player": "random", "group_size": 2, **FORGETFUL},
+        "so no --group_size 2 of them can begin alike",
+    ),
+    "pairs": (run_dpo, {"pairs": "return", **FORGETFUL}, "and --pairs return compares what follows from one seed"),
     "no ladder": (run_ladder, {}, "--ladder and --output_dir are needed"),
     "a flat ladder": (run_ladder, {"ladder": "flat.yaml", "output_dir": "a"}, "unknown section 'env'"),
     "a ladder's step": (run_ladder, {"ladder": "step.yaml", "output_dir": "a"}, "has the unknown key 'gamma' in sft"),

@@ -48,7 +48,7 @@ from tests.helpers.ray_segments import (
     make_policy,
     replica_settings,
 )
-from tests.helpers.rollout_equality import close_enough, same_bits
+from tests.helpers.rollout_equality import breaks_of_drift, close_enough, same_bits
 from tests.helpers.small_runs import difference, ppo_config, weights
 
 ROOT = Path(__file__).parents[3]
@@ -286,6 +286,88 @@ def test_a_constructor_that_fails_is_told_before_the_run(backend, policy, tmp_pa
     maker = env_maker("tests/Faulty-v0", folder=str(tmp_path))
     with pytest.raises(WorkersError, match="the simulator did not start"), backend(policy, 2, maker=maker) as rollouts:
         rollouts.collect(0)
+
+
+@contextlib.contextmanager
+def drifting(backend, folder, seeded=False, **given):
+    """Rollouts of chance in Drift, whose file `exit` kills a worker in the middle of an episode; 2 workers, 4 slots."""
+    maker, player = env_maker("tests/Drift-v0", folder=str(folder), seeded=seeded), ray_segments.random_player()
+    if backend == "ray-env":
+        env = RayVectorEnv(maker, NUM_ENVS, player.spec.action_names, options(2, **given))
+        rollouts = CentralRollouts(env, player, DRIFT_STEPS, seed=3, record=True)
+    else:
+        settings = ReplicaSettings(maker, ray_segments.random_player, DRIFT_STEPS, seed=3, record=True)
+        rollouts = ReplicaRollouts(settings, player, NUM_ENVS, 100, options(2, **given))
+    with contextlib.closing(rollouts):
+        yield rollouts
+
+
+DRIFT_STEPS = 7
+
+
+@pytest.mark.parametrize("backend", ["ray-env", pytest.param("ray-replica", marks=pytest.mark.slow)])
+def test_what_the_learner_saw_of_an_environment_that_does_not_replay_hangs_together(backend, tmp_path, caplog):
+    """Workers die three times: nobody sees a column jump, and slots that were lost start new episodes, counted.
+
+    The first time there is no saved state but the start, which replays: what followed it does not.
+    """
+    with caplog.at_level(logging.WARNING), drifting(backend, tmp_path) as rollouts:
+        played = []
+        for iteration in range(8):
+            if iteration in (0, 2, 5):
+                (tmp_path / "exit").touch()
+            played.append(rollouts.collect(iteration))
+        assert supervisor_of(rollouts).restarts == 3 and not (tmp_path / "exit").exists()
+        given_up = rollouts.metrics()["episodes_given_up"]
+    anew = breaks_of_drift(played)
+    assert len(anew) == given_up > 0 and {slot for _, slot in anew} <= set(range(NUM_ENVS))
+    assert "running episodes did not play again" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["ray-env", pytest.param("ray-replica", marks=pytest.mark.slow)])
+def test_what_replays_goes_on_though_a_worker_dies(backend, tmp_path):
+    """The same with chance from the seed: no episode is given up, and the frames are those of an unbroken run."""
+    with drifting(backend, tmp_path, seeded=True) as rollouts:
+        played = []
+        for iteration in range(4):
+            if iteration == 2:
+                (tmp_path / "exit").touch()
+            played.append(rollouts.collect(iteration))
+        assert rollouts.metrics()["episodes_given_up"] == 0 and supervisor_of(rollouts).restarts == 1
+    maker = env_maker("tests/Drift-v0", folder=str(tmp_path), seeded=True)
+    plain = RolloutCollector(maker(0, NUM_ENVS), ray_segments.random_player(), DRIFT_STEPS, seed=3, record=True)
+    for iteration, rollout in enumerate(played):
+        assert np.array_equal(rollout.record.images, plain.collect(iteration).record.images)
+    assert breaks_of_drift(played) == []
+
+
+@mostly_env
+def test_a_saved_state_that_does_not_replay_is_started_anew_by_workers(backend, tmp_path):
+    name = {central: "ray-env", replica: "ray-replica"}[backend]
+    with drifting(name, tmp_path) as rollouts:
+        before = rollouts.collect(0)
+        state = rollouts.state_dict()
+    with drifting(name, tmp_path) as again:
+        again.load_state_dict(state, {})
+        after = again.collect(1)
+        assert again.metrics()["episodes_given_up"] == NUM_ENVS
+    assert (after.record.steps[0] == 0).all() and (before.record.seeds[-1] == after.record.seeds[0]).all()
+
+
+def test_workers_that_are_lost_again_and_again_end_a_run_that_does_not_replay(tmp_path):
+    with drifting("ray-env", tmp_path) as rollouts:
+        rollouts.collect(0)
+        step, steps = rollouts.env.step, []
+
+        def lose(actions):
+            steps.append(len(steps))
+            if len(steps) % 2 == 0:  # at the second step of each attempt
+                kill(rollouts.env.supervisor.pids()[0])
+            return step(actions)
+
+        rollouts.env.step = lose
+        with pytest.raises(WorkersError, match="lost in 3 attempts at one rollout, and their environments do not rep"):
+            rollouts.collect(1)
 
 
 def nowhere():
