@@ -108,7 +108,7 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the live line; the last one stays."""
         self.stop()
-        if self._train_start:
+        if self._train_start and round(state.epoch or 0) >= self.iterations:
             self.console.print(f"trained in {_clock(time.perf_counter() - self._train_start)}; evaluating")
 
     def stop(self) -> None:
