@@ -20,7 +20,7 @@ from manako.agent.errors import TrainingError
 from manako.agent.interfaces import RolloutSource
 from manako.agent.losses import ppo_loss
 from manako.agent.rng import SHUFFLES, make_rng
-from manako.agent.rollout import Rollout
+from manako.agent.rollout import Rollout, success_rate
 from manako.agent.samples import Samples, recompute_logprobs, with_advantages, with_group_advantages
 from manako.policies.interface import Policy
 
@@ -128,7 +128,7 @@ def episode_means(rollout: Rollout) -> dict[str, float | None]:
 
     return {
         "episodes": len(ended),
-        "success_rate": mean([episode.success for episode in ended]),
+        "success_rate": success_rate([episode.success for episode in ended]),
         "episode_return": mean([episode.episode_return for episode in ended]),
         "episode_length": mean([episode.length for episode in ended]),
     }

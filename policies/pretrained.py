@@ -111,7 +111,9 @@ def check_name(name: str, places: str) -> None:
 def _nearby(path: Path) -> str:
     """What there is in place of a folder, in words: the one most alike beside it, or some that are there."""
     there = next(parent for parent in (path.parent, *path.parents, Path()) if parent.is_dir())
-    wanted = path.parts[len(there.parts)]
+    wanted = next(iter(path.parts[len(there.parts) :]), None)
+    if wanted is None:
+        return ""
     try:
         found = sorted(each.name for each in there.iterdir() if each.is_dir() and not each.name.startswith("."))
     except OSError:

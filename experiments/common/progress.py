@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
+from manako.experiments.common.outcomes import measure_of, warnings_of
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy, parameter_table
 from manako.policies.sensitivity import Sensitivity
@@ -155,17 +156,20 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
     first = next(iter(summary.values()))
     episodes = episodes_in_words(first["episodes"], first["starts"])
     table = Table(title=f"{title}, {episodes} a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("", "success [95 %]", "return [95 %]", "steps"):
+    judged = measure_of(summary) == "success"
+    for column in ("", *(["success [95 %]"] if judged else []), "return [95 %]", "steps"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():
-        (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
+        return_low, return_high = row["return_ci95"]
         table.add_row(
             name.replace("_", " "),
-            f"{row['success']:.1%} [{low:.1%}, {high:.1%}]",
+            *([f"{row['success']:.1%} [{row['success_ci95'][0]:.1%}, {row['success_ci95'][1]:.1%}]"] if judged else []),
             f"{row['return_mean']:.2f} [{return_low:.2f}, {return_high:.2f}]",
             f"{row['length_mean']:.1f}",
         )
     console.print(table)
+    for warning in warnings_of(summary):
+        console.print(warning)
 
 
 def episodes_in_words(episodes: int, starts: int) -> str:

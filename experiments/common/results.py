@@ -39,7 +39,9 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
         rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes])
     success = {name: [episode.success for episode in result.episodes] for name, result in rows.items()}
-    write_text(run_dir / "episodes.json", json.dumps({"seeds": seeds[: run.eval_episodes], "success": success}))
+    returns = {name: [episode.episode_return for episode in result.episodes] for name, result in rows.items()}
+    said = {"seeds": seeds[: run.eval_episodes], "success": success, "returns": returns}
+    write_text(run_dir / "episodes.json", json.dumps(said))
     write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
     return {name: result.summary() for name, result in rows.items()}
 
