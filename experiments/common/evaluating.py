@@ -4,12 +4,11 @@ import contextlib
 import json
 from pathlib import Path
 
-from manako.agent.report.evaluation import Evaluation, evaluate_all
+from manako.agent.report.evaluation import evaluate_all
 from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.environments import make_vector_env
-from manako.experiments.common.outcomes import outcome_in_words
-from manako.experiments.common.progress import plain_console, print_table
+from manako.experiments.common.progress import RowsDone, plain_console, print_table
 from manako.experiments.common.results import write_gif
 from manako.experiments.common.settings import EvaluateCommand
 
@@ -33,7 +32,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
             env,
             held_out_seeds(run.episodes, run.seed),
             run.sample,
-            done=lambda row, result: console.print(f"{row.replace('_', ' ')}: {_outcome(result)}"),
+            done=RowsDone(console, run.episodes),
         )
     summary = {row: evaluation.summary() for row, evaluation in evaluations.items()}
     print_table(console, summary, f"{name} on {environment.env}, held-out seeds of seed {run.seed}")
@@ -42,8 +41,3 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     if run.gif:
         write_gif(environment, policy, run.seed, run.gif_episodes, Path(run.gif))
     return 0
-
-
-def _outcome(result: Evaluation) -> str:
-    played = result.episodes
-    return outcome_in_words([episode.success for episode in played], [episode.episode_return for episode in played])

@@ -11,9 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
+from manako.agent.report.evaluation import CONDITIONS, Evaluation
 from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
-from manako.experiments.common.outcomes import measure_of, warnings_of
+from manako.experiments.common.outcomes import measure_of, outcome_in_words, warnings_of
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy, parameter_table
 from manako.policies.sensitivity import Sensitivity
@@ -124,6 +125,30 @@ class Progress(TrainerCallback):
         written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
         self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
         self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
+
+
+class RowsDone:
+    """Says of an evaluation what it is about to play, and of each row how it went and how long the others will take.
+
+    Args:
+        console: where to.
+        episodes: of a row.
+    """
+
+    def __init__(self, console: Console, episodes: int) -> None:
+        self.console, self.left, self.started = console, len(CONDITIONS), time.perf_counter()
+        self.done = self.steps = 0
+        console.print(f"evaluating   {episodes} held-out episodes for each of {self.left} rows")
+
+    def __call__(self, row: str, result: Evaluation) -> None:
+        """Hears of one row."""
+        played = result.episodes
+        self.done, self.left = self.done + 1, self.left - 1
+        self.steps += sum(episode.length for episode in played)
+        took = time.perf_counter() - self.started
+        outcome = outcome_in_words([each.success for each in played], [each.episode_return for each in played])
+        left = f", about {_clock(took / self.done * self.left)} left" if self.left else ""
+        self.console.print(f"{row.replace('_', ' ')}: {outcome}; {self.steps:,} steps so far, {_clock(took)}{left}")
 
 
 def print_sensitivity(console: Console, state: Sensitivity) -> None:
