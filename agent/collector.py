@@ -16,7 +16,7 @@ from manako.agent.backends import RolloutPlan
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask
 from manako.agent.rng import action_draws
-from manako.agent.rollout import Episode, Record, Rollout, pad_answers
+from manako.agent.rollout import Episode, Record, Rollout, pad_answers, verdict
 from manako.policies.interface import Acted, Draws, Policy, Rows
 
 log = logging.getLogger("manako.rollouts")
@@ -191,7 +191,7 @@ class RolloutCollector:
             Episode(
                 float(env.episode_returns[slot]),
                 int(env.episode_lengths[slot]),
-                bool(result.success[slot]),
+                verdict(result.success[slot]),
                 step=t,
                 slot=env.first_slot + int(slot),
             )

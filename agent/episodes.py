@@ -8,12 +8,16 @@ holds the others back.
 
 Where every rollout starts new episodes in all slots, those that the rollout cuts off are never played to their end:
 counted are those that began before all of these.
+
+An environment may speak of success only where there is one: from the first episode on of which it says nothing, none is
+counted as judged.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from manako.agent.rollout import Episode, Rollout
+from manako.agent.rollout import Episode, Rollout, success_rate
 
 LONGEST = 5_000  # steps
 
@@ -29,6 +33,7 @@ class EpisodeCount:
         self.rounds = rounds
         self._now = 0  # steps of a slot before the next rollout
         self._begun: list[int] = []  # at which step each slot's current episode began
+        self._silent = False  # an episode ended without a word on its success
         self._waiting: list[tuple[int, Episode]] = []  # ended, after the step at which each began
 
     def take(self, rollout: Rollout) -> list[Episode]:
@@ -43,21 +48,23 @@ class EpisodeCount:
             end = self._now + episode.step + 1
             self._waiting.append((end - episode.length, episode))
             self._begun[episode.slot] = end
+            self._silent |= episode.success is None
         self._now += len(rollout.rewards)
         first = min((step for step in self._begun if self._now - step <= LONGEST), default=self._now)
         counted = [episode for step, episode in self._waiting if step < first]
         self._waiting = [(step, episode) for step, episode in self._waiting if step >= first]
-        return counted
+        return [replace(episode, success=None) for episode in counted] if self._silent else counted
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as JSON."""
         waiting = [(step, *vars(episode).values()) for step, episode in self._waiting]
-        return {"now": self._now, "begun": list(self._begun), "waiting": waiting}
+        return {"now": self._now, "begun": list(self._begun), "waiting": waiting, "silent": self._silent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with what `state_dict` returned."""
         self._now, self._begun = state["now"], list(state["begun"])
         self._waiting = [(step, Episode(*values)) for step, *values in state["waiting"]]
+        self._silent = state.get("silent", False)
 
 
 def means(episodes: Sequence[Episode]) -> dict[str, float | None]:
@@ -68,7 +75,7 @@ def means(episodes: Sequence[Episode]) -> dict[str, float | None]:
 
     return {
         "episodes": len(episodes),
-        "success_rate": mean([episode.success for episode in episodes]),
+        "success_rate": success_rate([episode.success for episode in episodes]),
         "episode_return": mean([episode.episode_return for episode in episodes]),
         "episode_length": mean([episode.length for episode in episodes]),
     }

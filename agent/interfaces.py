@@ -44,7 +44,7 @@ class Stepped(Protocol):
 
     @property
     def success(self) -> np.ndarray:
-        """(N,) bool, the episode ended with this step, successfully."""
+        """(N,) int8: 1 where an episode ended with this step in success, -1 where nobody says what one is, 0 else."""
 
 
 class VectorEnv(Protocol):

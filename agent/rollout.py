@@ -22,9 +22,23 @@ class Episode:
 
     episode_return: float
     length: int
-    success: bool
+    success: bool | None  # None: nobody says what a success is here
     step: int = 0
     slot: int = 0  # counted over all workers
+
+
+def verdict(success: int) -> bool | None:
+    """Returns what an environment's number says of an ended episode (see `Stepped.success`)."""
+    return None if success < 0 else bool(success)
+
+
+def success_rate(success: Sequence[bool | None]) -> float | None:
+    """Returns the share of successes; None where there are no episodes, or some that nobody judged.
+
+    Over the judged ones alone it would be wrong: there are environments that speak of success only where there is one.
+    """
+    judged = [won for won in success if won is not None]
+    return sum(judged) / len(judged) if judged and len(judged) == len(success) else None
 
 
 class Record(NamedTuple):
@@ -33,7 +47,7 @@ class Record(NamedTuple):
     to_env: np.ndarray  # (T, N, ...) the actions as the environments were given them
     seeds: Tensor  # (T, N) int64, of the episode that the step belongs to
     steps: Tensor  # (T, N) int64, number of the step in its episode, from 0
-    success: Tensor  # (T, N) bool, the episode ended with this step, successfully
+    success: Tensor  # (T, N) int8, see `Stepped`
     instructions: list[str]  # T * N, as the env gave them
     images: np.ndarray  # (T * N, H, W, 3) uint8, the env's own frames
     expert_actions: Tensor | None  # (T, N) int64, what the env's expert would have done

@@ -31,7 +31,7 @@ import numpy as np
 from manako.envs.captions import caption_of
 from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
-from manako.envs.tasks import TASKS, success_rule
+from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
 
 ImageSource = Literal["auto", "observation", "render"]
@@ -304,7 +304,7 @@ class VLMObservation(gym.Wrapper):
 
         self.action_names, self._first_action, self.action_names_from = resolve_actions(env, self.env_id, action_names)
         self.action_space = gym.spaces.Discrete(len(self.action_names))
-        task = TASKS.get(self.env_id)
+        task = task_of(self.env_id)
         self.success = success_rule(task, spec.reward_threshold if spec is not None else None, success_return)
         self.success_return = self.success.threshold
         self.image_from = resolve_image(env, self.env_id, image_source)

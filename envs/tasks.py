@@ -1,9 +1,9 @@
 """What to tell a policy about environments that do not say it themselves, and when an episode counts as a success.
 
 Gymnasium's classic environments have numbered actions and no text. `TASKS` gives each an instruction and
-action names, and a notion of success where "the return is above 0" is the wrong one. It is a table of data and
-nothing else: an environment of yours needs no row here, because an attribute of its own or the command line
-says the same (the order is in `envs/observation.py`).
+action names, and says what a success is where the environment does not. Where nobody says it, no episode is a success
+or a failure, and returns are reported. It is a table of data and nothing else: an environment of yours needs no row
+here, because an attribute of its own or the command line says the same (the order is in `envs/observation.py`).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Task:
     Attributes:
         instruction: What the policy reads.
         action_names: One name an action, in the order of the action numbers.
-        success_return: An episode succeeds from this return on; None leaves the choice to the other rules.
+        success_return: An episode succeeds from this return on; None leaves it to the other rules, or undefined.
         success_terminated: True where an episode must also terminate to succeed: the goal ends it, and running out
             of steps early would otherwise look like a good return.
     """
@@ -32,6 +32,7 @@ class Task:
 _FROZEN_LAKE = Task(
     "cross the frozen lake to the gift without falling into a hole",
     ("left", "down", "right", "up"),
+    success_return=1.0,  # paid for the gift alone
 )
 _CLIFF = Task(
     "walk along the cliff to the cookie without falling off",
@@ -50,7 +51,9 @@ TASKS: dict[str, Task] = {
         ("south", "north", "east", "west", "pick up", "drop off"),
         success_terminated=True,  # only a delivery terminates
     ),
-    "Blackjack-v1": Task("beat the dealer without going over 21", ("stick", "hit")),
+    "Blackjack-v1": Task(
+        "beat the dealer without going over 21", ("stick", "hit"), success_return=1.0
+    ),  # a draw pays 0
     "CartPole-v1": Task("keep the pole upright on the cart", ("left", "right"), success_return=475.0),
     "MountainCar-v0": Task("swing the car up the hill to the flag", ("left", "none", "right"), success_terminated=True),
     "Acrobot-v1": Task(
@@ -61,8 +64,8 @@ TASKS: dict[str, Task] = {
         ("none", "left", "main", "right"),
         success_return=200.0,
     ),
-    # Atari names its own actions. In the first three a score above 0 is a win; in the others it says little, and
-    # what counts as a success is for the command line to say (success_return).
+    # Atari names its own actions. Its measure is the score: from where on it is a success, if anywhere, is for the
+    # command line to say (success_return).
     "ALE/Pong-v5": Task("win the rally: hit the ball past the other paddle", None),
     "ALE/Boxing-v5": Task("box: land more punches than the opponent", None),
     "ALE/Freeway-v5": Task("bring the chicken across the road", None),
@@ -72,18 +75,29 @@ TASKS: dict[str, Task] = {
     "ALE/Qbert-v5": Task("jump on every cube to change its colour", None),
 }
 
+# MiniGrid and BabyAI pay 1 - 0.9 * steps / limit for a task that is done, so 0.1 at least, and nothing or -1 else; they
+# say their instruction and actions themselves.
+_GRID = Task(None, None, success_return=0.05)
+FAMILIES: dict[str, Task] = {"MiniGrid-": _GRID, "BabyAI-": _GRID}
+
+
+def task_of(env_id: str) -> Task | None:
+    """Returns the description of an id, or of the family that its name begins with; None where there is none."""
+    family = next((task for start, task in FAMILIES.items() if env_id.startswith(start)), None)
+    return TASKS.get(env_id, family)
+
 
 @dataclass(frozen=True)
 class SuccessRule:
-    """Decides at the end of an episode whether it was a success.
+    """Decides at the end of an episode whether it was a success, where somebody says what one is.
 
-    In this order: a threshold that the caller gave; the environment's own `info["is_success"]` or
-    `info["success"]`; the task description; the registered `reward_threshold`; a return above 0.
+    In this order: a threshold that the caller gave; the environment's own `info["is_success"]` or `info["success"]`, in
+    the info of the episode's last step; the task description; the registered `reward_threshold`. Where none of these
+    is there, the episode is neither a success nor a failure.
 
     Attributes:
         sentence: The rule in words.
-        threshold: The lowest successful return; None asks for a return above 0, or for any where only
-            the termination counts.
+        threshold: The lowest successful return; None where no return decides.
         needs_termination: Whether the episode must have terminated.
         trusts_info: Whether the environment's own verdict, where it gives one, goes first.
     """
@@ -93,17 +107,17 @@ class SuccessRule:
     needs_termination: bool
     trusts_info: bool
 
-    def __call__(self, episode_return: float, terminated: bool, info: Mapping[str, Any]) -> bool:
-        """Judges one finished episode by its return, its last `terminated` and its last `info`."""
+    def __call__(self, episode_return: float, terminated: bool, info: Mapping[str, Any]) -> bool | None:
+        """Judges one finished episode by its return, its last `terminated` and its last `info`; None: nobody says."""
         if self.trusts_info:
             for key in ("is_success", "success"):
-                if key in info:
+                if info.get(key) is not None:
                     return bool(info[key])
         if self.needs_termination and not terminated:
             return False
         if self.threshold is not None:
             return bool(episode_return >= self.threshold)
-        return self.needs_termination or bool(episode_return > 0)
+        return True if self.needs_termination else None
 
 
 def success_rule(task: Task | None, reward_threshold: float | None, success_return: float | None) -> SuccessRule:
@@ -127,6 +141,6 @@ def success_rule(task: Task | None, reward_threshold: float | None, success_retu
     elif threshold is not None:
         by_return = f"the episode's return is at least {threshold:g}"
     else:
-        by_return = "the episode's return is above 0"
+        by_return = "undefined, and returns are reported (--success_return defines it)"
     sentence = f"info['is_success'] or info['success'] where the environment gives one, else {by_return}"
     return SuccessRule(sentence, threshold, needs_termination, True)

@@ -54,7 +54,7 @@ class StepResult(NamedTuple):
     rewards: np.ndarray  # (N,) float64
     terminated: np.ndarray  # (N,) bool
     truncated: np.ndarray  # (N,) bool
-    success: np.ndarray  # (N,) bool, False where no episode ended
+    success: np.ndarray  # (N,) int8: 1 success, 0 none or no episode ended, -1 ended and nobody says what a success is
 
 
 def episode_seed(seed: int, split: int, slot: int, episode: int) -> int:
@@ -239,7 +239,7 @@ class EpisodeVectorEnv:
         for past, action in zip(self._actions, actions.tolist(), strict=True):
             past.append(action)
         self._ended = terminated | truncated
-        success = infos["success"] if "success" in infos else np.zeros(self.num_envs, bool)
+        success = np.asarray(infos.get("success", np.zeros(self.num_envs)), np.int8)
         self.observations = Observations(seen["image"].copy(), seen["instruction"])
         for slot in range(self.num_envs):
             paid = (rewards[slot], terminated[slot], truncated[slot])
@@ -462,7 +462,7 @@ class EpisodeVectorEnv:
 
 
 class _SuccessInInfo(gym.Wrapper):
-    """Reduces `info` to `{"success": bool}` at the end of an episode.
+    """Reduces `info` to `{"success": 1, 0 or -1}` at the end of an episode, as `StepResult` has it.
 
     `SyncVectorEnv` merges every key of every `info` into arrays: that fails where an array changes its shape, and
     takes time for keys that nobody reads.
@@ -486,7 +486,7 @@ class _SuccessInInfo(gym.Wrapper):
         if not (terminated or truncated):
             return observation, float(reward), terminated, truncated, {}
         success = self._success(self._return, terminated, info)
-        return observation, float(reward), terminated, truncated, {"success": success}
+        return observation, float(reward), terminated, truncated, {"success": -1 if success is None else int(success)}
 
 
 def held_out_seeds(count: int, seed: int = 0) -> list[int]:

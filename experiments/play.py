@@ -169,7 +169,7 @@ def play(env: EpisodeVectorEnv, window: Window, seeds: Iterator[int], record: Ca
             observations, ended = result.observations, bool(result.terminated[0] | result.truncated[0])
         record(Recording(seed, tuple(actions), "the window"))
         count += 1
-        how = "success" if result.success[0] else "no success"
+        how = {1: "success", 0: "no success"}.get(int(result.success[0]), "ended")
         keys = "Enter: next, Backspace: again, Escape: end"
         window.show(observations, f"{how}, {_score(env)}, recorded\n{keys}")
         while (key := window.wait()) not in (*window.next_keys, window.again_key):

@@ -5,6 +5,7 @@ Whatever the library raises becomes one sentence (`refusal`): custom code, a pac
 """
 
 import contextlib
+import difflib
 import importlib.util
 import json
 import os
@@ -25,6 +26,15 @@ from manako.errors import full_text
 from manako.policies.errors import PolicyError
 
 FILE_ENDS = (".txt", ".json", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".zip")
+OWN_FOLDERS = (
+    "runs",
+    "run",
+    "checkpoints",
+    "data",
+    "output",
+    "outputs",
+)  # first parts of what lies here, not on the Hub
+OF_A_RUN = re.compile(r"^final$|^checkpoint-\d+$|-seed\d+-\d{8}-\d{6}$")  # what runs name folders
 LFS = b"version https://git-lfs"
 READ = (".json", ".jinja", ".safetensors", ".model")  # files that the library reads
 OBJECTS = re.compile(r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json")
@@ -84,6 +94,7 @@ def check_name(name: str, places: str) -> None:
             return
         is_path = name.startswith(("/", ".", "~")) or name.lower().endswith(FILE_ENDS)
         is_path = is_path or os.path.lexists(path.parts[0] if path.parts else "")
+        is_path = is_path or (bool(path.parts) and (path.parts[0] in OWN_FOLDERS or bool(OF_A_RUN.search(path.name))))
         is_file = path.is_file()
     except (OSError, ValueError) as error:  # too long, not allowed, a null character
         reason = getattr(error, "strerror", None) or error
@@ -94,7 +105,26 @@ def check_name(name: str, places: str) -> None:
         huggingface_hub.utils.validate_repo_id(name)
         if not is_path:
             return
-    raise PolicyError(f"There is no folder {shown}: {places}.")
+    raise PolicyError(f"There is no folder {shown}{_nearby(path) if len(name) < 100 else ''}: {places}.")
+
+
+def _nearby(path: Path) -> str:
+    """What there is in place of a folder, in words: the one most alike beside it, or some that are there."""
+    there = next(parent for parent in (path.parent, *path.parents, Path()) if parent.is_dir())
+    wanted = next(iter(path.parts[len(there.parts) :]), None)
+    if wanted is None:
+        return ""
+    try:
+        found = sorted(each.name for each in there.iterdir() if each.is_dir() and not each.name.startswith("."))
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(wanted, found, 1)
+    if near:
+        return f" (did you mean {str(there / near[0])!r}?)"
+    if there == Path():
+        return f" (no {wanted!r} in {Path.cwd()})"
+    newest = f"{', '.join(found[-3:])}" + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return f" ({there} has {newest or 'no folders'})"
 
 
 def check_found(name: str, what: str, places: str) -> None:

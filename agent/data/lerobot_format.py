@@ -264,7 +264,7 @@ def _columns(
         "next.reward": column("reward", np.float32),
         "next.done": ended,
         "next.truncated": column("truncated", np.bool_),
-        "next.success": column("success", np.bool_) & ended,
+        "next.success": column("success", np.bool_) & ended,  # the format has no "nobody says": False then
         "manako.action": actions,
         "manako.action_tokens": np.array([[*row, *[-1] * (width - len(row))] for row in tokens], np.int64),
         "manako.logprob": column("logprob", np.float32),

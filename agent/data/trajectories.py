@@ -18,7 +18,7 @@ from PIL import Image as Picture
 
 from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import Record, Rollout
+from manako.agent.rollout import Record, Rollout, verdict
 from manako.errors import full_text
 from manako.policies.interface import Policy
 
@@ -36,7 +36,7 @@ FEATURES = Features(
         "reward": Value("float32"),
         "terminated": Value("bool"),
         "truncated": Value("bool"),
-        "success": Value("bool"),  # of the whole episode, in every row of it
+        "success": Value("bool"),  # of the whole episode, in every row of it; None where nobody says what one is
         "episode_return": Value("float32"),  # likewise
         "expert_action": Value("int64"),  # index, -1 where the env has no expert
         "env_id": Value("string"),
@@ -86,7 +86,7 @@ def to_dataset(
                 ended = bool(rollout.terminated[t, slot] | rollout.truncated[t, slot])
                 whole = ended and len(episode) == int(record.steps[t, slot]) + 1  # seen from its beginning
                 if whole and (quota is None or count - before < quota[slot]):
-                    last = bool(record.success[t, slot])
+                    last = verdict(int(record.success[t, slot]))
                     total = sum(float(rollouts[n].rewards[at, slot]) for n, at in episode)
                     for n, at in episode:
                         row = _row(rollouts[n], at, slot, policy, *rows_of_actions[n])
@@ -159,9 +159,14 @@ def _png(frame: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def episode_success(dataset: Dataset) -> list[bool]:
-    """Returns whether each episode was a success, in order."""
+def episode_success(dataset: Dataset) -> list[bool | None]:
+    """Returns whether each episode was a success, in order; None where nobody says what one is."""
     return [won for won, step in zip(dataset["success"], dataset["step"], strict=True) if step == 0]
+
+
+def episode_returns(dataset: Dataset) -> list[float]:
+    """Returns each episode's return, in order."""
+    return [paid for paid, step in zip(dataset["episode_return"], dataset["step"], strict=True) if step == 0]
 
 
 def save_trajectories(dataset: Dataset, folder: Path) -> None:

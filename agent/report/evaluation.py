@@ -17,7 +17,7 @@ from manako.agent.interfaces import NOT_FIXED, EvaluationEnv, Shown, ask
 from manako.agent.report.figures import RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
-from manako.agent.rollout import Episode
+from manako.agent.rollout import Episode, success_rate, verdict
 from manako.policies.interface import Draws, Policy
 
 Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
@@ -41,12 +41,17 @@ class Evaluation:
     fixed_by_seed: bool
 
     def summary(self) -> dict[str, Any]:
-        """Returns success and mean return with their 95 % intervals, mean length, episodes, starts, what of seeds."""
+        """Returns success and mean return with their 95 % intervals, mean length, episodes, starts, what of seeds.
+
+        Success is None, and so is its interval, where not all episodes were `judged`: the return is the measure then.
+        """
         success = [episode.success for episode in self.episodes]
         returns = [episode.episode_return for episode in self.episodes]
+        rate = success_rate(success)
         return {
-            "success": float(np.mean(success)),
-            "success_ci95": list(wilson_interval(sum(success), len(success))),
+            "success": rate,
+            "success_ci95": None if rate is None else list(wilson_interval(success.count(True), len(success))),
+            "judged": len(success) - success.count(None),
             "return_mean": float(np.mean(returns)),
             "return_ci95": list(bootstrap_interval(returns)),
             "length_mean": float(np.mean([episode.length for episode in self.episodes])),
@@ -108,7 +113,7 @@ def evaluate(
                 index = playing[slot]
                 if index is not None:
                     results[index] = Episode(
-                        float(env.episode_returns[slot]), int(env.episode_lengths[slot]), bool(result.success[slot])
+                        float(env.episode_returns[slot]), int(env.episode_lengths[slot]), verdict(result.success[slot])
                     )
                 playing[slot] = index = waiting.pop() if waiting else None
                 following.append(seeds[-1 if index is None else index])
@@ -214,7 +219,7 @@ def record_episodes(
     probabilities: list[list[np.ndarray]] = [[] for _ in slots]
     actions: list[list[int]] = [[] for _ in slots]
     rewards: list[list[float]] = [[] for _ in slots]
-    success = [False] * env.num_envs
+    success: list[bool | None] = [False] * env.num_envs
     going = set(slots)
     draws = Draws([])  # greedy actions ask for none
     with policy.frozen_weights():
@@ -233,7 +238,7 @@ def record_episodes(
                 actions[slot].append(int(acted.to_env[slot]))
                 rewards[slot].append(float(result.rewards[slot]))
                 if ended[slot]:
-                    success[slot] = bool(result.success[slot])
+                    success[slot] = verdict(result.success[slot])
                     going.discard(slot)
             if not going:
                 break

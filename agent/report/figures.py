@@ -37,7 +37,7 @@ class RecordedEpisode(NamedTuple):
     probabilities: np.ndarray  # (T, A)
     actions: Sequence[int] | np.ndarray  # T, in 0 .. A - 1
     rewards: Sequence[float] | np.ndarray  # T
-    success: bool
+    success: bool | None  # None: nobody says what a success is
 
 
 # ------------------------------------------------------------------------------------------------- learning curve
@@ -68,6 +68,7 @@ def learning_curve(
         path: the PNG to write; its parents are made.
         title: above the panels.
         baselines: name -> (success rate, (low, high)) of other policies, such as the random one: a line and a band.
+            Where no row has a success rate, they are mean returns, and so is the panel that they are drawn in.
 
     Raises:
         TrainingError: no row has `env_steps`.
@@ -84,7 +85,9 @@ def learning_curve(
     drawn = [key for key in COLORS if _series(rows, key)[0]]
     has_return = "episode_return" in drawn
     health = [key for key in ("entropy", "explained_variance", "approx_kl") if key in drawn]
-    panels = ["success", *(["return"] if has_return else []), *(["updates"] if health else [])]
+    panels = [*(["return"] if has_return else []), *(["updates"] if health else [])]
+    if "success_rate" in drawn or not has_return:
+        panels = ["success", *panels]
 
     figure = Figure(figsize=(4.6 * len(panels), 4.0), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -98,20 +101,20 @@ def learning_curve(
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
 
-    ax = axes["success"]
-    ax.set_ylabel("successful episodes (%)")
-    ax.set_ylim(-0.03, 1.03)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    draw_series(ax, rows, "success_rate", "policy")
+    if "success" in axes:
+        axes["success"].set_ylabel("successful episodes (%)")
+        axes["success"].set_ylim(-0.03, 1.03)
+        axes["success"].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        draw_series(axes["success"], rows, "success_rate", "policy")
+    if has_return:
+        axes["return"].set_ylabel("mean episode return (reward units)")
+        draw_series(axes["return"], rows, "episode_return", "policy")
+    ax = axes[panels[0]]  # the measure
     for index, (name, (rate, (low, high))) in enumerate((baselines or {}).items()):
         color = _BASELINE_COLORS[index % len(_BASELINE_COLORS)]
         ax.axhspan(low, high, color=color, alpha=0.15, linewidth=0)
         ax.axhline(rate, color=color, linestyle="--", linewidth=1.2, label=name)
     _legend(ax)
-
-    if has_return:
-        axes["return"].set_ylabel("mean episode return (reward units)")
-        draw_series(axes["return"], rows, "episode_return", "policy")
 
     if health:
         ax = axes["updates"]
@@ -143,7 +146,11 @@ def learning_curve(
 
 
 def success_chart(
-    rows: Sequence[tuple[str, float, Interval]], path: Path | str, title: str, baseline: tuple[float, Interval] | None
+    rows: Sequence[tuple[str, float, Interval]],
+    path: Path | str,
+    title: str,
+    baseline: tuple[float, Interval] | None,
+    returns: bool = False,
 ) -> None:
     """Draws success with its interval, a line a row, in the order of the rows.
 
@@ -152,6 +159,7 @@ def success_chart(
         path: the PNG to write; its parents are made.
         title: above it.
         baseline: of the random policy: a line and a band.
+        returns: these are mean returns, and no successes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -171,9 +179,12 @@ def success_chart(
         ax.axvline(rate, color=_BASELINE_COLORS[0], linestyle="--", linewidth=1.2, label="random policy")
         _legend(ax)
     ax.set_yticks(places, [name for name, _, _ in rows], fontsize=8)
-    ax.set_xlim(-0.03, 1.03)
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    ax.set_xlabel("successful episodes (%), 95 % interval")
+    if returns:
+        ax.set_xlabel("mean episode return (reward units), 95 % interval")
+    else:
+        ax.set_xlim(-0.03, 1.03)
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        ax.set_xlabel("successful episodes (%), 95 % interval")
     ax.grid(color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -355,6 +366,8 @@ def _picture(
     paid = float(np.sum(episode.rewards[: t + 1]))
     if t == len(episode.actions):
         label, color = ("success", _SUCCESS_COLOR) if episode.success else ("failure", _FAILURE_COLOR)
+        if episode.success is None:
+            label, color = f"return {paid:.1f}", _TAKEN_COLOR
         draw.rectangle((left, bars_top, right, bars_top + _BANNER), fill=color)
         draw.text(((left + right) // 2, bars_top + _BANNER // 2), label, fill=_PAPER, font=large, anchor="mm")
         draw.rectangle((x - 4, y - 4, x + shown_width + 3, y + shown_height + 3), outline=color, width=4)

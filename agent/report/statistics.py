@@ -110,3 +110,31 @@ def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
     n = better + worse
     tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def paired_permutation(one: Sequence[float], other: Sequence[float], resamples: int = 10_000, seed: int = 0) -> float:
+    """Returns the p-value of equal mean returns: the two-sided sign-flip test of two policies on the same episodes.
+
+    Under equality each episode's difference is as likely of the other sign (Fisher 1935). All 2^n ways of signs are
+    counted where they are no more than `resamples`; else as many are drawn, and the one that came is one more.
+
+    Args:
+        one: return of each episode.
+        other: of the other policy, in the same order.
+        resamples: how many ways are drawn.
+        seed: of the draws.
+
+    Raises:
+        TrainingError: unequal numbers of episodes, none, or a return that is not finite.
+    """
+    if len(one) != len(other):
+        raise TrainingError(f"{len(one)} and {len(other)} episodes came: expected the same ones for both policies.")
+    differences = _sample(one) - _sample(other)
+    n = len(differences)
+    if 2**n <= resamples:
+        ways, came = (np.arange(2**n)[:, None] >> np.arange(n)) & 1, 0  # (2^n, n)
+    else:
+        ways, came = np.random.default_rng(seed).integers(2, size=(resamples, n)), 1
+    sums = np.abs((2 * ways - 1) @ differences)
+    least = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()  # equal but for rounding counts as equal
+    return float((came + (sums >= least).sum()) / (came + len(ways)))

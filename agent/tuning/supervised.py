@@ -89,6 +89,11 @@ def _next_frames(rows: Dataset) -> list[bytes | None]:
 
 
 def _successful(trajectories: Dataset, only_success: bool) -> Dataset:
+    if only_success and None in trajectories["success"]:
+        raise TrainingError(
+            "--only_success needs to know what a success is, and nobody said it for all episodes of this dataset: "
+            "collect it with --success_return, or leave --only_success out."
+        )
     rows = trajectories.filter(lambda success: success, input_columns="success") if only_success else trajectories
     if len(rows) == 0:
         raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")

@@ -31,7 +31,7 @@ class Played(NamedTuple):
     rewards: np.ndarray  # (n,)
     terminated: np.ndarray  # (n,) bool
     truncated: np.ndarray  # (n,) bool
-    success: np.ndarray  # (n,) bool
+    success: np.ndarray  # (n,) int8, see `Stepped`
     returns: np.ndarray  # (n,) of the episodes that the step belonged to
     lengths: np.ndarray  # (n,)
     seeds: np.ndarray  # (n,) int64

@@ -79,7 +79,7 @@ def train_ours(command: PPOCommand, seeds: list[int], every: int, judge: Judge) 
                 return
             self.seconds += time.perf_counter() - self.resumed
             played = evaluate(policy, held_out, seeds).episodes
-            success = sum(episode.success for episode in played) / len(played)
+            success = sum(episode.success is True for episode in played) / len(played)
             control.should_training_stop |= judge(trainer.iteration * trainer.num_samples, self.seconds, success)
             self.resumed = time.perf_counter()
 

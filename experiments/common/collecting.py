@@ -16,13 +16,14 @@ from manako.agent.backends import make_rollouts
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
 from manako.agent.data.recordings import Recording, split_over_slots
-from manako.agent.data.trajectories import episode_success, save_trajectories, to_dataset
+from manako.agent.data.trajectories import episode_returns, episode_success, save_trajectories, to_dataset
 from manako.agent.interfaces import NOT_FIXED, Rollouts
 from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import knows_expert, make_segment, make_vector_env
+from manako.experiments.common.outcomes import outcome_in_words
 from manako.experiments.common.settings import CollectCommand, DPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Policy
@@ -72,8 +73,9 @@ def _collect(
     save_trajectories(dataset, Path(str(run.output)))
     success = episode_success(dataset)
     print(
-        f"{len(success):,} episodes, {len(dataset):,} steps of {named[run.player]} on {environment.env}: success "
-        f"{sum(success) / len(success):.1%}; written to {run.output} in {time.perf_counter() - started:.0f} s"
+        f"{len(success):,} episodes, {len(dataset):,} steps of {named[run.player]} on {environment.env}: "
+        f"{outcome_in_words(success, episode_returns(dataset))}; written to {run.output} in "
+        f"{time.perf_counter() - started:.0f} s"
     )
     return 0
 

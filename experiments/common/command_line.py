@@ -27,6 +27,78 @@ import yaml
 from manako.errors import ManakoError, full_text
 
 Command = TypeVar("Command")
+# what other frameworks call a setting: the first of the names that a runner has is the one meant
+ELSEWHERE = {
+    "lr": ("learning_rate",),
+    "adapter_lr": ("adapter_learning_rate",),
+    "lr_scheduler": ("lr_scheduler_type",),
+    "batch": ("batch_size", "minibatch_size"),
+    "batch_size": ("batch_size", "minibatch_size"),
+    "mini_batch_size": ("minibatch_size", "batch_size"),
+    "per_device_train_batch_size": ("batch_size", "minibatch_size"),
+    "accumulation_steps": ("gradient_accumulation_steps",),
+    "n_envs": ("num_envs",),
+    "envs": ("num_envs",),
+    "env_id": ("env",),
+    "env_name": ("env",),
+    "environment": ("env",),
+    "gym_id": ("env",),
+    "task": ("env",),
+    "make_kwargs": ("env_kwargs",),
+    "timesteps": ("total_steps",),
+    "total_timesteps": ("total_steps",),
+    "max_steps": ("total_steps",),
+    "steps": ("total_steps", "num_steps"),
+    "n_steps": ("num_steps",),
+    "rollout_length": ("num_steps",),
+    "horizon": ("num_steps",),
+    "update_epochs": ("num_ppo_epochs",),
+    "n_epochs": ("num_ppo_epochs", "epochs"),
+    "epochs": ("epochs", "num_ppo_epochs"),
+    "num_epochs": ("epochs", "num_ppo_epochs"),
+    "num_train_epochs": ("epochs", "num_ppo_epochs"),
+    "entropy_coef": ("ent_coef",),
+    "value_coef": ("vf_coef",),
+    "clip": ("clip_range",),
+    "clip_coef": ("clip_range",),
+    "clip_epsilon": ("clip_range",),
+    "discount": ("gamma",),
+    "lam": ("gae_lambda",),
+    "lambda": ("gae_lambda",),
+    "grad_clip": ("max_grad_norm",),
+    "kl_target": ("target_kl",),
+    "model": ("policy", "models"),
+    "model_path": ("policy",),
+    "model_name": ("policy",),
+    "model_name_or_path": ("policy",),
+    "checkpoint": ("policy",),
+    "agent": ("policy",),
+    "encoder": ("vision_encoder",),
+    "llm": ("language_model",),
+    "lm": ("language_model",),
+    "rank": ("lora_rank",),
+    "lora_r": ("lora_rank",),
+    "peft": ("trainable",),
+    "workers": ("num_workers",),
+    "n_workers": ("num_workers",),
+    "backend": ("rollout_backend",),
+    "threads": ("torch_threads",),
+    "n_episodes": ("episodes", "eval_episodes"),
+    "n_eval_episodes": ("eval_episodes", "episodes"),
+    "num_episodes": ("episodes", "eval_episodes"),
+    "out": ("output", "output_dir"),
+    "output": ("output", "output_dir"),
+    "output_dir": ("output_dir", "output"),
+    "save_dir": ("output_dir", "output"),
+    "log_dir": ("output_dir", "output"),
+    "logdir": ("output_dir", "output"),
+    "data": ("dataset",),
+    "dataset_name": ("dataset",),
+    "random_seed": ("seed",),
+    "save_freq": ("save_every",),
+    "success_threshold": ("success_return",),
+    "prompt": ("instruction",),
+}
 EXAMPLE = "expected sections with settings, such as 'environment:' and below it '  num_envs: 64'"
 
 
@@ -410,10 +482,32 @@ def _refuse_unknown_flags(parser: _Parser, known: Mapping[str, Known], words: Se
             raise UsageError(
                 f"There is no flag {name}: {setting.name} stands in the section {setting.section} of a --config file."
             )
-        near = difflib.get_close_matches(name, sorted(flags), 1)
+        near = nearest(name, [flag[2:] for flag in sorted(flags) if flag.startswith("--")])
+        if near is None and (meant := nearest(name, [*known])) is not None and known[meant].only_in_file:
+            raise UsageError(
+                f"There is no flag {name}; {meant} stands in the section {known[meant].section} of a --config file."
+            )
         raise UsageError(
-            f"There is no flag {name}" + (f", did you mean {near[0]}?" if near else "; --help lists the flags.")
+            f"There is no flag {name}" + (f", did you mean --{near}?" if near else "; --help lists the flags.")
         )
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Returns which of `names` was probably meant, None where none is near.
+
+    In this order: the same word spelled otherwise (`--Total-Steps`), another framework's word for it (`--lr`), the only
+    name that begins so (`--adv`), and the name that shares most letters in their order.
+    """
+    word = name.lstrip("-").replace("-", "_").lower()
+    if word in names:
+        return word
+    for meant in ELSEWHERE.get(word, ()):
+        if meant in names:
+            return meant
+    begun = [each for each in names if word and each.startswith(word)]
+    if len(begun) == 1:
+        return begun[0]
+    return next(iter(difflib.get_close_matches(word, names, 1)), None)
 
 
 def _no_section(part: str, names: Sequence[str], known: Mapping[str, Known]) -> str:
@@ -431,8 +525,13 @@ def _hint(key: str, part: str, known: Mapping[str, Known]) -> str:
     if key in known:
         return f": it belongs in the section {known[key].section}."
     own = [setting.name for setting in known.values() if setting.section == part]
-    near = difflib.get_close_matches(key, own, 1)
-    return f", did you mean {near[0]!r}?" if near else ": --help lists the settings."
+    near = nearest(key, own)
+    if near is not None:
+        return f", did you mean {near!r}?"
+    elsewhere = nearest(key, [*known])
+    if elsewhere is not None:
+        return f", did you mean {elsewhere!r} in the section {known[elsewhere].section}?"
+    return ": --help lists the settings."
 
 
 def _read(setting: Known, text: str) -> Any:

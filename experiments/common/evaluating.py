@@ -8,7 +8,7 @@ from manako.agent.report.evaluation import evaluate_all
 from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.environments import make_vector_env
-from manako.experiments.common.progress import plain_console, print_table
+from manako.experiments.common.progress import RowsDone, plain_console, print_table
 from manako.experiments.common.results import write_gif
 from manako.experiments.common.settings import EvaluateCommand
 
@@ -32,7 +32,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
             env,
             held_out_seeds(run.episodes, run.seed),
             run.sample,
-            done=lambda row, result: console.print(f"{row.replace('_', ' ')}: {result.summary()['success']:.1%}"),
+            done=RowsDone(console, run.episodes),
         )
     summary = {row: evaluation.summary() for row, evaluation in evaluations.items()}
     print_table(console, summary, f"{name} on {environment.env}, held-out seeds of seed {run.seed}")

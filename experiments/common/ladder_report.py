@@ -7,18 +7,19 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from manako.agent.data.trajectories import episode_success, load_trajectories
+from manako.agent.data.trajectories import episode_returns, episode_success, load_trajectories
 from manako.agent.interfaces import NOT_FIXED
 from manako.agent.report.evaluation import evaluate, expert_agreement
 from manako.agent.report.figures import success_chart
-from manako.agent.report.statistics import mcnemar
+from manako.agent.report.statistics import mcnemar, paired_permutation
+from manako.agent.rollout import success_rate
 from manako.agent.tuning.forgetting import measure_retention
 from manako.envs import held_out_seeds
 from manako.envs.settings import EnvSettings
@@ -26,6 +27,7 @@ from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.command_line import build, checked_sections
 from manako.experiments.common.environments import knows_expert, make_vector_env
 from manako.experiments.common.ladder_table import TABLE
+from manako.experiments.common.outcomes import measure_of, outcome_in_words, warnings_of
 from manako.experiments.common.progress import episodes_in_words, plain_console
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import OF_PRESETS, PPOCommand
@@ -62,7 +64,8 @@ def evaluate_ladder(
     seeds = held_out_seeds(episodes, seed)
     trained = {name: step for name, step in done.items() if step["runner"] != "collect"}
     rows: list[dict[str, Any]] = []
-    success: dict[str, list[bool]] = {}
+    success: dict[str, list[bool | None]] = {}
+    returns: dict[str, list[float]] = {}
     for name in (START, *trained):
         if name != START:
             final = folder / name / "final"
@@ -75,6 +78,7 @@ def evaluate_ladder(
             if name == START:
                 random = evaluate(policy, env, seeds, "random").summary()
         success[name] = [episode.success for episode in evaluation.episodes]
+        returns[name] = [episode.episode_return for episode in evaluation.episodes]
         learned = 0
         if name != START:
             of_head = policy.value_head.parameters() if trained[name]["runner"] == "ppo" else ()
@@ -93,8 +97,10 @@ def evaluate_ladder(
                 **measure_retention(policy).summary(),
             }
         )
+    measure = measure_of({"random": random, **{row["step"]: row for row in rows}})
     result = {
         "env": environment.env,
+        "measure": measure,
         "seeds": seeds,
         "sampled_actions": sample,
         "demonstrations": {
@@ -104,8 +110,11 @@ def evaluate_ladder(
         },
         "random": random,
         "steps": rows,
-        "comparisons": compare_steps(success, paired=all(row["fixed_by_seed"] for row in rows)),
+        "comparisons": compare_steps(
+            success if measure == "success" else returns, measure, all(row["fixed_by_seed"] for row in rows)
+        ),
         "success": success,
+        "returns": returns,
     }
     file = folder / ("report_sampled.json" if sample else "report.json")
     write_text(file, json.dumps(result, indent=2))
@@ -113,10 +122,11 @@ def evaluate_ladder(
     charts = [file.with_suffix(".png"), *([Path(table).with_suffix(".png")] if table else [])]
     for chart in charts:
         success_chart(
-            [(row["step"], row["success"], tuple(row["success_ci95"])) for row in rows],
+            [(row["step"], *_measured(row, measure)) for row in rows],
             chart,
             f"{environment.env}, {episodes_in_words(rows[0]['episodes'], rows[0]['starts'])}",
-            (random["success"], tuple(random["success_ci95"])),
+            _measured(random, measure),
+            returns=measure == "return",
         )
     if table:
         TABLE.write(Path(table), table_rows(result))
@@ -148,7 +158,8 @@ def milliseconds_a_frame(environment: EnvSettings, policy: VLMPolicy, seed: int)
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
     """Returns a Markdown row a step, the random policy first."""
-    rows = [["random policy", "", "", "", "", _with_interval(result["random"]), "", "", "", ""]]
+    measure = result["measure"]
+    rows = [["random policy", "", "", "", "", _in_words(result["random"], measure), "", "", "", ""]]
     for row in result["steps"]:
         agreement, controls = row["expert_agreement"], row["controls"]
         rows.append(
@@ -158,7 +169,7 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
                 f"{row['parameters']:,}",
                 f"{row['trained_parameters']:,}" if row["trained_parameters"] else "",
                 "" if agreement is None else f"{agreement['share']:.1%}",
-                _with_interval(row),
+                _in_words(row, measure),
                 *(f"{controls[name]:.1%}" if name in controls else "" for name in CONTROLS),
                 f"{row['seconds'] / 60:.1f}" if row["seconds"] else "",
                 f"{row['milliseconds_a_frame']:.2f}",
@@ -167,35 +178,53 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _with_interval(row: dict[str, Any]) -> str:
-    low, high = row["success_ci95"]
-    return f"{row['success']:.1%} [{low:.1%}, {high:.1%}]"
+def _measured(row: dict[str, Any], measure: str) -> tuple[float, tuple[float, float]]:
+    """A row's success or mean return, with its interval."""
+    low, high = row[f"{measure}_ci95"]
+    return row["success" if measure == "success" else "return_mean"], (low, high)
+
+
+def _with_interval(row: dict[str, Any], measure: str) -> str:
+    value, (low, high) = _measured(row, measure)
+    if measure == "return":
+        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _in_words(row: dict[str, Any], measure: str) -> str:
+    """The cell of a column whose heading speaks of success."""
+    return ("return " if measure == "return" else "") + _with_interval(row, measure)
 
 
 def _controls(step: Path) -> dict[str, float]:
     """Success of a step's controls, where it was evaluated."""
     file = step / "evaluation.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
-    return {name: found[name]["success"] for name in CONTROLS if name in found}
+    return {name: found[name]["success"] for name in CONTROLS if name in found and found[name]["success"] is not None}
 
 
-def compare_steps(success: dict[str, list[bool]], paired: bool = True) -> list[dict[str, Any]]:
+def compare_steps(
+    outcomes: Mapping[str, Sequence[Any]], measure: str = "success", paired: bool = True
+) -> list[dict[str, Any]]:
     """Compares every step with every one before it, in pairs of the same episodes.
 
     Args:
-        success: of each step's episodes, in the order of the steps.
+        outcomes: of each step's episodes, in the order of the steps: success, or the return.
+        measure: which of them, `success` or `return`.
         paired: whether these are the same episodes for all steps.
 
     Returns:
-        A row a pair: the two, the difference in success, and McNemar's p; None where the episodes are no pairs.
+        A row a pair: the two, the difference in the mean, and p, by `mcnemar` or, of returns, `paired_permutation`;
+        None where the episodes are no pairs.
     """
-    names = list(success)
+    names = list(outcomes)
+    test = mcnemar if measure == "success" else paired_permutation
     return [
         {
             "step": name,
             "against": other,
-            "difference": (sum(success[name]) - sum(success[other])) / len(success[name]),
-            "p": mcnemar(success[other], success[name]) if paired else None,
+            "difference": (sum(outcomes[name]) - sum(outcomes[other])) / len(outcomes[name]),
+            "p": test(outcomes[other], outcomes[name]) if paired else None,
         }
         for number, name in enumerate(names)
         for other in names[:number]
@@ -210,7 +239,8 @@ def _demonstrations(folder: Path) -> dict[str, Any]:
         "player": about["player"],
         "episodes": len(success),
         "steps": len(dataset),
-        "success": sum(success) / len(success),
+        "success": success_rate(success),
+        "outcome": outcome_in_words(success, episode_returns(dataset)),
     }
 
 
@@ -220,25 +250,24 @@ def print_report(result: dict[str, Any], file: Path) -> None:
     console.width = max(console.width, 120)
     for name, data in result["demonstrations"].items():
         console.print(
-            f"{name}: {data['episodes']:,} episodes, {data['steps']:,} steps of {data['player']}, success "
-            f"{data['success']:.1%}"
+            f"{name}: {data['episodes']:,} episodes, {data['steps']:,} steps of {data['player']}, {data['outcome']}"
         )
-    rows = result["steps"]
+    rows, measure = result["steps"], result["measure"]
     episodes = episodes_in_words(rows[0]["episodes"], rows[0]["starts"])
     how = "sampled" if result["sampled_actions"] else "likeliest"
     table = Table(
         title=f"{result['env']}, {episodes}, held-out seeds, {how} actions", title_justify="left", box=box.SIMPLE
     )
-    columns = ("step", "from", "success [95 %]", "blank", "other text", "as expert", "seconds", "params", "trained")
+    columns = ("step", "from", f"{measure} [95 %]", "blank", "other text", "as expert", "seconds", "params", "trained")
     for column in (*columns, "ms/frame", "perplexity", "questions"):
         table.add_column(column, justify="left" if column in ("step", "from") else "right", no_wrap=True)
-    table.add_row("random policy", "", _with_interval(result["random"]))
+    table.add_row("random policy", "", _with_interval(result["random"], measure))
     for row in rows:
         agreement, controls = row["expert_agreement"], row["controls"]
         table.add_row(
             row["step"],
             row["from"] or "",
-            _with_interval(row),
+            _with_interval(row, measure),
             *(f"{controls[name]:.0%}" if name in controls else "" for name in CONTROLS),
             "" if agreement is None else f"{agreement['share']:.0%}",
             f"{row['seconds']:.0f}",
@@ -255,10 +284,14 @@ def print_report(result: dict[str, Any], file: Path) -> None:
             came_from = {row["step"]: row["from"] for row in rows}
             pairs = [pair for pair in pairs if pair["against"] == came_from[pair["step"]]]
         for pair in pairs:
+            by = f"{100 * pair['difference']:+.1f} points" if measure == "success" else f"{pair['difference']:+.2f}"
             p = "" if pair["p"] is None else f", p = {pair['p']:.2g}"
-            console.print(f"{pair['step']} against {pair['against']}: {100 * pair['difference']:+.1f} points{p}")
+            console.print(f"{pair['step']} against {pair['against']}: {by}{p}")
         if any(pair["p"] is None for pair in pairs):
             console.print(f"no p: {NOT_FIXED}, so no two steps played the same ones")
         else:
-            console.print("p: exact McNemar test on the same episodes, two-sided")
+            test = "exact McNemar test" if measure == "success" else "sign-flip permutation test of the returns"
+            console.print(f"p: {test} on the same episodes, two-sided")
+    for warning in warnings_of({"random": result["random"], **{row["step"]: row for row in rows}}):
+        console.print(warning)
     console.print(f"written to {file}")

@@ -123,11 +123,15 @@ def _finish(
     write_final(policy, run_dir)  # unless a former start wrote it and was stopped in what follows
     summary = evaluate_run(command, policy, run_dir, command.environment.num_envs)
     random = summary["random"]
+    measure = "return_mean" if any(row["success"] is None for row in summary.values()) else "success"
+    if measure == "return_mean":  # of the episodes that were judged, no rate is drawn
+        rows = [{**row, "success_rate": None} for row in rows]
+    interval = random["return_ci95" if measure == "return_mean" else "success_ci95"]
     learning_curve(
         rows,
         run_dir / "learning_curve.png",
         f"{command.policy.policy} on {command.environment.env}, seed {command.run.seed}",
-        baselines={"random policy": (random["success"], tuple(random["success_ci95"]))},
+        baselines={"random policy": (random[measure], tuple(interval))},
     )
     write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
     progress.print_evaluation(summary)

@@ -12,8 +12,10 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from manako.agent.interfaces import GIVEN_UP, NOT_FIXED
+from manako.agent.report.evaluation import CONDITIONS, Evaluation
 from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
+from manako.experiments.common.outcomes import measure_of, outcome_in_words, warnings_of
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy, parameter_table
 from manako.policies.sensitivity import Sensitivity
@@ -125,7 +127,7 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the live line; the last one stays."""
         self.stop()
-        if self._train_start:
+        if self._train_start and round(state.epoch or 0) >= self.iterations:
             self.console.print(f"trained in {_clock(time.perf_counter() - self._train_start)}; evaluating")
 
     def stop(self) -> None:
@@ -140,6 +142,30 @@ class Progress(TrainerCallback):
         written = sorted(path.name for path in self.run_dir.iterdir() if not path.name.startswith("."))
         self.console.print(f"written to {self.run_dir}: {', '.join(written)}")
         self.console.print(f"{_clock(time.perf_counter() - self.started)} in all")
+
+
+class RowsDone:
+    """Says of an evaluation what it is about to play, and of each row how it went and how long the others will take.
+
+    Args:
+        console: where to.
+        episodes: of a row.
+    """
+
+    def __init__(self, console: Console, episodes: int) -> None:
+        self.console, self.left, self.started = console, len(CONDITIONS), time.perf_counter()
+        self.done = self.steps = 0
+        console.print(f"evaluating   {episodes} held-out episodes for each of {self.left} rows")
+
+    def __call__(self, row: str, result: Evaluation) -> None:
+        """Hears of one row."""
+        played = result.episodes
+        self.done, self.left = self.done + 1, self.left - 1
+        self.steps += sum(episode.length for episode in played)
+        took = time.perf_counter() - self.started
+        outcome = outcome_in_words([each.success for each in played], [each.episode_return for each in played])
+        left = f", about {_clock(took / self.done * self.left)} left" if self.left else ""
+        self.console.print(f"{row.replace('_', ' ')}: {outcome}; {self.steps:,} steps so far, {_clock(took)}{left}")
 
 
 def print_sensitivity(console: Console, state: Sensitivity) -> None:
@@ -172,19 +198,22 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
     first = next(iter(summary.values()))
     episodes = episodes_in_words(first["episodes"], first["starts"])
     table = Table(title=f"{title}, {episodes} a row", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("", "success [95 %]", "return [95 %]", "steps"):
+    judged = measure_of(summary) == "success"
+    for column in ("", *(["success [95 %]"] if judged else []), "return [95 %]", "steps"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in summary.items():
-        (low, high), (return_low, return_high) = row["success_ci95"], row["return_ci95"]
+        return_low, return_high = row["return_ci95"]
         table.add_row(
             name.replace("_", " "),
-            f"{row['success']:.1%} [{low:.1%}, {high:.1%}]",
+            *([f"{row['success']:.1%} [{row['success_ci95'][0]:.1%}, {row['success_ci95'][1]:.1%}]"] if judged else []),
             f"{row['return_mean']:.2f} [{return_low:.2f}, {return_high:.2f}]",
             f"{row['length_mean']:.1f}",
         )
     console.print(table)
     if not first.get("fixed_by_seed", True):
         console.print(f"{NOT_FIXED}: no two rows are of the same ones, and none is held out")
+    for warning in warnings_of(summary):
+        console.print(warning)
 
 
 def episodes_in_words(episodes: int, starts: int) -> str:

@@ -10,6 +10,7 @@ from manako.agent.report import evaluation, figures
 from manako.envs import held_out_seeds
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.progress import RowsDone, plain_console
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import TrainCommand
 from manako.policies import VLMPolicy, save_policy
@@ -37,10 +38,17 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     seeds = held_out_seeds(max(run.eval_episodes, run.gif_episodes), run.seed)
     count = min(num_envs, run.eval_episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
-        rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes])
+        done = RowsDone(plain_console(), run.eval_episodes)
+        rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes], done=done)
     success = {name: [episode.success for episode in result.episodes] for name, result in rows.items()}
+    returns = {name: [episode.episode_return for episode in result.episodes] for name, result in rows.items()}
     fixed_by_seed = all(result.fixed_by_seed for result in rows.values())
-    said = {"seeds": seeds[: run.eval_episodes], "fixed_by_seed": fixed_by_seed, "success": success}
+    said = {
+        "seeds": seeds[: run.eval_episodes],
+        "fixed_by_seed": fixed_by_seed,
+        "success": success,
+        "returns": returns,
+    }
     write_text(run_dir / "episodes.json", json.dumps(said))
     write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
     return {name: result.summary() for name, result in rows.items()}

@@ -15,6 +15,7 @@ from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import UsageError, section
 from manako.policies import PolicySource
 from manako.policies.architectures.presets import PRESETS
+from manako.policies.default_trainable import AUTO
 from manako.settings import setting
 
 GOTO = Path(__file__).resolve().parents[1] / "configs" / "goto.yaml"  # what run_ppo.py trains where nothing is named

@@ -14,7 +14,7 @@ import pytest
 
 from manako import envs
 from manako.envs.observation import InstructionText, VLMObservation, as_frame, is_picture, without_control_characters
-from manako.envs.tasks import success_rule
+from manako.envs.tasks import success_rule, task_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -452,8 +452,10 @@ def test_what_breaks_while_it_is_read_names_its_place():
     ("task", "threshold", "argument", "episode", "expected"),
     [
         # episode: return, terminated, info
-        (None, None, None, (0.1, True, {}), True),
-        (None, None, None, (0.0, True, {}), False),
+        (None, None, None, (0.1, True, {}), None),  # nobody says it
+        (None, None, None, (-20.0, False, {}), None),
+        (None, None, None, (5.0, True, {"success": None}), None),
+        (envs.Task("go", ("left",)), None, None, (1.0, True, {}), None),
         (None, None, None, (5.0, True, {"success": False}), False),
         (None, None, None, (-5.0, True, {"success": np.True_}), True),
         (None, None, None, (5.0, True, {"success": True, "is_success": False}), False),
@@ -474,7 +476,7 @@ def test_success(task, threshold, argument, episode, expected):
 
 
 def test_success_is_said_in_words():
-    assert success_rule(None, None, None).sentence.endswith("else the episode's return is above 0")
+    assert success_rule(None, None, None).sentence.endswith("(--success_return defines it)")
     assert success_rule(None, None, 2).sentence == "the episode's return is at least 2"
     env = envs.make_vlm_env("manako/GoTo-v0", success_return=1.5)
     assert env.success_return == 1.5
@@ -637,3 +639,24 @@ def test_render_mode_goes_only_to_those_who_take_it(plugin_folder):
         envs.make_vlm_env("Blind-v0")
     with pytest.raises(envs.EnvError, match="Deaf-v0 declares the render mode 'rgb_array', .* takes no render_mode"):
         envs.make_vlm_env("Deaf-v0")
+
+
+@pytest.mark.parametrize(
+    ("env_id", "won", "lost"),  # returns
+    [
+        ("MiniGrid-Empty-5x5-v0", 0.1 - 1e-9, 0.0),  # 1 - 0.9 at the limit of steps
+        ("BabyAI-GoToRedBall-v0", 0.955, 0.0),
+        ("MiniGrid-Dynamic-Obstacles-5x5-v0", 0.5, -1.0),
+        ("FrozenLake-v1", 1.0, 0.0),
+        ("Blackjack-v1", 1.5, 0.0),
+        ("CartPole-v1", 500.0, 22.0),
+    ],
+)
+def test_a_task_description_says_what_a_success_is(env_id, won, lost):
+    rule = success_rule(task_of(env_id), None, None)
+    assert rule(won, True, {}) is True and rule(lost, True, {}) is False
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "Mine-v0", "Pendulum-v1"])
+def test_an_id_of_which_nobody_says_it(env_id):
+    assert success_rule(task_of(env_id), None, None)(21.0, True, {}) is None

@@ -21,7 +21,7 @@ def play(env_id, episodes, env_kwargs=None):
     for step in range(1, 300):
         result = env.step(env.expert_actions())
         ended = result.terminated | result.truncated
-        success |= going & result.success
+        success |= going & (result.success == 1)
         lengths[going & ended] = step
         going &= ~ended
         if not going.any():

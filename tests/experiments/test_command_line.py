@@ -6,6 +6,7 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,16 +19,19 @@ from manako.envs.settings import EnvSettings
 from manako.experiments import collect, evaluate, run_dpo, run_ppo, run_sft
 from manako.experiments.common.building import check_bf16, make_trainer_args
 from manako.experiments.common.command_line import (
+    ELSEWHERE,
     UsageError,
     as_sections,
     flat,
     known_settings,
+    nearest,
     parse,
     read_command_line,
     run_main,
 )
-from manako.experiments.common.progress import episodes_in_words, plain_console, print_table
+from manako.experiments.common.progress import Progress, episodes_in_words, plain_console, print_table
 from manako.experiments.common.settings import (
+    CheckModelCommand,
     CollectCommand,
     DPOCommand,
     EvaluateCommand,
@@ -322,7 +326,8 @@ def test_the_results_print_as_they_are():
     console.file = StringIO()
     print_table(console, {"policy": row, "replaced_instruction": row}, "env [red]:smile:")
     text = console.file.getvalue()
-    assert max(map(len, text.splitlines())) <= 80
+    table = [line for line in text.splitlines() if not line.startswith("this measure")]
+    assert max(map(len, table)) <= 80
     assert "env [red]:smile:, 20 episodes a row" in text
     assert episodes_in_words(20, 7) == "20 episodes from 7 starts"
     assert episodes_in_words(20, 1) == "20 episodes from the same start"
@@ -338,3 +343,46 @@ def test_bfloat16_in_software_is_pointed_out(native, monkeypatch, capsys):
     check_bf16(True)
     check_bf16(False)
     assert capsys.readouterr().out.count("no bfloat16 instructions") == (0 if native else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "meant"),
+    [
+        (PPOCommand, "--lr", "learning_rate"),
+        (SFTCommand, "--lr", "learning_rate"),
+        (DPOCommand, "--lr", "learning_rate"),
+        (PPOCommand, "--env_id", "env"),
+        (CollectCommand, "--env-id", "env"),
+        (PPOCommand, "--timesteps", "total_steps"),
+        (PPOCommand, "--Total-Timesteps", "total_steps"),
+        (PPOCommand, "--n_steps", "num_steps"),
+        (PPOCommand, "--batch", "minibatch_size"),
+        (SFTCommand, "--batch", "batch_size"),
+        (SFTCommand, "--num_train_epochs", "epochs"),
+        (PPOCommand, "--epochs", "num_ppo_epochs"),
+        (EvaluateCommand, "--model", "policy"),
+        (EvaluateCommand, "--n_eval_episodes", "episodes"),
+        (PPOCommand, "--n_eval_episodes", "eval_episodes"),
+        (CollectCommand, "--output_dir", "output"),
+        (PPOCommand, "--output", "output_dir"),
+        (PPOCommand, "--gae", "gae_lambda"),  # the only one that begins so
+        (PPOCommand, "--num_enws", "num_envs"),
+        (EvaluateCommand, "--timesteps", None),  # it has none, and nothing is near
+        (PPOCommand, "--zzz", None),
+    ],
+)
+def test_the_flag_that_was_meant(kind, word, meant):
+    assert nearest(word, [*known_settings(kind)]) == meant
+
+
+def test_every_word_of_elsewhere_leads_somewhere():
+    every = {name for kind in (*COMMANDS, CheckModelCommand) for name in known_settings(kind)}
+    assert all(meant in every for names in ELSEWHERE.values() for meant in names)
+
+
+@pytest.mark.parametrize(("ended", "said"), [(3.0, True), (2.0, False), (0.0, False)])
+def test_only_a_training_that_came_to_its_end_is_called_trained(tmp_path, ended, said, capsys):
+    progress = Progress(tmp_path, PPOCommand(), None, iterations=3, samples=1, started=0.0)
+    progress.on_train_begin(None, SimpleNamespace(epoch=None), None)
+    progress.on_train_end(None, SimpleNamespace(epoch=ended), None)
+    assert ("trained in" in capsys.readouterr().out) == said

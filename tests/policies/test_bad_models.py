@@ -395,3 +395,26 @@ def test_runners_end_in_a_sentence(fault, made, tmp_path, monkeypatch, capfd):
     lines = [line for line in written.err.splitlines() if line.strip()]
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
     assert "Traceback" not in written.err + written.out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearby"),
+    [
+        ("runs/typo", "no 'runs' in "),
+        ("data/goto", "no 'data' in "),
+        ("mine/final", "no 'mine' in "),
+        ("mine/checkpoint-20", "no 'mine' in "),
+        ("GoTo-v0-tiny-seed0-20261126-103000", "no 'GoTo-v0-tiny-seed0-20261126-103000' in "),
+        ("made/gotoo", "did you mean 'made/goto'?"),
+        ("made/zzz", "made has goto, lake"),
+        ("maed/goto/final", "did you mean 'made'?"),
+    ],
+)
+def test_the_hub_is_not_asked_for_what_looks_like_a_run(name, nearby, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda *words, **more: asked.append(words) or False)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("goto", "lake"):
+        (tmp_path / "made" / folder).mkdir(parents=True)
+    said = sentence(name)
+    assert f"There is no folder {name!r}" in said and nearby in said and not asked

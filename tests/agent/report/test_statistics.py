@@ -1,10 +1,12 @@
 """Intervals against textbook values and distributions small enough to enumerate."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
 from manako.agent.errors import TrainingError
-from manako.agent.report.statistics import bootstrap_interval, wilson_interval
+from manako.agent.report.statistics import bootstrap_interval, paired_permutation, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,17 @@ def test_bad_settings_are_refused():
         wilson_interval(1, 2, confidence=0)
     with pytest.raises(TrainingError, match="resamples is 0"):
         bootstrap_interval([1.0], resamples=0)
+
+
+def test_paired_permutation_by_hand_and_by_enumeration():
+    assert paired_permutation([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == 0.25  # 2 of the 8 ways of signs
+    assert paired_permutation([1.0, 0.0], [0.0, 1.0]) == 1
+    assert paired_permutation([5.0] * 4, [5.0] * 4) == 1
+    one, other = np.random.default_rng(1).normal([[0.5], [0]], 1, (2, 10))
+    ways = [abs(sum(s * d for s, d in zip(signs, one - other, strict=True))) for signs in product((1, -1), repeat=10)]
+    exact = sum(way >= ways[0] - 1e-12 for way in ways) / 1024
+    assert 0.01 < exact < 0.9
+    assert paired_permutation(one, other) == exact
+    assert paired_permutation(one, other, resamples=1000) == pytest.approx(exact, abs=0.05)  # drawn
+    with pytest.raises(TrainingError, match="expected the same ones"):
+        paired_permutation([1.0], [1.0, 2.0])
