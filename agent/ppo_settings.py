@@ -44,7 +44,7 @@ class PPOSettings:
         only_in_file=True,
         gt=0,
     )
-    vf_coef: float = setting(0.5, "weight of the value loss", only_in_file=True, ge=0)
+    vf_coef: float = setting(0.1, "weight of the value loss", only_in_file=True, ge=0)
     ent_coef: float = setting(0.01, "weight of the entropy bonus", ge=0)
     kl_coef: float = setting(0.0, "weight of KL(policy || start); needs --trainable lora", ge=0)
     target_kl: float | None = setting(None, "an update stops beyond 1.5 times this KL", gt=0)

@@ -16,7 +16,8 @@ LeRobot and without a video encoder: the frames are PNGs inside the parquet file
     next.reward                                 reward
     next.done                                   terminated or truncated
     next.truncated                              truncated
-    next.success                                success, true in the last frame of a successful episode alone
+    next.success                                success, true in the last frame of a successful episode alone;
+                                                left out where nobody says it
     task                                        instruction
     manako.<name>                               action (the index), action_tokens (-1 fills short ones up), logprob,
                                                 value, expert_action, seed, prompt
@@ -264,7 +265,7 @@ def _columns(
         "next.reward": column("reward", np.float32),
         "next.done": ended,
         "next.truncated": column("truncated", np.bool_),
-        "next.success": column("success", np.bool_) & ended,  # the format has no "nobody says": False then
+        **({} if None in dataset["success"][:] else {"next.success": column("success", np.bool_) & ended}),
         "manako.action": actions,
         "manako.action_tokens": np.array([[*row, *[-1] * (width - len(row))] for row in tokens], np.int64),
         "manako.logprob": column("logprob", np.float32),

@@ -21,10 +21,10 @@ LAST = 0.2  # of the training, in which success is told
 
 def paid(env: str, factor: float, render_mode: str | None = None) -> gym.Env:
     """Returns an environment whose rewards are multiplied by `factor`."""
-    return gym.wrappers.TransformReward(gym.make(env, render_mode=render_mode), lambda reward: reward * factor)
+    return gym.wrappers.TransformReward(gym.make(env, render_mode=render_mode), lambda reward: float(reward) * factor)
 
 
-gym.register(PAID, paid)
+gym.register(PAID, "manako.experiments.benchmarks.paying:paid")
 
 
 def compare(given: RewardScaleSettings) -> list[dict[str, Any]]:
