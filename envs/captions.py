@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from manako.envs.attributes import attribute_of
 from manako.envs.errors import EnvError
 
 LAKE = {b"S": "ice", b"F": "ice", b"H": "hole", b"G": "goal"}
@@ -29,8 +30,9 @@ def caption_of(env: gym.Env, env_id: str) -> str:
         EnvError: nobody knows.
     """
     raw: Any = env.unwrapped
-    if hasattr(raw, "caption"):
-        return str(raw.caption())
+    caption = attribute_of(env, "caption")
+    if caption is not None:
+        return str(caption())
     if hasattr(raw, "desc") and hasattr(raw, "s") and hasattr(raw, "ncol"):
         return _frozen_lake(raw.desc, *divmod(int(raw.s), int(raw.ncol)))
     raise EnvError(

@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from manako.envs.attributes import owner_of
 from manako.envs.errors import EnvError
 from manako.errors import type_and_text
 
@@ -30,8 +31,12 @@ def make_expert(env: gym.Env, env_id: str) -> Expert:
         EnvError: there is none for this environment.
     """
     raw: Any = env.unwrapped
-    if hasattr(raw, "expert_action"):
-        return lambda _: int(raw.expert_action())
+    found = owner_of(env, "expert_action")
+    if found is not None:
+        expert = found[0]
+        _check_same_actions(env, expert, env_id)
+        return lambda _: int(expert.expert_action())
+    _check_same_actions(env, raw, env_id)
     if isinstance(getattr(raw, "P", None), dict) and hasattr(raw, "s"):
         policy = _solve(_frozen_table(raw.P))
         return lambda _: int(policy[int(raw.s)])
@@ -41,6 +46,15 @@ def make_expert(env: gym.Env, env_id: str) -> Expert:
         f"{env_id} has no expert: expected an environment with a method expert_action() that returns the action for "
         "its present state, a toy_text one with a table P, or a BabyAI level"
     )
+
+
+def _check_same_actions(env: gym.Env, expert: gym.Env, env_id: str) -> None:
+    """Raises where a wrapper above the expert offers other actions than those that the expert knows."""
+    if env.action_space != expert.action_space:
+        raise EnvError(
+            f"{env_id} has no expert for the actions {env.action_space}: its own knows {expert.action_space}, which a "
+            "wrapper has changed; give that wrapper an expert_action() of its own"
+        )
 
 
 def _babyai(env: gym.Env, env_id: str) -> Expert:

@@ -7,11 +7,11 @@ image         `image_source="observation"` or `"render"` if given. Else ("auto")
               key, where that is a picture: a `Box` of uint8 with bounds 0 and 255, of shape (H, W, 3), (H, W, 1) or
               (H, W), at least 16 pixels on each side. Else `render()`, an rgb_array. The 16 pixels keep symbolic
               grids out: MiniGrid observes (7, 7, 3) uint8 object codes, which no encoder can see.
-instruction   the `instruction` argument; the observation's `mission` or `instruction` key; the attribute
-              `mission` or `instruction` of the unwrapped environment, read again after each reset and step; the
-              task description in `envs/tasks.py`.
-action names  the `action_names` argument; `get_action_meanings()`; an `actions` enum; an `action_names`
-              attribute; the task description.
+instruction   the `instruction` argument; the attribute `mission` or `instruction` of the outermost wrapper that has
+              one; the observation's `mission` or `instruction` key; the attribute of the environment itself; the task
+              description in `envs/tasks.py`. Attributes and keys are read again after each reset and step.
+action names  the `action_names` argument; an `action_names` attribute; `get_action_meanings()`; an `actions` enum; the
+              task description. Of wrappers and the environment the outermost that has one is heard.
 
 Left out: action spaces other than `Discrete` (policies choose from a closed set of names), several pictures in one
 observation, and channel-first pictures (use `image_source="render"`, or transpose them in a wrapper of yours).
@@ -28,6 +28,7 @@ from typing import Any, Literal, NoReturn
 import gymnasium as gym
 import numpy as np
 
+from manako.envs.attributes import attribute_of, owner_of
 from manako.envs.captions import caption_of
 from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
@@ -110,13 +111,13 @@ def resolve_actions(
         )
     n, start = int(space.n), int(space.start)
     task = TASKS.get(env_id)
-    unwrapped = env.unwrapped
-    meanings = getattr(unwrapped, "get_action_meanings", None)
-    actions = getattr(unwrapped, "actions", None)
-    attribute = getattr(unwrapped, "action_names", None)
+    attribute, meanings = attribute_of(env, "action_names"), attribute_of(env, "get_action_meanings")
+    actions = attribute_of(env, "actions")
     names: Iterable[Any]
     if action_names is not None:
         names, source = action_names, "the action_names argument"
+    elif attribute is not None:
+        names, source = attribute, "the 'action_names' attribute"
     elif callable(meanings):
         names, source = meanings(), "get_action_meanings()"
     elif isinstance(actions, enum.EnumMeta):
@@ -128,8 +129,6 @@ def resolve_actions(
                 f"{start + n - 1}: give one member an action, or an 'action_names' attribute"
             )
         names, source = [member.name for member in members], "the 'actions' enum"
-    elif attribute is not None:
-        names, source = attribute, "the 'action_names' attribute"
     elif task is not None and task.action_names is not None:
         names, source = task.action_names, "the task description"
     else:
@@ -239,17 +238,18 @@ def resolve_instruction(
     Raises:
         EnvError: There is none.
     """
-    unwrapped = env.unwrapped
-    task = TASKS.get(env_id)
+    task, said = TASKS.get(env_id), owner_of(env, "mission", "instruction")
     if argument is not None:
         return (lambda _: argument), "the instruction argument"
+    if said is not None and said[0] is not env.unwrapped:
+        wrapper, name = said
+        return functools.partial(_read_attribute, wrapper, name), f"{type(wrapper).__name__}'s {name!r} attribute"
     if isinstance(observation, dict):
         for key in ("mission", "instruction"):
             if key in observation:
                 return operator.itemgetter(key), f"observation[{key!r}]"
-    for name in ("mission", "instruction"):
-        if getattr(unwrapped, name, None) is not None:
-            return functools.partial(_read_attribute, unwrapped, name), f"the {name!r} attribute"
+    if said is not None:
+        return functools.partial(_read_attribute, *said), f"the {said[1]!r} attribute"
     if task is not None and task.instruction is not None:
         text = task.instruction
         return (lambda _: text), "the task description"
@@ -369,7 +369,7 @@ class VLMObservation(gym.Wrapper):
 
     def alternative_instruction(self) -> str | None:
         """Returns another instruction valid now, from the environment's method of this name; None without one."""
-        method = getattr(self.unwrapped, "alternative_instruction", None)
+        method = attribute_of(self.env, "alternative_instruction")
         if method is None:
             return None
         try:

@@ -119,7 +119,10 @@ BAD = {
     "no action names": (changed(action_names=None), "does not name its 3 actions"),
     "too few action names": (changed(action_names=("a", "b")), "has 3 actions, and .* gives 2 names"),
     "equal action names": (changed(action_names=("a", "b", "a")), "a name of its own"),
-    "action names raise": (changed(get_action_meanings=raises), "broke in its action names with RuntimeError"),
+    "action names raise": (
+        changed(action_names=None, get_action_meanings=raises),
+        "broke in its action names with RuntimeError",
+    ),
     "continuous actions": (changed(action_space=gym.spaces.Box(-1, 1, (2,))), "only Discrete spaces can be played"),
     "reset raises": (changed(reset=raises), r"broke in reset\(seed=0\) with RuntimeError: out of order"),
     "reset gives no info": (changed(reset=lambda env, **kwargs: 0), r"returns a value of type int from reset\(\)"),

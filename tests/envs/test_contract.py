@@ -357,16 +357,49 @@ def test_action_name_order(monkeypatch):
         return env.action_names, env.action_names_from
 
     assert names(["c0", "c1"]) == (("c0", "c1"), "the action_names argument")
+    assert names() == (("a0", "a1"), "the 'action_names' attribute")
+    inner.action_names = None
     assert names() == (("M0", "M1"), "get_action_meanings()")
     del inner.get_action_meanings
     assert names() == (("e0", "e1"), "the 'actions' enum")
     del inner.actions
-    assert names() == (("a0", "a1"), "the 'action_names' attribute")
-    inner.action_names = None
     assert names() == (("t0", "t1"), "the task description")
     monkeypatch.delitem(envs.TASKS, "Screen")
     with pytest.raises(envs.EnvError, match="Screen does not name its 2 actions: give them on the command line"):
         names()
+
+
+class Says(gym.Wrapper):
+    """A wrapper with words of its own."""
+
+    def __init__(self, env, **words):
+        super().__init__(env)
+        for name, value in words.items():
+            setattr(self, name, value)
+
+
+def test_a_wrappers_own_words_go_before_those_below_it():
+    inner = Screen(mission="below", action_names=["a0", "a1"], caption=lambda: "below", expert_action=lambda: 0)
+    inner.observe = lambda: {"mission": "key below"}
+    middle = Says(inner, mission="middle", action_names=["m0", "m1"], caption=lambda: "middle")
+    outer = Says(middle, instruction="outer", expert_action=lambda: 1, alternative_instruction=lambda: "another")
+    env = VLMObservation(gym.wrappers.OrderEnforcing(outer))
+    assert env.reset()[0]["instruction"] == "outer" and env.instruction_from == "Says's 'instruction' attribute"
+    assert env.action_names == ("m0", "m1") and env.caption() == "middle" and env.expert()(None) == 1
+    assert env.alternative_instruction() == "another"
+    outer.instruction = "outer, changed"
+    assert env.step(0)[0]["instruction"] == "outer, changed"
+    env = VLMObservation(Says(inner))
+    assert env.reset()[0]["instruction"] == "key below" and env.action_names == ("a0", "a1")
+
+
+def test_an_experts_actions_that_a_wrapper_changed_are_refused():
+    inner = Screen(action_names=["a0", "a1"], expert_action=lambda: 0)
+    fewer = gym.wrappers.TransformAction(inner, lambda action: 1, gym.spaces.Discrete(1))
+    env = VLMObservation(Says(fewer, action_names=["only"]))
+    env.reset()
+    with pytest.raises(envs.EnvError, match=r"no expert for the actions Discrete\(1\): its own knows Discrete\(2\)"):
+        env.expert()
 
 
 def test_actions_that_start_elsewhere_are_numbered_from_0():
