@@ -170,6 +170,7 @@ class EpisodeVectorEnv:
         self.action_names = first.action_names
         self.frame_shape = first.frame_shape
         self.success_rule = first.success.sentence
+        self.render_fps = first.metadata.get("render_fps")
         self.episode_returns = np.zeros(num_envs, np.float64)
         self.episode_lengths = np.zeros(num_envs, np.int64)
         self.episode_seeds: list[int] = [0] * num_envs

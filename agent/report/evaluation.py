@@ -202,19 +202,25 @@ def expert_agreement(policy: Policy, env: EvaluationEnv, seeds: Sequence[int]) -
 
 
 def record_episodes(
-    policy: Policy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 60
+    policy: Policy, env: EvaluationEnv, seeds: Sequence[int], max_steps: int = 2_000, most_frames: int = 60
 ) -> list[RecordedEpisode]:
-    """Returns greedy episodes with all that a GIF shows; an episode longer than `max_steps` is cut there.
+    """Returns greedy episodes with all that a GIF shows.
+
+    A long episode is thinned: of `most_frames` or fewer steps its frames are kept, every k-th. One that is still going
+    on after `max_steps` is cut there.
 
     Args:
         policy: the policy.
         env: as many environments as there are seeds.
         seeds: held-out episode seeds.
-        max_steps: longest episode that is shown.
+        max_steps: longest episode that is played.
+        most_frames: kept of an episode, at least 2, beside its last one.
     """
     observations = env.reset(seeds=list(seeds))
     slots = range(env.num_envs)
-    frames = [[observations.images[slot]] for slot in slots]
+    frames = [[observations.images[slot]] for slot in slots]  # before each k-th step
+    last = list(observations.images)
+    every = [1] * env.num_envs
     instructions = [[observations.instructions[slot]] for slot in slots]
     probabilities: list[list[np.ndarray]] = [[] for _ in slots]
     actions: list[list[int]] = [[] for _ in slots]
@@ -232,7 +238,7 @@ def record_episodes(
             observations = result.observations
             ended = result.terminated | result.truncated
             for slot in sorted(going):
-                frames[slot].append(observations.images[slot])
+                last[slot] = observations.images[slot]
                 instructions[slot].append(observations.instructions[slot])
                 probabilities[slot].append(said[slot].exp().cpu().numpy())
                 actions[slot].append(int(acted.to_env[slot]))
@@ -240,13 +246,25 @@ def record_episodes(
                 if ended[slot]:
                     success[slot] = verdict(result.success[slot])
                     going.discard(slot)
+                elif len(actions[slot]) % every[slot] == 0:
+                    if len(frames[slot]) == most_frames:
+                        frames[slot], every[slot] = frames[slot][::2], 2 * every[slot]
+                    if len(actions[slot]) % every[slot] == 0:
+                        frames[slot].append(last[slot])
             if not going:
                 break
             if ended.any():
                 observations = env.reset_done(ended)
     return [
         RecordedEpisode(
-            frames[slot], instructions[slot], np.stack(probabilities[slot]), actions[slot], rewards[slot], success[slot]
+            [*frames[slot][: -(-len(actions[slot]) // every[slot])], last[slot]],
+            instructions[slot],
+            np.stack(probabilities[slot]),
+            actions[slot],
+            rewards[slot],
+            success[slot],
+            every[slot],
+            slot not in going,
         )
         for slot in slots
     ]

@@ -8,6 +8,7 @@ goes on.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -30,14 +31,17 @@ Row = Mapping[str, Any]  # a row of metrics.jsonl
 
 
 class RecordedEpisode(NamedTuple):
-    """One episode as it was played."""
+    """One episode as it was played, to its end or to where it was cut."""
 
-    frames: np.ndarray | Sequence[np.ndarray]  # (T + 1, H, W, 3) uint8, the last one is what the last step returned
+    # (T + 1, H, W, 3) uint8, the last one is what the last step returned; of a thinned episode fewer, see `every`
+    frames: np.ndarray | Sequence[np.ndarray]
     instructions: Sequence[str]  # T, or T + 1 with the one that came with the last frame
     probabilities: np.ndarray  # (T, A)
     actions: Sequence[int] | np.ndarray  # T, in 0 .. A - 1
     rewards: Sequence[float] | np.ndarray  # T
     success: bool | None  # None: nobody says what a success is
+    every: int = 1  # frames are those of the steps 0, every, 2 every ... below T, and the last one
+    ended: bool = True  # False: it was going on when it was cut, and how it would have ended is not known
 
 
 # ------------------------------------------------------------------------------------------------- learning curve
@@ -242,6 +246,7 @@ _MOST_BARS = 12
 _BANNER = 44  # px, the label at an episode's end
 _SMALL, _NORMAL, _LARGE = 12, 14, 26  # px, sizes of the font that ships with Pillow
 _MARK = 4  # px, the outline of the place that is acted on
+MOST_FPS = 10.0  # faster is not read, and longer episodes are thinned anyway
 _HOLD = 3  # the last frame stays this many times as long
 _PAPER, _INK, _FAINT, _TRACK = "#ffffff", "#1b1f24", "#6a737d", "#edf0f3"
 _BAR_COLOR, _TAKEN_COLOR = "#9db4cc", "#e07a1f"
@@ -254,7 +259,8 @@ def episode_gif(
     """Draws whole episodes: the frame, the instruction, the action probabilities, the action and its reward.
 
     One picture a step, with the frame that the action was taken on and the reward that followed; then the episode's
-    last frame, held for longer and labelled success or failure. With more than twelve actions the twelve most probable
+    last frame, held for longer and labelled success or failure, or that the episode was cut. Of a thinned episode every
+    k-th step is shown, which the picture says. With more than twelve actions the twelve most probable
     ones are shown, the one taken always among them. Where the actions are the cells of a grid over the frame, the cell
     that is acted on is marked.
 
@@ -282,8 +288,10 @@ def episode_gif(
     for index, episode in enumerate(episodes):
         name = f"episode {index + 1} of {len(episodes)}" if len(episodes) > 1 else "episode"
         steps = len(episode.actions)
-        for t in range(steps + 1):
-            head = f"{name}  ·  step {min(t + 1, steps)} of {steps}"
+        thinned = f", one of {episode.every} shown" if episode.every > 1 else ""
+        for t in [*range(0, steps, episode.every), steps]:
+            of = f" of {steps:,}" if episode.ended else ""
+            head = f"{name}  ·  step {min(t + 1, steps):,}{of}{thinned}"
             instruction = texts[episode.instructions[min(t, len(episode.instructions) - 1)]]
             instruction = instruction + [""] * (lines - len(instruction))
             pictures.append(_picture(episode, t, head, instruction, action_names, frame_box))
@@ -295,12 +303,21 @@ def episode_gif(
     _replace(path, stored.getvalue())
 
 
+def shown_fps(render_fps: Any) -> float:
+    """Returns steps a second for an environment's `render_fps`: its own up to `MOST_FPS`, 2 where it says none."""
+    if isinstance(render_fps, int | float) and math.isfinite(render_fps) and render_fps > 0:
+        return min(float(render_fps), MOST_FPS)
+    return 2.0
+
+
 def _check(index: int, episode: RecordedEpisode, num_actions: int) -> None:
     steps, frames, texts, rewards = map(len, (episode.actions, episode.frames, episode.instructions, episode.rewards))
-    if steps == 0 or frames != steps + 1 or texts not in (steps, steps + 1) or rewards != steps:
+    shown = len(range(0, steps, max(1, episode.every)))
+    if steps == 0 or frames != shown + 1 or texts not in (steps, steps + 1) or rewards != steps:
         raise TrainingError(
             f"Episode {index} has {steps} actions, {frames} frames, {texts} instructions and {rewards} rewards: "
-            "expected T >= 1, T + 1, T and T; pass the frame that the last step returned too."
+            f"expected T >= 1, {'T' if episode.every == 1 else shown} + 1, T and T; pass the frame that the last step "
+            "returned too."
         )
     shape = np.shape(episode.probabilities)
     if shape != (steps, num_actions) or not np.isfinite(episode.probabilities).all():
@@ -341,8 +358,9 @@ def _picture(
     picture = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(picture)
 
-    frame = Image.fromarray(np.ascontiguousarray(episode.frames[t]))
-    shown_width, shown_height = scaled_size(np.shape(episode.frames[t]))
+    seen = episode.frames[-1 if t == len(episode.actions) else t // episode.every]  # (H, W, 3)
+    frame = Image.fromarray(np.ascontiguousarray(seen))
+    shown_width, shown_height = scaled_size(np.shape(seen))
     enlarged = shown_width >= frame.width
     frame = frame.resize(
         (shown_width, shown_height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
@@ -368,6 +386,8 @@ def _picture(
         label, color = ("success", _SUCCESS_COLOR) if episode.success else ("failure", _FAILURE_COLOR)
         if episode.success is None:
             label, color = f"return {paid:.1f}", _TAKEN_COLOR
+        if not episode.ended:
+            label, color = f"cut after {len(episode.actions):,} steps", _FAINT
         draw.rectangle((left, bars_top, right, bars_top + _BANNER), fill=color)
         draw.text(((left + right) // 2, bars_top + _BANNER // 2), label, fill=_PAPER, font=large, anchor="mm")
         draw.rectangle((x - 4, y - 4, x + shown_width + 3, y + shown_height + 3), outline=color, width=4)

@@ -59,4 +59,4 @@ def write_gif(environment: EnvSettings, policy: VLMPolicy, seed: int, episodes: 
     if episodes:
         with contextlib.closing(make_vector_env(environment, episodes, seed, held_out=True)) as env:
             played = evaluation.record_episodes(policy, env, held_out_seeds(episodes, seed))
-            figures.episode_gif(played, env.action_names, path)
+            figures.episode_gif(played, env.action_names, path, figures.shown_fps(env.render_fps))

@@ -423,7 +423,7 @@ def test_actions_that_start_elsewhere_are_numbered_from_0():
         ({"action_names": "ab"}, "expected a sequence of 2 strings"),
         ({"action_names": (1, 2)}, "expected a sequence of 2 strings"),
         (
-            {"actions": enum.IntEnum("actions", {"a": 1, "b": 2})},
+            {"action_names": None, "actions": enum.IntEnum("actions", {"a": 1, "b": 2})},
             r"values \[1, 2\], and its action space runs from 0 to 1",
         ),
         ({"action_space": gym.spaces.Box(-1, 1, (2,))}, "only Discrete spaces can be played"),

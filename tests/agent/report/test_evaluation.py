@@ -146,6 +146,21 @@ def test_recorded_episodes_are_the_evaluated_ones(policy):
         assert (tape.probabilities.argmax(-1) == tape.actions).all()
 
 
+def test_long_episodes_are_thinned_and_those_that_do_not_end_cut(policy, monkeypatch):
+    says(policy, monkeypatch, [0.97, 0.01, 0.01, 0.01])  # up, and against the border
+    whole, thinned, cut = (
+        record_episodes(policy, go_to(2), SEEDS[:2], steps, frames)
+        for steps, frames in ((100, 100), (100, 4), (5, 100))
+    )
+    for tape, few, short in zip(whole, thinned, cut, strict=True):
+        steps = len(tape.actions)
+        assert steps == 9 and tape.ended and tape.every == 1 and len(tape.frames) == 10
+        assert few.ended and few.every == 4 and list(few.rewards) == list(tape.rewards)
+        for frame, other in zip(few.frames, [*tape.frames[:steps:4], tape.frames[-1]], strict=True):
+            assert (frame == other).all()
+        assert not short.ended and len(short.actions) == 5 and len(short.frames) == 6
+
+
 def test_an_episode_that_does_not_end_is_an_error(policy, monkeypatch):
     monkeypatch.setattr("manako.agent.report.evaluation.MAX_EPISODE_STEPS", 5)
     says(policy, monkeypatch, [0.97, 0.01, 0.01, 0.01])  # up, and against the border for ever

@@ -117,6 +117,29 @@ def test_one_picture_a_step_and_a_labelled_end(tmp_path):
     assert [int(picture[middle][0]) for picture in shown] == pytest.approx([0, 50, 100, 150, 0, 50, 100], abs=4)
 
 
+def test_a_thinned_episode_and_one_that_was_cut(tmp_path):
+    """Of 7 steps every third is shown, with the return until there; how a cut one would have ended nobody knows."""
+    long = episode(steps=7, success=False)
+    thinned = long._replace(frames=[*long.frames[:7:3], long.frames[7]], every=3)
+    cut = long._replace(ended=False)
+    episode_gif([thinned, cut], NAMES, tmp_path / "play.gif")
+    shown, durations = pictures(tmp_path / "play.gif")
+    assert len(shown) == 4 + 8 and durations == [500] * 3 + [1500] + [500] * 7 + [1500]
+    ends = [count(shown[place], figures._FAILURE_COLOR) > 2000 for place in (3, 11)]
+    assert ends == [True, False] and count(shown[11], figures._FAINT) > 2000
+    middle = (shown[0].shape[0] // 2, figures._MARGIN + figures._FRAME // 2)
+    assert [int(picture[middle][0]) for picture in shown[:4]] == pytest.approx(
+        [int(frame[0, 0, 0]) for frame in thinned.frames], abs=4
+    )
+    with pytest.raises(TrainingError, match=r"7 actions, 8 frames.*expected T >= 1, 3 \+ 1, T and T"):
+        episode_gif([long._replace(every=3)], NAMES, tmp_path / "wrong.gif")
+
+
+@pytest.mark.parametrize(("said", "fps"), [(4, 4), (30, 10), (0, 2), (None, 2), ("fast", 2), (float("nan"), 2)])
+def test_frames_a_second_are_the_environments_up_to_ten(said, fps):
+    assert figures.shown_fps(said) == fps
+
+
 def test_the_taken_action_s_bar_is_as_long_as_its_probability(tmp_path):
     half, whole = episode(steps=1), episode(steps=1)
     half.probabilities[:] = [0.5, 0.5, 0.0, 0.0]
