@@ -285,16 +285,16 @@ def _prepare(
         names, start, _ = resolve_actions(env, name, action_names)
     except Exception as error:
         faults.sentences.append(_sentence(name, "its action names", error))
-    try:
-        image_from = resolve_image(env, name, image_source)
-    except Exception as error:
-        faults.sentences.append(_sentence(name, "its image", error))
     if names is None and isinstance(env.action_space, gym.spaces.Discrete):
         start = int(env.action_space.start)
         names = tuple(str(number) for number in range(start, start + int(env.action_space.n)))
 
     probe = _Player((), 0, None, None, faults)
     observation = probe.reset(env, 0)
+    try:
+        image_from = resolve_image(env, name, image_source, observation)
+    except Exception as error:
+        faults.sentences.append(_sentence(name, "its image", error))
     if probe.stopped:
         return None
 

@@ -5,8 +5,10 @@ from 0. Where each part comes from, first match first:
 
 image         `image_source="observation"` or `"render"` if given. Else ("auto") the observation, or its `image`
               key, where that is a picture: a `Box` of uint8 with bounds 0 and 255, of shape (H, W, 3), (H, W, 1) or
-              (H, W), at least 16 pixels on each side. Else `render()`, an rgb_array. The 16 pixels keep symbolic
-              grids out: MiniGrid observes (7, 7, 3) uint8 object codes, which no encoder can see.
+              (H, W), at least 16 pixels on each side, and not dark as codes are: of numbers below 32 alone. Else
+              `render()`, an rgb_array. This keeps symbolic grids out: MiniGrid observes (7, 7, 3) uint8 object codes,
+              with `FullyObsWrapper` of a whole board, and others planes of zeros and ones, which no encoder can see.
+              Where it is wrong, `image_source` says so.
 instruction   the `instruction` argument; the attribute `mission` or `instruction` of the outermost wrapper that has
               one; the observation's `mission` or `instruction` key; the attribute of the environment itself; the task
               description in `envs/tasks.py`. Attributes and keys are read again after each reset and step.
@@ -38,6 +40,7 @@ from manako.errors import type_and_text
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
 
+MOST_OF_CODES = 31  # a uint8 grid of no larger number is taken for symbols, unless all of it is 0
 MIN_IMAGE_SIDE = 16  # pixels; a smaller uint8 grid is taken for symbols
 MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, not an instruction
 
@@ -156,8 +159,19 @@ def is_picture(space: gym.Space) -> bool:
     return min(space.shape[:2]) >= MIN_IMAGE_SIDE and int(space.low.max()) == 0 and int(space.high.min()) == 255
 
 
-def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto") -> str:
+def holds_codes(picture: Any) -> bool:
+    """Returns whether a value of a picture's space is no picture but numbers of things, or flags: dark as none is."""
+    return isinstance(picture, np.ndarray) and picture.size > 0 and 0 < picture.max() <= MOST_OF_CODES
+
+
+def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto", observation: Any = None) -> str:
     """Decides where the image comes from: `"observation"`, `"observation['image']"` or `"render()"`.
+
+    Args:
+        env: the environment.
+        env_id: its id, for the messages.
+        image_source: which of them; "auto" decides.
+        observation: what a reset returned, for "auto"; None looks at the space alone.
 
     Raises:
         EnvError: Neither the observation nor `render()` gives one, or not the one asked for.
@@ -166,10 +180,21 @@ def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto")
         raise EnvError(f"image_source is {image_source!r}, expected one of {', '.join(IMAGE_SOURCES)}")
     space = env.observation_space
     if image_source != "render":
+        auto, codes = image_source == "auto", False
         if isinstance(space, gym.spaces.Dict) and "image" in space.spaces and is_picture(space["image"]):
-            return "observation['image']"
-        if is_picture(space):
-            return "observation"
+            codes = auto and isinstance(observation, dict) and holds_codes(observation.get("image"))
+            if not codes:
+                return "observation['image']"
+        elif is_picture(space):
+            codes = auto and holds_codes(observation)
+            if not codes:
+                return "observation"
+        if codes and env.render_mode != "rgb_array":
+            raise EnvError(
+                f"{env_id} observes an array of numbers up to {MOST_OF_CODES}, which looks like codes and not like a "
+                f"picture, and its render mode is {env.render_mode!r}: expected 'rgb_array' and a render(), or "
+                "image_source observation where it is a picture"
+            )
         if image_source == "observation":
             raise EnvError(
                 f"{env_id} was asked for the image in its observation, and its observation space {space} is no picture "
@@ -307,9 +332,9 @@ class VLMObservation(gym.Wrapper):
         task = task_of(self.env_id)
         self.success = success_rule(task, spec.reward_threshold if spec is not None else None, success_return)
         self.success_return = self.success.threshold
-        self.image_from = resolve_image(env, self.env_id, image_source)
 
         observation, _ = self._reset_env(None, None)
+        self.image_from = resolve_image(env, self.env_id, image_source, observation)
         self._read_instruction, self.instruction_from = resolve_instruction(env, self.env_id, observation, instruction)
         self._raw_text: object = None
         self._clean_text = ""

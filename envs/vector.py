@@ -170,6 +170,7 @@ class EpisodeVectorEnv:
         self.action_names = first.action_names
         self.frame_shape = first.frame_shape
         self.success_rule = first.success.sentence
+        self.image_from = first.image_from
         self.render_fps = first.metadata.get("render_fps")
         self.episode_returns = np.zeros(num_envs, np.float64)
         self.episode_lengths = np.zeros(num_envs, np.int64)

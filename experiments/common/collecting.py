@@ -22,7 +22,7 @@ from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import knows_expert, make_segment, make_vector_env
+from manako.experiments.common.environments import dead_frames, knows_expert, make_segment, make_vector_env, warn_of
 from manako.experiments.common.outcomes import outcome_in_words
 from manako.experiments.common.settings import CollectCommand, DPOCommand
 from manako.policies import VLMPolicy
@@ -71,6 +71,9 @@ def _collect(
     about |= {"fixed_by_seed": unseeded is None} | ({} if unseeded is None else {"note": NOT_FIXED})
     dataset = to_dataset(rollouts, policy, environment.env, named[run.player], about, quota)
     save_trajectories(dataset, Path(str(run.output)))
+    first = rollouts[0].record
+    assert first is not None, "it was asked for"
+    warn_of(dead_frames(environment.env, first.images, first.instructions))
     success = episode_success(dataset)
     print(
         f"{len(success):,} episodes, {len(dataset):,} steps of {named[run.player]} on {environment.env}: "

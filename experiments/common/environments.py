@@ -70,6 +70,27 @@ def ignored_seeds_of(env: EpisodeVectorEnv, needed_for: str | None = None) -> st
     return sentence
 
 
+def dead_frames(env_id: str, frames: np.ndarray, instructions: Sequence[str]) -> str | None:
+    """Returns a warning where frames (B, H, W, 3) of an environment are all of one colour, or all the same; else None.
+
+    Args:
+        env_id: for the warning.
+        frames: what it showed, of several steps or episodes.
+        instructions: B texts.
+    """
+    if all(bool((frame == frame[0, 0]).all()) for frame in frames):
+        return f"{env_id} showed a single colour in all of {len(frames)} frames: look at its renderer"
+    if len(frames) > 1 and len(set(instructions)) == 1 and all(np.array_equal(frame, frames[0]) for frame in frames):
+        return f"{env_id} showed one frame and instruction {len(frames)} times: look at its renderer"
+    return None
+
+
+def warn_of(warning: str | None) -> None:
+    """Prints a warning, if there is one."""
+    if warning is not None:
+        print(f"warning: {warning}", flush=True)
+
+
 def knows_expert(env: EpisodeVectorEnv, needed: bool = False) -> bool:
     """Starts the environments, and says whether they have a scripted expert.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from manako.agent.report.evaluation import evaluate_all
 from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
-from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.environments import dead_frames, make_vector_env, sights, warn_of
 from manako.experiments.common.progress import RowsDone, plain_console, print_table
 from manako.experiments.common.results import write_gif
 from manako.experiments.common.settings import EvaluateCommand
@@ -25,6 +25,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     """
     environment, run, console = command.environment, command.run, plain_console()
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    warn_of(dead_frames(environment.env, *sights(environment, run.seed)))
     count = min(environment.num_envs, run.episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
         evaluations = evaluate_all(

@@ -22,7 +22,7 @@ from manako.experiments.common.building import (
     policy_of_run,
 )
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import ignored_seeds, sights
+from manako.experiments.common.environments import dead_frames, ignored_seeds, sights, warn_of
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_final, write_gif
 from manako.experiments.common.run_folder import write_description, write_text
@@ -90,7 +90,9 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
         progress = Progress(run_dir, command, policy, args.num_iterations, trainer.num_samples, started)
         for callback in (metrics, saver, progress):
             trainer.add_callback(callback)
-        progress.header(env, None if checkpoint else sensitivity(policy, *sights(environment, run.seed)), unseeded)
+        seen = None if checkpoint else sights(environment, run.seed)
+        progress.header(env, None if seen is None else sensitivity(policy, *seen), unseeded)
+        warn_of(None if seen is None else dead_frames(environment.env, *seen))
         if checkpoint is None:
             write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "before.gif")
         try:

@@ -61,7 +61,8 @@ class Progress(TrainerCallback):
         policy = self.policy
         instruction_from = "replaced" if played.instruction else "the env's own"
         self.console.print(
-            f"environment  {played.env}, {played.num_envs} side by side, frames {env.frame_shape}, "
+            f"environment  {played.env}, {played.num_envs} side by side, frames {env.frame_shape} "
+            f"from {env.image_from}, "
             f"instruction {instruction_from}"
         )
         self.console.print(f"actions      {', '.join(env.action_names)}; success: {env.success_rule}")

@@ -19,7 +19,7 @@ from manako.agent.tuning.supervised import captions, demonstrated_actions, demon
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import make_vector_env, sights
+from manako.experiments.common.environments import dead_frames, make_vector_env, sights, warn_of
 from manako.experiments.common.progress import (
     plain_console,
     print_parts,
@@ -68,7 +68,9 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
         console.print(f"adapter      standardises features by {min(len(frames), FITTED_FRAMES)} frames")
     print_parts(console, policy)
     if sft.stage == "instruct":
-        print_sensitivity(console, sensitivity(policy, *sights(environment, run.seed)))
+        seen = sights(environment, run.seed)
+        print_sensitivity(console, sensitivity(policy, *seen))
+        warn_of(dead_frames(environment.env, *seen))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_description(run_dir, command)
     before = measure_retention(policy)

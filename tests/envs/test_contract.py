@@ -212,7 +212,7 @@ def test_other_numbers_are_no_picture():
 
 @pytest.mark.parametrize("key", [None, "image"])
 def test_the_observation_goes_before_render(key):
-    picture = np.full((32, 32, 3), 7, np.uint8)
+    picture = np.full((32, 32, 3), 70, np.uint8)
     box = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)
     env = Screen(observation_space=gym.spaces.Dict({key: box}) if key else box)
     env.observe = lambda: {key: picture} if key else picture
@@ -391,6 +391,22 @@ def test_a_wrappers_own_words_go_before_those_below_it():
     assert env.step(0)[0]["instruction"] == "outer, changed"
     env = VLMObservation(Says(inner))
     assert env.reset()[0]["instruction"] == "key below" and env.action_names == ("a0", "a1")
+
+
+def test_a_wrapper_that_hands_everything_on_says_nothing_of_its_own():
+    class HandsOn(Says):
+        def __getattr__(self, name):
+            return getattr(self.env, name)
+
+    inner = Screen(mission="below", action_names=["a0", "a1"], expert_action=lambda: 0)
+    inner.observe = lambda: {"mission": "key below"}
+    env = VLMObservation(HandsOn(inner))
+    assert env.reset()[0]["instruction"] == "key below"
+    fewer = gym.wrappers.TransformAction(inner, lambda action: 1, gym.spaces.Discrete(1))
+    env = VLMObservation(Says(HandsOn(fewer), action_names=["only"]))
+    env.reset()
+    with pytest.raises(envs.EnvError, match="no expert for the actions"):
+        env.expert()
 
 
 def test_an_experts_actions_that_a_wrapper_changed_are_refused():
