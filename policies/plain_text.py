@@ -1,21 +1,38 @@
-"""An environment's text is data: what of it reaches a tokenizer."""
+r"""An environment's text is data: what of it reaches a tokenizer.
+
+All of it, white space and rare characters as well; only special tokens are broken up, each by a backslash behind its
+first character: `<image>` is read as `<\image>`, and so that this stays reversible, `<\image>` as `<\\image>`.
+"""
 
 import re
 import unicodedata
 
-MAX_INSTRUCTION_CHARS = 2000
+ESCAPES = "\\^~|`"  # the first that stands in no special token
 
 
-def as_plain_line(text: str, special_tokens: list[str], max_chars: int = MAX_INSTRUCTION_CHARS) -> str:
-    """Returns text of an env as plain data: one line of `max_chars` characters at most, no special tokens in it.
+def as_plain_text(text: str, special_tokens: list[str]) -> str:
+    r"""Returns text of an env as plain data: no special token in it, and no two texts alike.
 
-    Removal is repeated until nothing changes, since removing one token, or a second space, can join the halves of
-    another.
+    Where a token stands is looked for in the text without its backslashes, which escaping does not change: so one
+    backslash can be taken out again at each of the same places. Tokens of one character, and of white space, cannot be
+    broken up and stay. Control characters but `\n` and `\t`, and lone surrogates, which environments do not hand on,
+    are left out.
     """
-    text = " ".join(text[: 10 * max_chars].split())
-    text = "".join(char for char in text if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
-    tokens = sorted((token for token in special_tokens if token.strip()), key=len, reverse=True)
-    pattern = re.compile("|".join([*map(re.escape, tokens), " (?= )"]))
-    while pattern.search(text):
-        text = pattern.sub("", text)
-    return text.strip()[:max_chars].strip()
+    if not text.isprintable():
+        text = "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"))
+    tokens = sorted({token for token in special_tokens if len(token.strip()) > 1}, key=len, reverse=True)
+    if not tokens:
+        return text
+    escape = next(char for char in ESCAPES if not any(char in token for token in tokens) or char == ESCAPES[-1])
+    bare = text.replace(escape, "")
+    found = {match.start() for token in tokens for match in re.finditer(f"(?={re.escape(token)})", bare)}
+    if not found:
+        return text
+    parts, place = [], 0
+    for char in text:
+        parts.append(char)
+        if char != escape:
+            if place in found:
+                parts.append(escape)
+            place += 1
+    return "".join(parts)

@@ -5,6 +5,7 @@ thus attend to the instruction, which gives the image its purpose (from scratch 
 order). The system text is the same for every sample, so its keys and values are computed once: see reading/.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Messages
 from manako.policies.pixels import in_words
-from manako.policies.plain_text import as_plain_line
+from manako.policies.plain_text import as_plain_text
 from manako.policies.processing import Processing
 
 EXAMPLES = ("go", "go to the far end of the room and wait")  # instructions of unequal length
@@ -51,8 +52,7 @@ class PromptBuilder:
         self.legend = ""
         tokenizer = self.processor.tokenizer
         special = special_vocabulary(tokenizer)
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        self.special_tokens = sorted({*special, *added, *([self.image_token] if self.image_token else [])})
+        self.special_tokens = sorted({*special, *([self.image_token] if self.image_token else [])})
         held = [token for token in self.special_tokens if token.strip() and token in system]
         if held:
             raise PolicyError(
@@ -60,6 +60,7 @@ class PromptBuilder:
             )
         self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id, None}
         self._prompts: dict[str, dict[str, Tensor]] = {}
+        self._read_as: dict[bytes, str] = {}  # digest of a prompt -> its instruction
         self._made: dict[Any, Any] = {}
         if min(frame_shape[:2]) < LEAST_SIDE:
             raise PolicyError(
@@ -98,7 +99,7 @@ class PromptBuilder:
 
     def clean(self, instruction: str) -> str:
         """Returns the instruction as plain data."""
-        return as_plain_line(instruction, self.special_tokens)
+        return as_plain_text(instruction, self.special_tokens)
 
     def render(self, instruction: str) -> str:
         """Returns the whole prompt as text, one image placeholder in it unless the processor writes it."""
@@ -144,17 +145,26 @@ class PromptBuilder:
         """Returns what the processor makes of the prompt with this instruction: `input_ids` (L,), ...
 
         Raises:
-            PolicyError: the tokenizer makes a special token of the instruction.
+            PolicyError: the tokenizer makes a special token of the instruction, or the same prompt of another one.
         """
         if instruction not in self._prompts:
             if len(self._prompts) > MOST_KEPT:
                 self._prompts.clear()
+                self._read_as.clear()
             cleaned = self.clean(instruction)
             prompt = self.tokenize(cleaned)
             if self._count_special(prompt["input_ids"].tolist()) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
                     "plain text, change it."
+                )
+            digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in prompt.values())).digest()
+            other = self._read_as.setdefault(digest, instruction)
+            if other != instruction:
+                raise PolicyError(
+                    f"The instructions {other[:200]!r} and {instruction[:200]!r} give one prompt, since the chat "
+                    "template or the tokenizer drops what tells them apart: expected texts that it can spell; change "
+                    "one of them, or use another model."
                 )
             self._prompts[instruction] = prompt
         return self._prompts[instruction]

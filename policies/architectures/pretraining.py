@@ -8,6 +8,7 @@ there, or `align` in place of captions said by the language model. Heads that on
 pretraining and end with it.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from manako.policies.errors import PolicyError
-from manako.policies.plain_text import as_plain_line
+from manako.policies.plain_text import as_plain_text
 
 if TYPE_CHECKING:
     from manako.policies.architectures.model import Model
@@ -78,11 +79,12 @@ def plain_captions(captions: Sequence[str], special_tokens: Iterable[str]) -> li
     """Returns captions as plain data: one line each, no special tokens in them.
 
     Raises:
-        PolicyError: nothing is left of one.
+        PolicyError: one holds nothing but special tokens.
     """
     tokens = sorted(special_tokens)
-    cleaned = {caption: as_plain_line(caption, tokens) for caption in set(captions)}
-    empty = [caption for caption, text in cleaned.items() if not text]
+    cleaned = {caption: as_plain_text(" ".join(caption.split()), tokens) for caption in set(captions)}
+    pattern = "|".join(re.escape(token) for token in tokens if token) or r"\s"
+    empty = [caption for caption in cleaned if not re.sub(pattern, "", caption).strip()]
     if empty:
         raise PolicyError(
             f"The caption {empty[0]!r} holds no word: expected a sentence about the frame from the environment's "

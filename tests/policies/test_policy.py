@@ -320,7 +320,9 @@ def test_an_instruction_longer_than_the_model_reads(sources):
     with pytest.raises(PolicyError, match="tokens, but the model reads at most 299: shorten the instruction"):
         policy.prepare(frames(1), ["xyz " * 300])
     tiny = load_policy(sources["tiny"], NAMES, FRAME)
-    assert tiny.prepare(frames(1), ["目" * 3000])["lengths"] > 6000  # 2000 characters of three bytes
+    assert tiny.prepare(frames(1), ["目" * 2600])["lengths"] > 7800  # three bytes each
+    with pytest.raises(PolicyError, match="tokens, but the model reads at most"):
+        tiny.prepare(frames(1), ["目" * 3000])
 
 
 def test_a_tokenizer_that_joins_the_prefix_with_an_instruction(monkeypatch):

@@ -1,5 +1,7 @@
 """Text of an env is data: whatever it holds, the prompt has one image and our special tokens only."""
 
+import random
+
 import pytest
 from transformers import AddedToken
 
@@ -8,7 +10,7 @@ from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed import ManakoProcessor
 from manako.policies.architectures.composed.build import build_vlm
 from manako.policies.architectures.composed.processing import special_vocabulary
-from manako.policies.plain_text import MAX_INSTRUCTION_CHARS, as_plain_line
+from manako.policies.plain_text import as_plain_text
 from manako.policies.prompts import PromptBuilder
 from manako.policies.source import SYSTEM
 from tests.helpers.foreign_models import (
@@ -26,43 +28,51 @@ PLAIN = "Go to the red ball (the 2nd), then wait: it's 50% of 3 < 5? – naïve 
 
 
 @pytest.mark.parametrize(
-    ("text", "cleaned"),
+    ("text", "read"),
     [
         (PLAIN, PLAIN),
         ("", ""),
-        ("go <image> up", "go up"),
-        ("<|user|>go<|end|>", "go"),
-        ("<im<image>age>", ""),
-        ("<im<im<image>age>age>go<|us<|user|>er|>", "go"),
-        ("<im<|user|>age>", ""),
-        ("<a  b>x", "x"),  # two spaces become one
-        ("<a\n\tb>x", "x"),
-        ("<a <image> b>x", "x"),
-        ("<ima\x00ge>x", "x"),  # a control character inside
-        ("<ima\u200bge>x", "x"),  # a zero-width space inside
-        ("go\nto\tthe\r\nball\u2028now", "go to the ball now"),
-        ("  go   up  ", "go up"),
-        ("a\x00\x07\x1b[31mb", "a[31mb"),
-        ("\u202eevil\u202c \u2066x\u2069", "evil x"),  # right-to-left overrides and isolates
-        ("a\ud800b\ue000c\u0378d", "abcd"),  # surrogates, private use, unassigned
-        ("<IMAGE> < image >", "<IMAGE> < image >"),  # not the token
+        ("go <image> up", "go <\\image> up"),
+        ("go <\\image> up", "go <\\\\image> up"),  # a text that holds the escape is told from the one above
+        ("<|user|>go<|end|>", "<\\|user|>go<\\|end|>"),
+        ("<im<image>age>", "<im<\\image>age>"),
+        ("<a  b>x", "<a  b>x"),  # not the token
+        ("#..#\n#  #\t# ", "#..#\n#  #\t# "),  # a map keeps its columns
+        (
+            "a\u200db \U0001f469\u200d\U0001f680 \ue000 \U0001fae9",
+            "a\u200db \U0001f469\u200d\U0001f680 \ue000 \U0001fae9",
+        ),
+        ("x" * 5000, "x" * 5000),
+        ("a\x00\ud800b", "ab"),
+        ("<IMAGE> < image >", "<IMAGE> < image >"),
     ],
 )
-def test_as_plain_line(text, cleaned):
-    assert as_plain_line(text, TOKENS) == cleaned
-    assert as_plain_line(cleaned, TOKENS) == cleaned
+def test_as_plain_text(text, read):
+    assert as_plain_text(text, TOKENS) == read
 
 
-def test_text_is_capped():
-    assert as_plain_line("x" * 5000, TOKENS) == "x" * MAX_INSTRUCTION_CHARS
-    assert as_plain_line("abc def", TOKENS, max_chars=4) == "abc"
-    assert as_plain_line("<image>" * 1000 + "go", TOKENS) == "go"
-    nested = as_plain_line("<im" * 10**5 + "age>" * 10**5, TOKENS)  # in an instant
-    assert len(nested) <= MAX_INSTRUCTION_CHARS and "<image>" not in nested
+def test_no_two_texts_are_read_alike():
+    pieces = ["<image>", "<im", "age>", "<", "|user|>", "<|end|>", "\\", "\\\\", " ", "  ", "\n", "<a b>", "x"]
+    draw = random.Random(0)
+    texts = {"".join(draw.choices(pieces, k=draw.randint(0, 6))) for _ in range(20_000)}
+    read = {as_plain_text(text, TOKENS) for text in texts}
+    assert len(read) == len(texts) > 9_000
+    assert not any(token in text for text in read for token in TOKENS)
 
 
-def test_tokens_of_white_space_do_not_eat_the_text():
-    assert as_plain_line("go  up", ["", " ", "  ", "\n"]) == "go up"
+def test_tokens_of_white_space_stay():
+    assert as_plain_text("go  up", ["", " ", "  ", "\n"]) == "go  up"
+
+
+def test_a_word_that_was_merely_added_stays_and_what_gives_one_prompt_is_refused(policies):
+    policy = policies["tiny"]
+    policy.processor.tokenizer.add_tokens([AddedToken("ball", special=False)])
+    prompts = PromptBuilder(policy.parts, SYSTEM, FRAME)
+    assert prompts.clean("go to the ball") == "go to the ball"
+    prompts.encode("a b")
+    assert prompts.encode("a  b") != prompts.encode("a b")
+    with pytest.raises(PolicyError, match="give one prompt"):
+        prompts.encode("a\x00 b")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +134,7 @@ def test_each_instruction_is_tokenized_once(policies, monkeypatch):
     monkeypatch.setattr(PromptBuilder, "tokenize", lambda self, text: calls.append(text) or tokenize(self, text))
     assert prompts.encode("walk there") == prompts.encode("walk there")
     assert calls == ["walk there"]
-    assert prompts.encode(" walk  there\n") == prompts.encode("walk there")
+    assert prompts.encode("walk  there") != prompts.encode("walk there")
 
 
 def test_the_system_text_is_a_setting():
@@ -207,6 +217,6 @@ def test_a_special_token_made_by_the_tokenizer_is_an_error():
     processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     processor.tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<stop>", special=True, normalized=True)])
     builder = PromptBuilder(name_parts(model, processor), SYSTEM, FRAME)
-    assert builder.encode("go <stop>") == builder.encode("go")
+    assert builder.encode("go <stop>") == tuple(builder.tokenize("go <\\stop>")["input_ids"].tolist())
     with pytest.raises(PolicyError, match="makes a special token of a part of the instruction 'go ＜stop＞': expected"):
         builder.encode("go ＜stop＞")
