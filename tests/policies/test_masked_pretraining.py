@@ -78,8 +78,9 @@ def test_the_next_caption_that_says_something_else():
 def test_a_caption_is_read_as_an_instruction_is(row, made):
     policy, pretraining = made[row]
     texts = pretraining._texts(["red ball <|mask|> at left."])
-    assert policy.processor.tokenizer.decode(texts.ids[0]) == "<|user|>red ball at left.<|assistant|><|mask|>"
-    assert policy.prompt("red ball at left.").endswith("<|user|>red ball at left.<|assistant|><|mask|>")
+    read = "<|user|>red ball <\\|mask|> at left.<|assistant|><|mask|>"
+    assert policy.processor.tokenizer.decode(texts.ids[0]) == read
+    assert policy.prompt("red ball <|mask|> at left.").endswith(read)
     hidden = policy.processor.tokenizer.convert_ids_to_tokens(texts.ids[0, ~texts.is_word[0]].tolist())
     assert hidden == ["<|user|>", "<|assistant|>", "<|mask|>"]
 
