@@ -11,6 +11,7 @@ Command: `python experiments/check_env.py ID`.
 import contextlib
 import itertools
 import numbers
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from manako.envs.making import find_spec, make_raw_env, make_vlm_env
 from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
     ImageSource,
+    VLMObservation,
     as_frame,
     read_picture,
     resolve_actions,
@@ -32,6 +34,7 @@ from manako.envs.observation import (
 from manako.errors import type_and_text
 
 WARNING = "warning: "
+LONG_INSTRUCTION = 4_000  # characters
 
 
 def check_vlm_env(
@@ -91,6 +94,42 @@ def check_vlm_env(
         except EnvError as error:
             faults.sentences.append(str(error))
     return faults.sentences
+
+
+class Speed(NamedTuple):
+    """What a step of an environment takes, in seconds; of a picture in the observation `step` is all."""
+
+    step: float
+    picture: float
+
+    @property
+    def steps_per_second(self) -> float:
+        """Of the two."""
+        return 1 / (self.step + self.picture)
+
+
+def measure_speed(env: VLMObservation, seconds: float = 1.0, most_steps: int = 500) -> Speed:
+    """Returns what steps of random play take, and what their picture takes where it is rendered.
+
+    Args:
+        env: played, from its next reset on.
+        seconds: how long to measure.
+        most_steps: after which it stops as well.
+    """
+    draw, inner = np.random.default_rng(0), env.env
+    observation, _ = inner.reset(seed=0)
+    stepping = drawing = 0.0
+    steps = 0
+    while steps < most_steps and stepping + drawing < seconds:
+        action = int(draw.integers(len(env.action_names))) + int(inner.action_space.start)  # type: ignore[attr-defined]
+        begun = time.perf_counter()
+        observation, _, terminated, truncated, _ = inner.step(action)
+        stepped = time.perf_counter()
+        read_picture(inner, observation, env.image_from)
+        stepping, drawing, steps = stepping + stepped - begun, drawing + time.perf_counter() - stepped, steps + 1
+        if terminated or truncated:
+            inner.reset()
+    return Speed(stepping / steps, drawing / steps)
 
 
 class _Faults:
@@ -259,6 +298,13 @@ class _Player:
             self._faults.add(
                 "instruction length",
                 f"gives an instruction of {len(text)} characters, expected at most {MAX_INSTRUCTION_LENGTH}",
+            )
+        elif len(text) > LONG_INSTRUCTION:
+            self._faults.add(
+                "instruction long",
+                f"gives an instruction of {len(text):,} characters, and a model reads so many tokens as it has "
+                "positions (tiny 8,192): check_model.py --env says whether yours reads it",
+                warning=True,
             )
         elif without_control_characters(text) != text:
             self._faults.add(

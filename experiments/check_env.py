@@ -3,8 +3,8 @@
     python experiments/check_env.py manako/GoTo-v0 --env_kwargs '{"size": 4}'
     python experiments/check_env.py my_module:MyEnv-v0 --instruction "open the door" --action_names left,right,open
 
-It prints the image's shape, the instruction, the action names, where each comes from, the success rule, and every fault
-in a sentence. A plugin's module may lie in the current folder. Exit code 0 without faults (warnings allowed), 1 with
+It prints the image's shape, the instruction, the action names, where each comes from, the success rule, the speed, and
+every fault in a sentence. A plugin's module may lie in the current folder. Exit code 0 without faults (warnings allowed), 1 with
 faults, 2 for a command line that cannot be read.
 """
 
@@ -20,11 +20,15 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.envs.check import WARNING, check_vlm_env  # noqa: E402
+from manako.envs.check import WARNING, Speed, check_vlm_env, measure_speed  # noqa: E402
 from manako.envs.errors import EnvError  # noqa: E402
 from manako.envs.making import make_vlm_env  # noqa: E402
+from manako.envs.observation import VLMObservation  # noqa: E402
 from manako.envs.settings import EnvSettings  # noqa: E402
+from manako.errors import type_and_text  # noqa: E402
 from manako.experiments.common.command_line import parse, run_main, section  # noqa: E402
+
+SLOW_PICTURE = 0.001  # seconds; a quicker one is not worth a word
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class CheckCommand:
 def main() -> int:
     """Checks one environment; returns the exit code."""
     settings = read_line()
+    print(f"checking      {settings.env}: 200 steps, and the same twice again", flush=True)
     faults = check_vlm_env(settings.env, **settings.options())
     wrong = [fault for fault in faults if not fault.startswith(WARNING)]
     if not wrong:
@@ -68,7 +73,25 @@ def describe(settings: EnvSettings) -> None:
     print(f"instruction   {observation['instruction']!r}, from {env.instruction_from}")
     print(f"action names  {', '.join(env.action_names)} ({len(env.action_names)}), from {env.action_names_from}")
     print(f"success       {env.success.sentence}")
+    try:
+        print_speed(measure_speed(env), env)
+    except Exception as error:  # whatever it does in later steps, which the check above looks at
+        print(f"speed         not measured: {type_and_text(error)}")
     env.close()
+
+
+def print_speed(speed: Speed, env: VLMObservation) -> None:
+    """Prints steps a second, and where the picture is what costs, what to do about it."""
+    rendered = env.image_from == "render()"
+    of_picture = f", {1000 * speed.picture:.2f} ms its picture" if rendered else ", its picture with it"
+    print(f"speed         {speed.steps_per_second:,.0f} steps/s: {1000 * speed.step:.2f} ms a step{of_picture}")
+    if rendered and speed.picture > max(SLOW_PICTURE, 2 * speed.step):
+        height, width, _ = env.frame_shape
+        print(
+            f"{WARNING}rendering is the cost: {speed.picture / (speed.step + speed.picture):.0%} of a step, for a "
+            f"frame of {height} x {width} that a small policy sees at 64 x 64 or less; draw it smaller (an argument of "
+            "the constructor, by --env_kwargs: MiniGrid's is tile_size), or observe the image instead of rendering it"
+        )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
     del sys.path[0]
 
 from manako.agent.data.recordings import Recording, read_recordings  # noqa: E402
-from manako.experiments.common.command_line import UsageError, parse, run_main, show  # noqa: E402
+from manako.experiments.common.command_line import UsageError, parse, run_main, show, show_loading  # noqa: E402
 from manako.experiments.common.environments import ignored_seeds_of, knows_expert, make_vector_env  # noqa: E402
 from manako.experiments.common.settings import CollectCommand, check_workers  # noqa: E402
 
@@ -45,6 +45,7 @@ def main() -> int:
         unseeded = ignored_seeds_of(env, needed_for=_needs_seeds(command))
     if unseeded is not None:
         show("seeds", unseeded)
+    show_loading()
     from manako.experiments.common.collecting import collect  # torch and all
 
     return collect(command, recordings, has_expert, unseeded, started)

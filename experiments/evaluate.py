@@ -20,7 +20,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import CommandLine, run_main, show  # noqa: E402
+from manako.experiments.common.command_line import CommandLine, run_main, show, show_loading  # noqa: E402
 from manako.experiments.common.played_policy import read_played, with_the_runs  # noqa: E402
 from manako.experiments.common.settings import EvaluateCommand  # noqa: E402
 
@@ -30,6 +30,7 @@ def main() -> int:
     line = read_line()
     command = with_the_runs(line)
     show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")
+    show_loading()
     from manako.experiments.common.evaluating import run_evaluation  # torch and all
 
     return run_evaluation(command, line.settings.policy.policy)

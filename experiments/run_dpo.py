@@ -21,7 +21,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import parse, run_main, show  # noqa: E402
+from manako.experiments.common.command_line import parse, run_main, show, show_loading  # noqa: E402
 from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
 from manako.experiments.common.settings import DPOCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
@@ -34,6 +34,7 @@ def main() -> int:
     run_dir = new_run_dir(command)
     show("run", str(run_dir))
     command = with_trainable(command)
+    show_loading()
     from manako.experiments.common.dpo_training import train  # torch and all
 
     return train(command, run_dir, started)

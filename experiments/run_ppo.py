@@ -36,6 +36,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     read_settings,
     run_main,
     show,
+    show_loading,
 )
 from manako.experiments.common.run_folder import check_job_folder, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together, moved  # noqa: E402
@@ -56,6 +57,7 @@ def main() -> int:
         show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
     command = with_trainable(command)
     check_together(command)
+    show_loading()
     from manako.experiments.common.ppo_training import train  # torch and all
 
     return train(command, run_dir, checkpoint, started)

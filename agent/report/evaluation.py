@@ -7,7 +7,7 @@ pairs; unless the environment ignores its seeds, which is looked at first and sa
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class Evaluation:
     episodes: list[Episode]
     starts: int
     fixed_by_seed: bool
+    asked: int | None = None  # how many episodes were asked for, where a budget of steps allowed fewer
 
     def summary(self) -> dict[str, Any]:
         """Returns success and mean return with their 95 % intervals, mean length, episodes, starts, what of seeds.
@@ -56,6 +57,7 @@ class Evaluation:
             "return_ci95": list(bootstrap_interval(returns)),
             "length_mean": float(np.mean([episode.length for episode in self.episodes])),
             "episodes": len(self.episodes),
+            **({} if self.asked is None else {"episodes_asked": self.asked}),
             "starts": self.starts,
             "fixed_by_seed": self.fixed_by_seed,
             **({} if self.fixed_by_seed else {"note": NOT_FIXED}),
@@ -69,8 +71,12 @@ def evaluate(
     condition: Condition = "policy",
     sample: bool = False,
     seed: int = 0,
+    most_steps: int | None = None,
 ) -> Evaluation:
-    """Plays one episode for each seed.
+    """Plays one episode for each seed, or for the first of them where episodes are long.
+
+    How many is fixed once the first N have ended, by their mean length: so many as `most_steps` steps hold, but all
+    that have begun by then. All of them are played to their end, so that short ones are not preferred.
 
     Args:
         policy: the policy or player; with `random` it is not asked.
@@ -79,6 +85,7 @@ def evaluate(
         condition: what the policy sees, or `random` for uniform actions.
         sample: sample actions from the policy's probabilities instead of taking the greedy ones.
         seed: of sampled actions.
+        most_steps: budget of env steps; None plays them all.
 
     Raises:
         TrainingError: no seeds, an unknown condition, or an episode that does not end.
@@ -92,7 +99,7 @@ def evaluate(
     results: list[Episode | None] = [None] * len(seeds)
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
-    fixed_by_seed = env.follows_seeds()
+    fixed_by_seed, undecided = env.follows_seeds(), most_steps is not None
     # slots beyond the last seed play its episodes again, uncounted, since all slots step together
     observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
     starts = {_observation_digest(observations, slot) for slot in range(n) if playing[slot] is not None}
@@ -115,12 +122,18 @@ def evaluate(
                     results[index] = Episode(
                         float(env.episode_returns[slot]), int(env.episode_lengths[slot]), verdict(result.success[slot])
                     )
+                    first = [episode for episode in results[:n] if episode is not None]
+                    if undecided and most_steps is not None and len(first) == min(n, len(seeds)):
+                        undecided = False
+                        count = int(most_steps * len(first) / sum(episode.length for episode in first))
+                        waiting = [later for later in waiting if later < count]
                 playing[slot] = index = waiting.pop() if waiting else None
                 following.append(seeds[-1 if index is None else index])
             observations = env.reset_done(ended, seeds=following)
             begun = [slot for slot in np.flatnonzero(ended).tolist() if playing[slot] is not None]
             starts |= {_observation_digest(observations, slot) for slot in begun}
-    return Evaluation([episode for episode in results if episode is not None], len(starts), fixed_by_seed)
+    played = [episode for episode in results if episode is not None]
+    return Evaluation(played, len(starts), fixed_by_seed, len(seeds) if len(played) < len(seeds) else None)
 
 
 def _observation_digest(observations: Any, slot: int) -> bytes:
@@ -148,11 +161,24 @@ def evaluate_all(
     seeds: Sequence[int],
     sample: bool = False,
     done: Callable[[Condition, Evaluation], None] | None = None,
+    most_steps: int | None = None,
 ) -> dict[Condition, Evaluation]:
-    """Evaluates the policy, a random policy and the two controls on the same episodes; `done` hears of each."""
+    """Evaluates the policy, a random policy and the two controls on the same episodes.
+
+    Args:
+        policy: the policy.
+        env: N environments.
+        seeds: held-out episode seeds.
+        sample: as of `evaluate`.
+        done: hears of each row.
+        most_steps: budget of env steps for all rows together; what it allows to the first row, all rows play.
+    """
     evaluations: dict[Condition, Evaluation] = {}
+    asked, budget = len(seeds), None if most_steps is None else most_steps // len(CONDITIONS)
     for condition in CONDITIONS:
-        evaluations[condition] = evaluate(policy, env, seeds, condition, sample)
+        played = evaluate(policy, env, seeds, condition, sample, most_steps=budget)
+        seeds, budget = seeds[: len(played.episodes)], None
+        evaluations[condition] = replace(played, asked=asked if len(seeds) < asked else None)
         if done is not None:
             done(condition, evaluations[condition])
     return evaluations

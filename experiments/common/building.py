@@ -112,10 +112,10 @@ def check_instruction(instruction: str | None, policy: VLMPolicy) -> None:
     Raises:
         UsageError: it holds what is taken out of every text that an environment gives.
     """
-    if instruction is not None and policy.prompts.clean(instruction) != " ".join(instruction.split()):
+    if instruction is not None and policy.prompts.clean(instruction) != instruction:
         raise UsageError(
-            f"--instruction {instruction!r} holds special tokens or control characters, or is too long: "
-            f"expected plain text such as {policy.prompts.clean(instruction)!r}."
+            f"--instruction {instruction!r} holds special tokens or control characters, so it would be read as "
+            f"{policy.prompts.clean(instruction)!r}: expected plain text."
         )
 
 

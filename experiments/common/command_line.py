@@ -391,6 +391,11 @@ def check_new_file(file: str | None, flag: str) -> None:
         raise UsageError(f"The folder of {flag} {file!r} does not exist: make it or give another file.")
 
 
+def show_loading() -> None:
+    """Says why nothing happens for a while: torch and what stands on it take longer to import than all before."""
+    show("loading", "torch, transformers and the policy, some 10 s")
+
+
 def show(name: str, text: str) -> None:
     """Prints a line of a runner's header at once, before the heavy libraries are loaded."""
     print(f"{name:<13}{text}", flush=True)

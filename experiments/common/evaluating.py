@@ -33,7 +33,8 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
             env,
             held_out_seeds(run.episodes, run.seed),
             run.sample,
-            done=RowsDone(console, run.episodes),
+            done=RowsDone(console, run.episodes, run.eval_steps),
+            most_steps=run.eval_steps,
         )
     summary = {row: evaluation.summary() for row, evaluation in evaluations.items()}
     print_table(console, summary, f"{name} on {environment.env}, held-out seeds of seed {run.seed}")

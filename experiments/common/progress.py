@@ -151,16 +151,23 @@ class RowsDone:
     Args:
         console: where to.
         episodes: of a row.
+        steps: of all rows together, at most.
     """
 
-    def __init__(self, console: Console, episodes: int) -> None:
+    def __init__(self, console: Console, episodes: int, steps: int) -> None:
         self.console, self.left, self.started = console, len(CONDITIONS), time.perf_counter()
         self.done = self.steps = 0
-        console.print(f"evaluating   {episodes} held-out episodes for each of {self.left} rows")
+        rows = f"{episodes} held-out episodes for each of {self.left} rows"
+        console.print(f"evaluating   {rows}, {steps:,} steps at most or a little more")
 
     def __call__(self, row: str, result: Evaluation) -> None:
         """Hears of one row."""
         played = result.episodes
+        if not self.done and result.asked is not None:
+            self.console.print(
+                f"             these episodes are long: {len(played)} of {result.asked} are played, to their end; "
+                "--eval_steps allows more"
+            )
         self.done, self.left = self.done + 1, self.left - 1
         self.steps += sum(episode.length for episode in played)
         took = time.perf_counter() - self.started

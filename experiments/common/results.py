@@ -38,13 +38,13 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     seeds = held_out_seeds(max(run.eval_episodes, run.gif_episodes), run.seed)
     count = min(num_envs, run.eval_episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
-        done = RowsDone(plain_console(), run.eval_episodes)
-        rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes], done=done)
+        done = RowsDone(plain_console(), run.eval_episodes, run.eval_steps)
+        rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes], done=done, most_steps=run.eval_steps)
     success = {name: [episode.success for episode in result.episodes] for name, result in rows.items()}
     returns = {name: [episode.episode_return for episode in result.episodes] for name, result in rows.items()}
     fixed_by_seed = all(result.fixed_by_seed for result in rows.values())
     said = {
-        "seeds": seeds[: run.eval_episodes],
+        "seeds": seeds[: len(next(iter(rows.values())).episodes)],
         "fixed_by_seed": fixed_by_seed,
         "success": success,
         "returns": returns,

@@ -29,6 +29,10 @@ OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patc
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
+EVAL_STEPS = 200_000
+EVAL_STEPS_HELP = "env steps of an evaluation's rows together: fewer whole episodes are played where they are long"
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """What a run that trains leaves behind, and what it is computed by."""
@@ -36,6 +40,7 @@ class RunSettings:
     output_dir: str | None = setting(None, "run folder, must not exist; by default runs/ENV-POLICY-seedN-TIME")
     seed: int = setting(0, "of everything random", ge=0, lt=2**31)
     eval_episodes: int = setting(500, "held-out episodes of each evaluation row", ge=1)
+    eval_steps: int = setting(EVAL_STEPS, EVAL_STEPS_HELP, ge=1)
     gif_episodes: int = setting(4, "episodes in before.gif and after.gif, 0 for none", ge=0)
     torch_threads: int | None = setting(
         None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
@@ -84,6 +89,7 @@ class EvaluateSettings:
     """What evaluate.py measures and writes."""
 
     episodes: int = setting(500, "held-out episodes of each row", ge=1)
+    eval_steps: int = setting(EVAL_STEPS, EVAL_STEPS_HELP, ge=1)
     seed: int = setting(0, "of the held-out episodes; by default the run's", ge=0, lt=2**31)
     sample: bool = setting(False, "sample actions instead of taking the greedy ones")
     output: str | None = setting(None, "JSON file for the results, must not exist")

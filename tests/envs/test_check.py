@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -11,6 +12,8 @@ import pytest
 
 from manako import envs
 from manako.envs.check import WARNING
+from manako.envs.settings import EnvSettings
+from manako.experiments import check_env
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "check_env.py"
 
@@ -324,3 +327,30 @@ def test_command_exit_codes(tmp_path, arguments, code, says):
     assert got == code
     assert says in out + err
     assert "Traceback" not in err
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+class Slow(Good):
+    """Draws for 5 ms."""
+
+    def render(self):
+        time.sleep(0.005)
+        return super().render()
+
+
+def test_a_slow_renderer_is_said(capsys):
+    gym.register("Slow-v0", Slow, max_episode_steps=5)
+    check_env.describe(EnvSettings(env="Slow-v0"))
+    said = capsys.readouterr().out
+    assert re.search(r"speed +\d+ steps/s: 0\.\d\d ms a step, [5-9]\.\d\d ms its picture", said), said
+    assert "warning: rendering is the cost: 9" in said
+    check_env.describe(EnvSettings(env="manako/GoTo-v0"))
+    said = capsys.readouterr().out
+    assert "its picture with it" in said and "warning" not in said
+
+
+def test_an_instruction_that_a_model_may_not_hold_is_said():
+    gym.register("Wordy-v0", changed(instruction="word " * 1000), max_episode_steps=5)
+    assert "instruction of 5,000 characters, and a model reads" in "".join(envs.check_vlm_env("Wordy-v0"))

@@ -128,7 +128,7 @@ def test_curves_of_returns(tmp_path):
 
 
 def test_an_evaluation_says_what_it_does(capsys):
-    done = RowsDone(plain_console(), 2)
+    done = RowsDone(plain_console(), 2, 1000)
     for row in CONDITIONS:
         done(row, Evaluation([Episode(1.0, 30, None), Episode(3.0, 70, None)], 2, True))
     lines = capsys.readouterr().out.splitlines()

@@ -8,7 +8,7 @@ from manako.agent.data.demonstrators import RandomPlayer
 from manako.agent.errors import TrainingError
 from manako.agent.report.evaluation import CONDITIONS, evaluate, evaluate_all, expert_agreement, record_episodes
 from manako.agent.report.statistics import wilson_interval
-from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed
+from manako.envs import HELD_OUT, EpisodeVectorEnv, episode_seed, held_out_seeds
 from manako.policies import PolicySource, load_policy, save_policy
 from manako.policies.interface import PolicySpec
 from tests.helpers.small_runs import tiny_policy
@@ -134,6 +134,25 @@ def test_a_saved_policy_evaluates_alike(policy, tmp_path):
     save_policy(fresh, tmp_path)
     again = load_policy(PolicySource(policy=str(tmp_path)), env.action_names, env.frame_shape)
     assert evaluate(again, env, SEEDS, sample=True) == evaluate(fresh, env, SEEDS, sample=True)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_a_budget_of_steps_takes_fewer_whole_episodes_in_the_order_of_seeds(policy, budget):
+    """Short ones are not preferred: what counts are the first ones, as many as their mean length says."""
+    seeds = held_out_seeds(40, 5)
+    whole = evaluate(policy, go_to(4), seeds)
+    some = evaluate(policy, go_to(4), seeds, most_steps=budget)
+    count = len(some.episodes)
+    assert some.episodes == whole.episodes[:count]
+    lengths = [episode.length for episode in whole.episodes]
+    fits = int(budget * 4 / sum(lengths[:4]))
+    # at least what fits, and what had begun when the first four had ended: each slot one or more
+    assert count == 40 if fits >= 40 else fits <= count <= max(fits, 4 + sum(lengths[:4]))
+    assert some.asked == (None if count == 40 else 40)
+    if budget == 60:
+        assert 4 <= count < 40 and some.summary()["episodes_asked"] == 40
+        rows = evaluate_all(policy, go_to(4), seeds, most_steps=4 * budget)
+        assert {len(row.episodes) for row in rows.values()} == {count} and rows["random"].asked == 40
 
 
 def test_recorded_episodes_are_the_evaluated_ones(policy):
