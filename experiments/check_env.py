@@ -4,8 +4,8 @@
     python experiments/check_env.py my_module:MyEnv-v0 --instruction "open the door" --action_names left,right,open
 
 It prints the image's shape, the instruction, the action names, where each comes from, the success rule, the speed, and
-every fault in a sentence. A plugin's module may lie in the current folder. Exit code 0 without faults (warnings allowed), 1 with
-faults, 2 for a command line that cannot be read.
+every fault in a sentence. A plugin's module may lie in the current folder. Exit code 0 without faults (warnings
+allowed), 1 with faults, 2 for a command line that cannot be read.
 """
 
 import sys

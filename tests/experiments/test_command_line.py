@@ -368,7 +368,7 @@ def test_bfloat16_in_software_is_pointed_out(native, monkeypatch, capsys):
         (PPOCommand, "--output", "output_dir"),
         (PPOCommand, "--gae", "gae_lambda"),  # the only one that begins so
         (PPOCommand, "--num_enws", "num_envs"),
-        (EvaluateCommand, "--timesteps", None),  # it has none, and nothing is near
+        (EvaluateCommand, "--timesteps", "eval_steps"),
         (PPOCommand, "--zzz", None),
     ],
 )
