@@ -43,8 +43,6 @@ def group_mean_and_count(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor
 def grpo(returns: Tensor, groups: Tensor) -> Tensor:
     """Returns (R - group mean) / (group standard deviation + epsilon); 0 where all returns are equal.
 
-    Epsilon is relative to the size of the group's returns, so that their unit does not matter.
-
     Args:
         returns: (M,) of M episodes.
         groups: (M,) int64, the group of each.
@@ -55,8 +53,7 @@ def grpo(returns: Tensor, groups: Tensor) -> Tensor:
     mean, squares, count = group_mean_and_count(returns, groups)
     # the unbiased deviation, as in TRL's GRPO trainer; a group of one has none
     deviation = (squares / (count - 1).clamp_min(1)).sqrt()
-    size = EPSILON * (mean.abs() + deviation) + torch.finfo(torch.float64).tiny
-    return ((returns.double() - mean) / (deviation + size)).float()
+    return ((returns.double() - mean) / (deviation + EPSILON)).float()
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:

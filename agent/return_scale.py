@@ -29,7 +29,8 @@ class ReturnScale:
     Args:
         gamma: discount per step.
         num_envs: N.
-        restarts: every rollout starts with new episodes, as the group methods' do.
+        restarts: every rollout starts with new episodes, as the group methods' do, which compare episodes and so take
+            rewards without a limit.
 
     Attributes:
         count, mean, squares: of all G so far: how many, their mean, their sum of squared deviations from it.
@@ -82,7 +83,9 @@ class ReturnScale:
     def __call__(self, rollout: Rollout) -> Rollout:
         """Returns the rollout with its rewards in the running unit, to which they are added first."""
         self.update(rollout.rewards, rollout.terminated | rollout.truncated)
-        scaled = (rollout.rewards.double() / self.deviation).clamp(-LIMIT, LIMIT)
+        scaled = rollout.rewards.double() / self.deviation
+        if not self.restarts:
+            scaled = scaled.clamp(-LIMIT, LIMIT)
         return rollout._replace(rewards=scaled.to(rollout.rewards.dtype))
 
     def state_dict(self) -> dict[str, Any]:

@@ -169,21 +169,23 @@ RUN = {
     "python experiments/evaluate.py --policy runs/...": "--num_envs 8 --episodes 8",
     "python experiments/check_model.py runs/.../final": "--num_envs 4",
     "python experiments/run_ppo.py --advantage grpo": f"{PPO} --num_steps 12 --output_dir runs/grpo",
-    "python experiments/collect.py --episodes 500 --output data/goto": "--episodes 16 --num_envs 8",
-    "python experiments/run_sft.py --dataset data/goto --trainable full": f"{EVALUATION} --output_dir runs/imitation",
+    "python experiments/collect.py --episodes 8000 --num_envs 64 --output data/goto": "--episodes 16 --num_envs 8",
+    "python experiments/run_sft.py --dataset data/goto --loss actions --epochs 4 --learning_rate 1e-3": (
+        f"{EVALUATION} --output_dir runs/imitation"
+    ),
     "python experiments/run_dpo.py --policy runs/.../final --pairs expert": (
         f"{EVALUATION} --episodes 16 --num_envs 8 --output_dir runs/preferences"
     ),
     "python experiments/export_lerobot.py --dataset data/goto --output data/lerobot": "",
     "python experiments/run_sft.py --stage represent --policy vision_tokens --output_dir runs/codes": "--captions 64",
-    "python experiments/run_sft.py --policy runs/codes/final --trainable full --dataset data/goto --loss actions "
+    "python experiments/run_sft.py --policy runs/codes/final --dataset data/goto --loss actions "
     "--next_frame_coef 1 --output_dir runs/world": EVALUATION,
     "python experiments/imagine.py --policy runs/world/final --gif imagined.gif": "--episodes 8",
     # docs/ladder.md
     "python experiments/collect.py --env manako/GoTo-v0 --error_rate 0.3 --episodes 6000 --num_steps 64 "
     "--output data/goto": ("--episodes 16 --num_steps 16 --num_envs 8 --output data/demonstrations"),
     "python experiments/run_sft.py --dataset data/goto --epochs 9 --batch_size 128 --learning_rate 2e-3 "
-    "--trainable full --output_dir runs/sft": f"{EVALUATION} --dataset data/demonstrations --epochs 1 --batch_size 16",
+    "--output_dir runs/sft": f"{EVALUATION} --dataset data/demonstrations --epochs 1 --batch_size 16",
     "python experiments/run_dpo.py --policy runs/sft/final --pairs expert --beta 1.0 --learning_rate 5e-4 "
     "--output_dir runs/dpo": f"{EVALUATION} --episodes 16 --num_envs 8",
     "python experiments/run_ppo.py --env manako/GoTo-v0 --policy runs/dpo/final --total_steps 40000 "
@@ -212,6 +214,8 @@ READ_ONLY = {
     "python experiments/run_ppo.py --seed 0": "a run of the first command",
     "python experiments/run_ppo.py --config ": "minutes; tests/experiments/test_run_ppo.py reads every configuration",
     "python experiments/run_ladder.py --ladder experiments/configs/architectures.yaml": "an hour; read there",
+    "python experiments/run_ladder.py --ladder experiments/configs/ladder_": "minutes; read there",
+    "python experiments/benchmarks/reward_scale.py": "ten minutes; tests/experiments/test_benchmarks.py reads it",
     "python experiments/play.py": "a person plays in a window; tests/agent/data has its recordings",
     "python experiments/submit_ray_job.py": "a cluster's; tests/agent/workers submits to one of its own",
     "python /path/to/experiments/submit_ray_job.py": "likewise",

@@ -11,6 +11,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError
+from manako.agent.group_advantages import group_advantages
 from manako.agent.ppo_trainer import ROLLOUT_STATE, PPOTrainer
 from manako.agent.return_scale import LIMIT, ReturnScale
 from manako.envs import EpisodeVectorEnv
@@ -92,6 +93,23 @@ def test_a_rare_reward_is_limited_and_the_environments_numbers_stay():
 def test_rewards_that_are_no_numbers():
     with pytest.raises(TrainingError, match="1 rewards are not finite"):
         ReturnScale(0.9, 2).update(*steps([[1, math.nan]], [[False, False]]))
+
+
+def test_episodes_that_are_compared_stay_different_and_those_of_equal_returns_equal():
+    env = EpisodeVectorEnv("tests/Paid-v0", 4, env_kwargs={"factor": 1.0}, seed=0)
+    rollout = RolloutCollector(env, tiny_policy(env), 3, seed=0).collect(0)
+    ended = torch.tensor([[False] * 4] * 2 + [[True] * 4])
+    rare = rollout._replace(
+        rewards=torch.tensor([[0.0] * 4] * 2 + [[1.0, 3, 0, 0]]), terminated=ended, truncated=~ended & False
+    )
+    scale = ReturnScale(0.9, 4, restarts=True)
+    scale.update(torch.zeros(3000, 4), torch.ones(3000, 4, dtype=torch.bool))
+    assert (scale(rare).rewards[-1, 1] / scale(rare).rewards[-1, 0]).item() == pytest.approx(3)
+    # returns of 0 by rewards that cancel: rounding is no advantage
+    cancel = torch.tensor([[0.3, 0.1, 0.5, 0.7], [-0.3, 0.2, -0.1, -0.7], [0, -0.3, -0.4, 0]])
+    for rewards in (cancel, scale(rare._replace(rewards=cancel)).rewards):
+        advantages, usable = group_advantages("grpo", rewards, ended, torch.zeros(4, dtype=torch.int64))
+        assert usable.all() and advantages.abs().max() < 0.1
 
 
 def test_rollouts_of_new_episodes_carry_nothing_over():
