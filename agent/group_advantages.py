@@ -40,12 +40,14 @@ def group_mean_and_count(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor
     return mean[place], squares[place], count[place]
 
 
-def grpo(returns: Tensor, groups: Tensor) -> Tensor:
+def grpo(returns: Tensor, groups: Tensor, sizes: Tensor | None = None) -> Tensor:
     """Returns (R - group mean) / (group standard deviation + epsilon); 0 where all returns are equal.
 
     Args:
         returns: (M,) of M episodes.
         groups: (M,) int64, the group of each.
+        sizes: (M,) of what was summed to each return, without signs; None: the returns' own. Epsilon is a millionth of
+            their mean in the group: it does not hang on the unit, and rounding is no difference.
 
     Returns:
         (M,) float32.
@@ -53,7 +55,9 @@ def grpo(returns: Tensor, groups: Tensor) -> Tensor:
     mean, squares, count = group_mean_and_count(returns, groups)
     # the unbiased deviation, as in TRL's GRPO trainer; a group of one has none
     deviation = (squares / (count - 1).clamp_min(1)).sqrt()
-    return ((returns.double() - mean) / (deviation + EPSILON)).float()
+    size = group_mean_and_count(returns.abs() if sizes is None else sizes, groups)[0]
+    # at least the smallest number: where all is 0 so is the advantage
+    return ((returns.double() - mean) / (deviation + EPSILON * size + torch.finfo(torch.float64).tiny)).float()
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
@@ -133,9 +137,12 @@ def group_advantages(
     first = first.scatter_reduce(0, place, torch.arange(len(key)), "amin")  # the first sample of each episode
     whole = complete.flatten()[first]  # (episodes,)
     group = (groups.expand(steps, slots) * steps + episode).flatten()[first]  # (episodes,)
-    compare = rloo if method == "rloo" else grpo
     judged = torch.zeros(number)
-    judged[whole] = compare(returns[whole], group[whole])
+    if method == "rloo":
+        judged[whole] = rloo(returns[whole], group[whole])
+    else:
+        sizes = torch.zeros(number, dtype=torch.float64).index_add(0, place, rewards.flatten().double().abs())
+        judged[whole] = grpo(returns[whole], group[whole], sizes[whole])
     members = torch.unique(groups, return_counts=True)[1][torch.unique(groups, return_inverse=True)[1]]  # (N,)
     members = members.expand(steps, slots).flatten()[first]  # (episodes,)
     _, _, ended_members = group_mean_and_count(returns[whole], group[whole])
@@ -148,7 +155,8 @@ def group_advantages(
         togo = returns_to_go(rewards, ended, gamma).flatten()[mask]
         # anchor states: the same observation in the same group and episode number
         _, seen = torch.unique(torch.stack([group[place], states.flatten()], dim=1)[mask], dim=0, return_inverse=True)
-        advantages[mask] += step_weight * grpo(togo, seen)
+        summed = returns_to_go(rewards.abs(), ended, gamma).flatten()[mask]
+        advantages[mask] += step_weight * grpo(togo, seen, summed)
     return (advantages * mask).view(steps, slots), mask.view(steps, slots)
 
 
