@@ -53,7 +53,7 @@ class AtStep(TrainerCallback):
 @pytest.mark.parametrize("clip_range_vf", [None, 0.2])
 def test_an_iteration_equals_a_bare_pytorch_loop(tmp_path, clip_range_vf):
     settings = {"num_iterations": 2, "num_ppo_epochs": 3, "gamma": 0.9, "gae_lambda": 0.8, "ent_coef": 0.05}
-    args = ppo_config(tmp_path, **settings, clip_range_vf=clip_range_vf, seed=3, scale_returns=False)
+    args = ppo_config(tmp_path, **settings, clip_range_vf=clip_range_vf, seed=3, scale_returns=False, vf_coef=0.5)
     env = corridor_env(8, seed=3)
     trainer = PPOTrainer(tiny_policy(env), args, env)
     at_the_end_of_an_iteration = []

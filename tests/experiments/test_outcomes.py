@@ -132,6 +132,6 @@ def test_an_evaluation_says_what_it_does(capsys):
     for row in CONDITIONS:
         done(row, Evaluation([Episode(1.0, 30, None), Episode(3.0, 70, None)], 2, True))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["evaluating", "2", "held-out", "episodes", "for", "each", "of", "4", "rows"]
+    assert lines[0] == "evaluating   2 held-out episodes for each of 4 rows, 1,000 steps at most or a little more"
     assert lines[2].startswith("random: mean return 2.00 [1.00, 3.00]; 200 steps so far, 0:00 min, about 0:00 min left")
     assert len(lines) == 5 and "left" not in lines[-1]

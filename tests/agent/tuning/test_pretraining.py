@@ -115,7 +115,7 @@ def test_blip2_from_representation_by_alignment_to_acting(tmp_path, monkeypatch,
     }
     stages = {
         "represent": {**given, "policy": "blip2"},
-        "align": {**given, "policy": tmp_path / "represent"},
+        "align": {**given, "policy": tmp_path / "represent", "trainable": "adapter"},
         "instruct": {**act, "policy": tmp_path / "align", "batch_size": 4, "gif_episodes": 0},
     }
     found = {"start": weights(goto_policy(policy="blip2").vlm)}

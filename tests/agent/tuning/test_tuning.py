@@ -90,7 +90,9 @@ def test_align_and_instruct(recorded, tmp_path, monkeypatch, capsys):
         assert ended.value.code == 0, printed.err
         return printed.out
 
-    printed = run_here(stage="align", adapter="mlp_zscore", captions=16, batch_size=8, output_dir="align")
+    printed = run_here(
+        stage="align", adapter="mlp_zscore", trainable="adapter", captions=16, batch_size=8, output_dir="align"
+    )
     assert "standardises features by 16 frames" in printed
     assert json.loads((tmp_path / "align/report.json").read_text())["trained_parameters"] == 8320
     given = {"policy": "align", "dataset": recorded / "right", "trainable": "adapter", "loss": "actions", **SMALL}
@@ -156,7 +158,7 @@ def test_one_start_played_by_likeliest_actions_is_no_sample(starts, sampled, tes
     row = {"from": None, "episodes": 20, "starts": starts, "success": 0.5, "success_ci95": [0.3, 0.7]}
     row |= {"return_mean": 0.5, "seconds": 1.0, "trained_parameters": 7, "perplexity": 30.0, "probes": 0.9}
     row |= {"parameters": 9, "controls": {}, "expert_agreement": None, "milliseconds_a_frame": 0.5}
-    result = {"env": "Lake", "sampled_actions": sampled, "demonstrations": {}, "random": row}
+    result = {"env": "Lake", "measure": "success", "sampled_actions": sampled, "demonstrations": {}, "random": row}
     result["steps"] = [{**row, "step": "start"}, {**row, "step": "sft"}]
     result["comparisons"] = [{"step": "sft", "against": "start", "difference": 0.1, "p": 0.25}]
     print_report(result, Path("report.json"))
@@ -171,7 +173,14 @@ def test_episodes_that_no_seed_fixes_are_compared_in_no_pairs(capsys):
     row = {"from": None, "episodes": 2, "starts": 2, "success": 0.5, "success_ci95": [0.3, 0.7], "fixed_by_seed": False}
     row |= {"return_mean": 0.5, "seconds": 1.0, "trained_parameters": 7, "perplexity": 30.0, "probes": 0.9}
     row |= {"parameters": 9, "controls": {}, "expert_agreement": None, "milliseconds_a_frame": 0.5}
-    result = {"env": "Lake", "sampled_actions": True, "demonstrations": {}, "random": row, "comparisons": comparisons}
+    result = {
+        "env": "Lake",
+        "measure": "success",
+        "sampled_actions": True,
+        "demonstrations": {},
+        "random": row,
+        "comparisons": comparisons,
+    }
     print_report({**result, "steps": [{**row, "step": "start"}, {**row, "step": "sft"}]}, Path("report.json"))
     text = capsys.readouterr().out
     assert "sft against start: +0.0 points\nno p: episodes are not fixed by seed" in text and "McNemar" not in text
