@@ -52,7 +52,10 @@ class PromptBuilder:
         self.legend = ""
         tokenizer = self.processor.tokenizer
         special = special_vocabulary(tokenizer)
-        self.special_tokens = sorted({*special, *([self.image_token] if self.image_token else [])})
+        # of those that are merely added, the ones that are written as marks, such as places, too; words stay words
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        marks = [token for token in added if re.fullmatch(r"<\S.*\S>|\[\S.*\S\]", token.strip(), re.S)]
+        self.special_tokens = sorted({*special, *marks, *([self.image_token] if self.image_token else [])})
         held = [token for token in self.special_tokens if token.strip() and token in system]
         if held:
             raise PolicyError(
