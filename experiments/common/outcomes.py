@@ -42,7 +42,11 @@ def warnings_of(summary: Mapping[Any, Mapping[str, Any]]) -> list[str]:
             "--success_return asks for more"
         )
     elif len(summary) > 1 and _all_overlap([row[f"{measure}_ci95"] for row in summary.values()]):
-        said.append(f"this measure tells nothing here: the {measure} of all rows agrees within their intervals")
+        episodes = min(row["episodes"] for row in summary.values())
+        said.append(
+            f"this measure tells nothing here: the {measure} of all rows agrees within their intervals, of "
+            f"{episodes:,} episodes; more may tell them apart"
+        )
     return said
 
 
