@@ -195,8 +195,10 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.policy.load_weights(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text())
         self.iteration = state["iteration"]
-        # checkpoints of older versions have neither: their episodes, and the unit of their rewards, are started anew
-        if self.scale is not None and "return_scale" in state:
+        # checkpoints of older versions have neither: their critic knows rewards as they are; their episodes start anew
+        if "return_scale" not in state:
+            self.scale = None
+        elif self.scale is not None:
             self.scale.load_state_dict(state["return_scale"])
         if "episodes" in state:
             self._ended.load_state_dict(state["episodes"])

@@ -181,7 +181,7 @@ def success_chart(
         rate, (low, high) = baseline
         ax.axvspan(low, high, color=_BASELINE_COLORS[0], alpha=0.15, linewidth=0)
         ax.axvline(rate, color=_BASELINE_COLORS[0], linestyle="--", linewidth=1.2, label="random policy")
-        _legend(ax)
+        ax.legend(loc="lower left", fontsize=8)
     ax.set_yticks(places, [name for name, _, _ in rows], fontsize=8)
     if returns:
         ax.set_xlabel("mean episode return (reward units), 95 % interval")

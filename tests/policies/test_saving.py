@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -340,8 +341,11 @@ def test_places_without_a_policy(tmp_path):
     for name, sentence in (
         ("tinny", "No vision-language model at 'tinny': expected a preset (tiny, smollm2"),
         ("nobody/no-such-model", "No vision-language model at 'nobody/no-such-model'"),
-        ("./nowhere", "There is no folder './nowhere': expected a preset (tiny, smollm2"),
-        ("/no/such/folder", "There is no folder '/no/such/folder': expected a preset (tiny, smollm2"),
+        (
+            "./nowhere",
+            f"There is no folder './nowhere' (no 'nowhere' in {Path.cwd()}): expected a preset (tiny, smollm2",
+        ),
+        ("/no/such/folder", "There is no folder '/no/such/folder' (no 'no' in /): expected a preset (tiny, smollm2"),
         (str(tmp_path / "empty"), "holds no config.json: expected a model folder or a run's checkpoint"),
         (str(text), "is a llama, which transformers does not know as a vision-language model"),
         (str(damaged), "cannot be read (Expecting property name"),
