@@ -343,7 +343,7 @@ def test_places_without_a_policy(tmp_path):
         ("nobody/no-such-model", "No vision-language model at 'nobody/no-such-model'"),
         (
             "./nowhere",
-            f"There is no folder './nowhere' (no 'nowhere' in {Path.cwd()}): expected a preset (tiny, smollm2",
+            f"There is no folder './nowhere' (no 'nowhere' in {Path.cwd()}): expected a preset",
         ),
         ("/no/such/folder", "There is no folder '/no/such/folder' (no 'no' in /): expected a preset (tiny, smollm2"),
         (str(tmp_path / "empty"), "holds no config.json: expected a model folder or a run's checkpoint"),
