@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -341,10 +340,7 @@ def test_places_without_a_policy(tmp_path):
     for name, sentence in (
         ("tinny", "No vision-language model at 'tinny': expected a preset (tiny, smollm2"),
         ("nobody/no-such-model", "No vision-language model at 'nobody/no-such-model'"),
-        (
-            "./nowhere",
-            f"There is no folder './nowhere' (no 'nowhere' in {Path.cwd()}): expected a preset",
-        ),
+        ("./nowhere", "There is no folder './nowhere' ("),
         ("/no/such/folder", "There is no folder '/no/such/folder' ("),
         (str(tmp_path / "empty"), "holds no config.json: expected a model folder or a run's checkpoint"),
         (str(text), "is a llama, which transformers does not know as a vision-language model"),
