@@ -25,6 +25,7 @@ from manako.envs.observation import (
     ImageSource,
     VLMObservation,
     as_frame,
+    is_blank,
     read_picture,
     resolve_actions,
     resolve_image,
@@ -364,7 +365,7 @@ def _prepare(
 def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:
     """Warns of what an environment rarely means to do."""
     frames = [moment.frame for moment in moments if moment.frame is not None]
-    blank = sum(bool((frame == frame[0, 0]).all()) for frame in frames)
+    blank = sum(map(is_blank, frames))
     if blank:
         faults.add("blank", f"shows a single colour in {blank} of {len(frames)} frames", warning=True)
     pairs = [(old, new) for old, new in itertools.pairwise(moments) if new.step > 0]

@@ -164,6 +164,11 @@ def holds_codes(picture: Any) -> bool:
     return isinstance(picture, np.ndarray) and picture.size > 0 and 0 < picture.max() <= MOST_OF_CODES
 
 
+def is_blank(frame: np.ndarray) -> bool:
+    """Returns whether a frame (H, W, 3) is of a single colour."""
+    return bool((frame == frame[0, 0]).all())
+
+
 def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto", observation: Any = None) -> str:
     """Decides where the image comes from: `"observation"`, `"observation['image']"` or `"render()"`.
 

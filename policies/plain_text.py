@@ -20,12 +20,12 @@ def as_plain_text(text: str, special_tokens: list[str]) -> str:
     """
     if not text.isprintable():
         text = "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"))
-    tokens = sorted({token for token in special_tokens if len(token.strip()) > 1}, key=len, reverse=True)
+    tokens = sorted({token for token in special_tokens if len(token.strip()) > 1})
     if not tokens:
         return text
     escape = next(char for char in ESCAPES if not any(char in token for token in tokens) or char == ESCAPES[-1])
     bare = text.replace(escape, "")
-    found = {match.start() for token in tokens for match in re.finditer(f"(?={re.escape(token)})", bare)}
+    found = {match.start() for match in re.finditer(f"(?={'|'.join(map(re.escape, tokens))})", bare)}
     if not found:
         return text
     parts, place = [], 0

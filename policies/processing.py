@@ -203,7 +203,7 @@ class Processing:
 
     def seen(self, frames: Tensor) -> Tensor | None:
         """Returns features (B, P, Dv) float32, on the CPU, of resized frames, or None where they are not stored."""
-        return self.features(frames) if self.features is not None and self.features.is_frozen else None
+        return self.features(frames) if self.features is not None and self.stores_features else None
 
     def pixels(self, inputs: Rows) -> dict[str, Tensor]:
         """Returns the inputs that are made of the rows' frames, or the features that stand for them."""

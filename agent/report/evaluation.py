@@ -99,7 +99,7 @@ def evaluate(
     results: list[Episode | None] = [None] * len(seeds)
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
-    fixed_by_seed, undecided = env.follows_seeds(), most_steps is not None
+    fixed_by_seed, budget = env.follows_seeds(), most_steps
     # slots beyond the last seed play its episodes again, uncounted, since all slots step together
     observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
     starts = {_observation_digest(observations, slot) for slot in range(n) if playing[slot] is not None}
@@ -122,11 +122,10 @@ def evaluate(
                     results[index] = Episode(
                         float(env.episode_returns[slot]), int(env.episode_lengths[slot]), verdict(result.success[slot])
                     )
-                    first = [episode for episode in results[:n] if episode is not None]
-                    if undecided and most_steps is not None and len(first) == min(n, len(seeds)):
-                        undecided = False
-                        count = int(most_steps * len(first) / sum(episode.length for episode in first))
-                        waiting = [later for later in waiting if later < count]
+                if budget is not None and all(episode is not None for episode in results[:n]):
+                    first = [episode.length for episode in results[:n] if episode is not None]
+                    count = int(budget * len(first) / sum(first))
+                    waiting, budget = [later for later in waiting if later < count], None  # decided
                 playing[slot] = index = waiting.pop() if waiting else None
                 following.append(seeds[-1 if index is None else index])
             observations = env.reset_done(ended, seeds=following)

@@ -10,7 +10,6 @@
 Each row: {"prompt", "chosen", "rejected", "images"}; equal returns make no pair.
 """
 
-import io
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,10 +17,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Picture
 
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.supervised import MESSAGES, answer_messages, prompt_columns, stored_frames
+from manako.agent.tuning.supervised import MESSAGES, answer_messages, picture, prompt_columns, stored_frames
 from manako.policies.interface import Policy
 
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
@@ -122,7 +120,7 @@ def branch_pairs(
         while first + length < len(actions) and numbers[first + length]:
             length += 1
         for step in sorted(generator.permutation(length)[:steps_per_episode].tolist()):
-            frame = np.array(Picture.open(io.BytesIO(frames[first + step]["bytes"])))
+            frame = picture(frames[first + step]["bytes"])
             returns = _branch(env, seeds[first], actions[first : first + step], frame, act)
             best, worst = int(returns.argmax()), int(returns.argmin())
             if returns[best] > returns[worst]:

@@ -5,6 +5,7 @@ demonstration's prompt is the very one that the policy acts on, and the first to
 judged by: `check_tokens` holds what is learned against what the policy acts on.
 """
 
+import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,6 +113,11 @@ def prompt_columns(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
 def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:
     """Returns the frames as they are stored: PNG bytes, which a dataset takes without encoding them again."""
     return list(trajectories.cast_column("image", Image(decode=False))["image"])
+
+
+def picture(png: bytes) -> np.ndarray:
+    """Returns the frame (H, W, 3) uint8 of a PNG file's bytes."""
+    return np.asarray(Picture.open(io.BytesIO(png)).convert("RGB"))
 
 
 def sample_frames(trajectories: Dataset, count: int) -> list[np.ndarray]:

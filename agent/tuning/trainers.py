@@ -7,7 +7,6 @@ model's own forward.
 
 import copy
 import functools
-import io
 import json
 import math
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
@@ -26,6 +24,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
+from manako.agent.tuning.supervised import picture
 from manako.policies.interface import Policy
 
 SHARES = {
@@ -213,11 +212,6 @@ class PolicyCloningTrainer(PolicySFTTrainer):
                 self._metrics["train" if self.model.training else "eval"][name].append(own.item())
                 loss = loss + own
         return (loss, output) if return_outputs else loss
-
-
-def picture(png: bytes) -> np.ndarray:
-    """Returns the frame (H, W, 3) uint8 of a PNG file's bytes."""
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 class PolicyDPOTrainer(_OfPolicy, DPOTrainer):

@@ -3,8 +3,8 @@
     python experiments/benchmarks/reward_scale.py --chart docs/reward_scale.png
     python experiments/benchmarks/reward_scale.py --seeds 1 --total_steps 4096
 
-Every reward is multiplied by 0.01, 1 or 100; environment, policy, seeds and all other settings are the
-same, those of run_ppo.py for that environment. Success does not depend on the unit, since the environment says it.
+Every reward is multiplied by 0.01, 1 or 100; environment, policy, seeds and all other settings are the same, those of
+run_ppo.py without flags. Success does not depend on the unit, since the environment says it.
 """
 
 import json

@@ -7,6 +7,7 @@ import numpy as np
 
 from manako.agent.interfaces import NOT_FIXED
 from manako.envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv
+from manako.envs.observation import is_blank
 from manako.envs.settings import EnvSettings
 
 
@@ -78,7 +79,7 @@ def dead_frames(env_id: str, frames: np.ndarray, instructions: Sequence[str]) ->
         frames: what it showed, of several steps or episodes.
         instructions: B texts.
     """
-    if all(bool((frame == frame[0, 0]).all()) for frame in frames):
+    if all(map(is_blank, frames)):
         return f"{env_id} showed a single colour in all of {len(frames)} frames: look at its renderer"
     if len(frames) > 1 and len(set(instructions)) == 1 and all(np.array_equal(frame, frames[0]) for frame in frames):
         return f"{env_id} showed one frame and instruction {len(frames)} times: look at its renderer"

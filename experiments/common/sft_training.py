@@ -33,6 +33,7 @@ from manako.experiments.common.settings import SFTCommand
 from manako.experiments.common.what_learns import trainable_of
 from manako.policies import VLMPolicy
 from manako.policies.architectures.pretraining import Pretraining
+from manako.policies.default_trainable import AUTO
 from manako.policies.room import check_training_room
 from manako.policies.sensitivity import sensitivity
 
@@ -106,7 +107,7 @@ def _policy_of_stage(command: SFTCommand) -> tuple[SFTCommand, VLMPolicy, Pretra
         UsageError: a stage that this architecture does not have.
     """
     environment, run, source = command.environment, command.run, command.policy
-    asked = source.trainable == "auto"
+    asked = source.trainable == AUTO
     if asked:  # a pretrained language model stays as it is until it is to act
         source = replace(source, trainable="full" if trainable_of(source)[0] == "full" else "adapter")
     policy, _ = policy_of_run(environment, source, run.seed, run.torch_threads)

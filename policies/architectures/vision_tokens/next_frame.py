@@ -38,8 +38,9 @@ class NextFrame:
         """Returns the codes (B, P) int64 of frames (B, H, W, 3) uint8, on the CPU."""
         pipeline, vlm = self.processing.pipeline, self.model.base_vlm
         frames = pipeline.resize(images)
-        if self.processing.features is not None and self.processing.stores_features:
-            return self.processing.features(frames)[..., 0].long()  # which keeps them, for when the policy sees these
+        seen = self.processing.seen(frames)
+        if seen is not None:
+            return seen[..., 0].long()  # they are kept, for when the policy sees these
         frames = frames.to(vlm.device)
         with torch.autocast(vlm.device.type, enabled=False):
             return vlm.model.get_vision_features(pipeline.pixels(frames)["pixel_values"])[..., 0].long().cpu()
