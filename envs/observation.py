@@ -23,7 +23,6 @@ import enum
 import functools
 import math
 import operator
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -36,6 +35,7 @@ from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
 from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
+from manako.plain import holds_control_characters, written_out
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
@@ -46,7 +46,7 @@ MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, no
 
 
 class InstructionText(gym.spaces.Text):
-    """The space of instructions: any Unicode text without control characters, newline and tab excepted.
+    """The space of instructions: any Unicode text without control characters, newline, tab and return excepted.
 
     `gymnasium.spaces.Text` lists its characters one by one and knows only letters and digits by default.
     Samples are short printable ASCII.
@@ -59,7 +59,7 @@ class InstructionText(gym.spaces.Text):
 
     def contains(self, x: Any) -> bool:
         """Returns whether `x` is a clean text of an allowed length."""
-        return isinstance(x, str) and len(x) <= self.max_length and without_control_characters(x) == x
+        return isinstance(x, str) and len(x) <= self.max_length and not holds_control_characters(x)
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
         """Samples up to 64 characters of printable ASCII."""
@@ -76,13 +76,6 @@ class InstructionText(gym.spaces.Text):
     def __repr__(self) -> str:
         """Returns the space's name without its characters."""
         return f"InstructionText({self.max_length})"
-
-
-def without_control_characters(text: str) -> str:
-    r"""Drops control characters and lone surrogates, which no tokenizer should meet; `\n` and `\t` stay."""
-    if text.isprintable():
-        return text
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 def missing_package(error: Exception) -> str:
@@ -142,7 +135,7 @@ def resolve_actions(
     names = names if isinstance(names, str) else tuple(names)
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise EnvError(f"{env_id}: {source} is {names!r}, expected a sequence of {n} strings")
-    names = tuple(without_control_characters(name).strip() for name in names)
+    names = tuple(written_out(name).strip() for name in names)
     if len(names) != n:
         raise EnvError(f"{env_id} has {n} actions, and {source} gives {len(names)} names {names}: give one an action")
     if len(set(names)) != n or "" in names:
@@ -395,7 +388,7 @@ class VLMObservation(gym.Wrapper):
         Raises:
             EnvError: The environment does not say.
         """
-        return without_control_characters(caption_of(self.env, self.env_id))
+        return written_out(caption_of(self.env, self.env_id))
 
     def alternative_instruction(self) -> str | None:
         """Returns another instruction valid now, from the environment's method of this name; None without one."""
@@ -406,7 +399,7 @@ class VLMObservation(gym.Wrapper):
             text = method()
         except Exception as error:
             self._broke("alternative_instruction()", error)
-        return None if text is None else without_control_characters(str(text))
+        return None if text is None else written_out(str(text))
 
     def close(self) -> None:
         """Closes the environment."""
@@ -446,7 +439,7 @@ class VLMObservation(gym.Wrapper):
                 self._fail(f"gave {text!r} as the instruction from {self.instruction_from}, expected a string")
             if len(text) > MAX_INSTRUCTION_LENGTH:
                 self._fail(f"gave an instruction of {len(text)} characters, expected at most {MAX_INSTRUCTION_LENGTH}")
-            self._raw_text, self._clean_text = text, without_control_characters(str(text))
+            self._raw_text, self._clean_text = text, written_out(str(text))
         return self._clean_text
 
     def _broke(self, where: str, error: Exception) -> NoReturn:

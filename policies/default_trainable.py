@@ -35,8 +35,13 @@ def with_default(source: PolicySource) -> PolicySource:
     return source if source.trainable != AUTO else replace(source, trainable=default_trainable(source)[0])
 
 
-def began_random(source: PolicySource) -> bool:
-    """Says whether the language model of a source began with random weights; what cannot be known is pretrained."""
+def began_random(source: PolicySource, followed: tuple[str, ...] = ()) -> bool:
+    """Says whether the language model of a source began with random weights; what cannot be known is pretrained.
+
+    Args:
+        source: see `default_trainable`.
+        followed: folders that led to it.
+    """
     if source.language_model is not None:
         return source.language_model in RANDOM_LANGUAGE_MODELS
     if source.policy in PRESETS:
@@ -48,6 +53,5 @@ def began_random(source: PolicySource) -> bool:
         before = PolicySource(**description["source"])
     except (OSError, ValueError, KeyError, TypeError):
         return False  # no folder of a policy, or a damaged one, which loading will say
-    if before.policy == source.policy:
-        return False
-    return began_random(before)
+    followed = (*followed, source.policy)
+    return before.policy not in followed and began_random(before, followed)

@@ -5,7 +5,8 @@ first character: `<image>` is read as `<\image>`, and so that this stays reversi
 """
 
 import re
-import unicodedata
+
+from manako.plain import holds_control_characters, written_out
 
 ESCAPES = "\\^~|`"  # the first that stands in no special token
 
@@ -15,11 +16,10 @@ def as_plain_text(text: str, special_tokens: list[str]) -> str:
 
     Where a token stands is looked for in the text without its backslashes, which escaping does not change: so one
     backslash can be taken out again at each of the same places. Tokens of one character, and of white space, cannot be
-    broken up and stay. Control characters but `\n` and `\t`, and lone surrogates, which environments do not hand on,
-    are left out.
+    broken up and stay. Control characters, which environments do not hand on, are written out.
     """
-    if not text.isprintable():
-        text = "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"))
+    if holds_control_characters(text):
+        text = written_out(text)
     tokens = sorted({token for token in special_tokens if len(token.strip()) > 1})
     if not tokens:
         return text

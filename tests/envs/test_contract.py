@@ -1,6 +1,7 @@
 """Any environment as an image, an instruction and named actions: where each comes from, and what happens without it."""
 
 import enum
+import itertools
 import os
 import re
 import signal
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from manako import envs
-from manako.envs.observation import InstructionText, VLMObservation, as_frame, is_picture, without_control_characters
+from manako.envs.observation import InstructionText, VLMObservation, as_frame, is_picture
 from manako.envs.tasks import success_rule, task_of
+from manako.plain import holds_control_characters, written_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -314,13 +316,33 @@ def test_an_instruction_attribute_is_read_again_at_every_step():
     assert seen == ["count", "two to go", "one to go", "again"]
 
 
-def test_instructions_lose_control_characters_and_nothing_else():
-    text = "red\x00 \x1b[31mball\x7f\ud800\r\n\tärger 眼 🟥"
-    assert without_control_characters(text) == "red [31mball\n\tärger 眼 🟥"
-    env = VLMObservation(Screen(instruction=text))
+def test_control_characters_of_an_instruction_are_written_out_and_nothing_is_lost():
+    env = VLMObservation(Screen(instruction="red\x00 \x1b[31mball\x7f\ud800\r\n\tärger 眼 🟥"))
     observation, _ = env.reset()
-    assert observation["instruction"] == without_control_characters(text)
+    assert observation["instruction"] == "red\\x00 \\x1b[31mball\\x7f\\ud800\r\n\tärger 眼 🟥"
     assert env.observation_space.contains(observation)
+
+
+def test_frozen_lakes_own_map_keeps_the_place_of_the_player():
+    """Gymnasium marks the player's cell by an escape sequence for terminals."""
+    lake = gym.make("FrozenLake-v1", render_mode="ansi", is_slippery=False)
+    lake.reset(seed=0)
+    maps = [lake.render()]
+    for action in (1, 1):
+        lake.step(action)
+        maps.append(lake.render().split("\n", 1)[1])
+    read = [VLMObservation(Screen(instruction=text)).reset()[0]["instruction"] for text in maps]
+    assert len(set(read)) == 3 and all("\\x1b[41m" in text for text in read)
+
+
+def test_no_two_texts_are_written_alike():
+    """All texts of up to six of these pieces, some of which look like what control characters are written as."""
+    pieces = ["\x1b", "\\", "x1b", "\ud800", "ud800", "a"]
+    texts = {"".join(chosen) for size in range(6) for chosen in itertools.product(pieces, repeat=size)}
+    written = {written_out(text) for text in texts}
+    assert len(written) == len(texts) > 5_000
+    assert not any(holds_control_characters(text) for text in written)
+    assert written_out("C:\\new\\table") == "C:\\new\\table"
 
 
 def test_instruction_space():
@@ -435,7 +457,7 @@ def test_actions_that_start_elsewhere_are_numbered_from_0():
     [
         ({"action_names": ("one",)}, "has 2 actions, and the 'action_names' attribute gives 1 names"),
         ({"action_names": ("one", "one ")}, "a name of its own"),
-        ({"action_names": ("one", "\x00")}, "a name of its own that is not empty"),
+        ({"action_names": ("one", "\n")}, "a name of its own that is not empty"),
         ({"action_names": "ab"}, "expected a sequence of 2 strings"),
         ({"action_names": (1, 2)}, "expected a sequence of 2 strings"),
         (

@@ -54,6 +54,9 @@ def test_a_saved_policy_knows_where_it_began(tmp_path):
     description["source"] = asdict(PolicySource("smollm2"))
     (first / POLICY_FILE).write_text(json.dumps(description))
     assert default_trainable(PolicySource(str(second)))[0] == "lora"
+    description["source"] = asdict(PolicySource(str(second)))  # two that name each other
+    (first / POLICY_FILE).write_text(json.dumps(description))
+    assert default_trainable(PolicySource(str(second)))[0] == "lora"
 
 
 @pytest.mark.parametrize("kind", [PPOCommand, SFTCommand, DPOCommand])

@@ -43,7 +43,7 @@ PLAIN = "Go to the red ball (the 2nd), then wait: it's 50% of 3 < 5? – naïve 
             "a\u200db \U0001f469\u200d\U0001f680 \ue000 \U0001fae9",
         ),
         ("x" * 5000, "x" * 5000),
-        ("a\x00\ud800b", "ab"),
+        ("a\x00\ud800b", "a\\x00\\ud800b"),
         ("<IMAGE> < image >", "<IMAGE> < image >"),
     ],
 )
@@ -71,6 +71,7 @@ def test_a_word_that_was_merely_added_stays_and_what_gives_one_prompt_is_refused
     assert prompts.clean("go to the ball") == "go to the ball"
     prompts.encode("a b")
     assert prompts.encode("a  b") != prompts.encode("a b")
+    prompts.encode("a\\x00 b")
     with pytest.raises(PolicyError, match="give one prompt"):
         prompts.encode("a\x00 b")
 
