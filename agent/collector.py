@@ -6,6 +6,7 @@ a function of (seed, slot, iteration), so a resumed run and any split of the slo
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from manako.agent.errors import TrainingError
 from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask
 from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers, verdict
+from manako.policies.answers.text import LEGAL
 from manako.policies.interface import Acted, Draws, Policy, Rows
 
 log = logging.getLogger("manako.rollouts")
@@ -183,6 +185,7 @@ class RolloutCollector:
             mask=torch.cat(pad_answers([part.mask for part in parts])),
             values=torch.cat([part.values for part in parts]),
             outcomes=outcomes or None,
+            token_values=_joined([part.token_values for part in parts]),
         )
 
     def _ended(self, result: Stepped, ended: np.ndarray, t: int) -> list[Episode]:
@@ -215,7 +218,7 @@ class RolloutCollector:
             mask=torch.stack(pad_answers([step.acted.mask for step in steps])),
             values=values,
             next_values=next_values,
-            rewards=torch.from_numpy(np.stack([np.asarray(step.result.rewards, dtype=np.float32) for step in steps])),
+            rewards=torch.from_numpy(np.stack([self._paid(step) for step in steps])),
             terminated=torch.from_numpy(np.stack([step.result.terminated for step in steps])),
             truncated=torch.from_numpy(np.stack(truncated)),
             reference=self._reference(inputs, actions),
@@ -225,8 +228,17 @@ class RolloutCollector:
             version=0,
             seconds=0.0,
             outcomes=outcomes or None,
+            token_values=_stacked([step.acted.token_values for step in steps]),
             record=self._record(steps) if self.record else None,
         )
+
+    def _paid(self, step: _Step) -> np.ndarray:
+        """Rewards (N,) float32 that are learned from: less what answers without an action cost."""
+        rewards = np.asarray(step.result.rewards, dtype=np.float32)
+        if step.acted.outcomes is None or not self.policy.illegal_penalty:
+            return rewards
+        illegal = np.array([outcome != LEGAL for outcome in step.acted.outcomes], dtype=np.float32)
+        return rewards - np.float32(self.policy.illegal_penalty) * illegal
 
     def _bootstrap(
         self, values: Tensor, inputs: Rows, finals: list[Rows], final_at: list[tuple[int, int]]
@@ -289,6 +301,16 @@ class RolloutCollector:
                 for slot in np.flatnonzero(step.result.terminated | step.result.truncated).tolist()
             },
         )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.cat(pad_answers(given)) if given else None
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.stack(pad_answers(given)) if given else None
 
 
 def warn_given_up(count: int, slots: int) -> None:

@@ -63,7 +63,7 @@ class Rollout(NamedTuple):
     mask: Tensor  # (T, N, S) bool, True = sampled by the policy
     values: Tensor  # (T, N) float32
     next_values: Tensor  # (T, N) float32, of the observation that the step returned
-    rewards: Tensor  # (T, N) float32
+    rewards: Tensor  # (T, N) float32, less what answers without an action cost
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
     reference: Tensor | None  # (T * N, A) log-probabilities of the reference policy, or (T * N, S) of what was sampled
@@ -73,6 +73,7 @@ class Rollout(NamedTuple):
     version: int  # of the weights that acted: how many updates they had seen
     seconds: float
     outcomes: list[str] | None = None  # T * N, of text answers
+    token_values: Tensor | None = None  # (T, N, S) float32, see `Acted`
     record: Record | None = None
 
 
@@ -106,6 +107,7 @@ def merge(fragments: Sequence[Rollout]) -> Rollout:
     references = [fragment.reference for fragment in fragments if fragment.reference is not None]
     outcomes = [fragment.outcomes for fragment in fragments if fragment.outcomes is not None]
     records = [fragment.record for fragment in fragments if fragment.record is not None]
+    token_values = [fragment.token_values for fragment in fragments if fragment.token_values is not None]
     said = [outcome for part in outcomes for outcome in part]
     return Rollout(
         **{name: torch.cat([getattr(fragment, name) for fragment in fragments], dim=1) for name in columns},
@@ -120,6 +122,7 @@ def merge(fragments: Sequence[Rollout]) -> Rollout:
         version=fragments[0].version,
         seconds=max(fragment.seconds for fragment in fragments),
         outcomes=[said[row] for row in rows.tolist()] if outcomes else None,
+        token_values=torch.cat(pad_answers(token_values), dim=1) if token_values else None,
         record=_merge_records(records, rows, firsts) if records else None,
     )
 

@@ -42,6 +42,8 @@ IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
 
 MOST_OF_CODES = 31  # a uint8 grid of no larger number is taken for symbols, unless all of it is 0
 MIN_IMAGE_SIDE = 16  # pixels; a smaller uint8 grid is taken for symbols
+SKIP = -1  # in place of an action: a turn without one, see `VLMObservation.step`
+MOST_SKIPPED = 32  # turns of an episode without an action; the last of them truncates it
 MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, not an instruction
 
 
@@ -324,6 +326,8 @@ class VLMObservation(gym.Wrapper):
         self._seed: int | None = None
         self._step = 0
         self._action: int | None = None
+        self._skipped = 0
+        self._last: tuple[dict[str, Any], dict[str, Any]] | None = None  # what was shown, and its info
 
         self.action_names, self._first_action, self.action_names_from = resolve_actions(env, self.env_id, action_names)
         self.action_space = gym.spaces.Discrete(len(self.action_names))
@@ -348,11 +352,21 @@ class VLMObservation(gym.Wrapper):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts an episode."""
         observation, info = self._reset_env(seed, options)
-        return self._observe(observation), info
+        self._skipped = 0
+        self._last = self._observe(observation), info
+        return self._last
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Takes one of the actions 0 to A - 1."""
+        """Takes one of the actions 0 to A - 1, or with `SKIP` none: the environment is not stepped then.
+
+        A turn without an action shows the same again and pays nothing. The last of `MOST_SKIPPED` of them truncates the
+        episode, which is no success then.
+        """
         number = int(action)
+        if number == SKIP and self._last is not None:
+            self._skipped += 1
+            (shown, info), over = self._last, self._skipped == MOST_SKIPPED
+            return shown, 0.0, False, over, {**info, "is_success": False} if over else info
         self._step += 1
         self._action = number
         if not 0 <= number < len(self.action_names):
@@ -364,7 +378,8 @@ class VLMObservation(gym.Wrapper):
             self._broke("step()", error)
         if not math.isfinite(value):
             self._fail(f"gave the reward {value}, expected a finite number")
-        return self._observe(observation), value, bool(terminated), bool(truncated), info
+        self._last = self._observe(observation), info
+        return self._last[0], value, bool(terminated), bool(truncated), info
 
     def expert(self) -> Callable[[int | None], int]:
         """Returns a scripted expert from here to the episode's end: last action (None at first) -> action, from 0 on.
@@ -381,6 +396,19 @@ class VLMObservation(gym.Wrapper):
                 self._broke("its expert", error)
 
         return act
+
+    def expert_thought(self) -> str | None:
+        """Returns why the expert does what it does now, from the environment's `expert_thought()`; None without one."""
+        method = attribute_of(self.env, "expert_thought")
+        if method is None:
+            return None
+        try:
+            thought = method()
+        except Exception as error:
+            self._broke("expert_thought()", error)
+        if not isinstance(thought, str):
+            self._fail(f"gave {thought!r} as its expert's thought, expected a text")
+        return written_out(thought)
 
     def caption(self) -> str:
         """Returns what the frame shows, in words.

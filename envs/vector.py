@@ -30,7 +30,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from manako.envs.errors import EnvError
 from manako.envs.making import make_vlm_env
-from manako.envs.observation import ImageSource, VLMObservation
+from manako.envs.observation import SKIP, ImageSource, VLMObservation
 
 TRAINING, HELD_OUT = 0, 1  # splits
 
@@ -220,7 +220,7 @@ class EpisodeVectorEnv:
         return self._start(mask, seeds)
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Takes one action (N,) of 0 to A - 1 in every slot.
+        """Takes one action (N,) of 0 to A - 1 in every slot, or none where it is `SKIP`.
 
         Raises:
             EnvError: An action is out of range, an episode has ended and was not restarted, or an environment broke.
@@ -259,11 +259,16 @@ class EpisodeVectorEnv:
         actions = []
         for slot, env in enumerate(self._envs):
             expert, before = self._experts[slot], self._actions[slot][-1] if self._actions[slot] else None
-            if expert is None:  # a new one plans from the current state
+            if expert is None or before == SKIP:  # a new one plans from the current state
                 expert, before = env.expert(), None
                 self._experts[slot] = expert
             actions.append(expert(before))
         return np.array(actions, np.int64)
+
+    def expert_thoughts(self) -> tuple[str, ...] | None:
+        """Returns for each slot what the expert thinks before it acts now; None where the environment does not say."""
+        thoughts = [env.expert_thought() for env in self._envs]
+        return None if None in thoughts else tuple(str(thought) for thought in thoughts)
 
     def captions(self) -> tuple[str, ...]:
         """Returns for each slot what it shows, in words.

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manako.policies.answers.text import TextAnswers
 from manako.policies.errors import PolicyError
 from manako.policies.source import SYSTEM, ActionFormat
 
@@ -137,6 +138,7 @@ class Acted(NamedTuple):
     mask: Tensor  # (B, S) bool, True = sampled by the policy, so learned from
     values: Tensor  # (B,) float32, 0 where there is no critic
     outcomes: Sequence[str] | None = None  # of text answers, such as "legal" or "unparsed": counted and paid
+    token_values: Tensor | None = None  # (B, S) float32, at the token before each; None: no critic on tokens
 
 
 class Evaluated(NamedTuple):
@@ -147,6 +149,7 @@ class Evaluated(NamedTuple):
     values: Tensor  # (B,) float32
     distribution: Tensor | None = None  # (B, A) log-probabilities where the set is closed
     losses: Mapping[str, Tensor] = {}  # a policy's own, (), such as the next frame's: the trainer adds and logs them
+    token_values: Tensor | None = None  # (B, S) float32, see `Acted`
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,14 @@ class PolicySpec:
         frame_shape: (H, W, 3) of the env's frames.
         action_format: see `manako.policies.answers.closed_set`.
         system: the prompt's system text; `{actions}` stands for the list of actions.
+        text: of answers in text, else None.
     """
 
     action_names: tuple[str, ...]
     frame_shape: tuple[int, int, int]
     action_format: ActionFormat = "auto"
     system: str = SYSTEM
+    text: TextAnswers | None = None
 
     @property
     def action_space(self) -> gym.Space:
@@ -180,6 +185,7 @@ class Policy(nn.Module, ABC):
         learns_text: False for a model that says one token at a mask: losses on the tokens of a text are not for it.
         needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
             "episode_seeds", "episode_steps".
+        illegal_penalty: what an answer that names no action costs, taken off the reward that is learned from.
         model: the language model with its adapters, as TRL's trainers take it; None where there is none.
         processor: its processor; None where there is none.
     """
@@ -188,6 +194,7 @@ class Policy(nn.Module, ABC):
     can_learn: ClassVar[bool] = False
     learns_text: bool = True
     needs: ClassVar[tuple[str, ...]] = ()
+    illegal_penalty: float = 0.0
     model: Any = None
     processor: Any = None
 

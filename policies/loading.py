@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from manako.policies.answers.text import FORMAT as TEXT
 from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed.build import swap_parts
 from manako.policies.architectures.model import Model
@@ -37,7 +38,8 @@ from manako.policies.saving import (
     read_tensors,
     weight_fault,
 )
-from manako.policies.source import SYSTEM, PolicySource
+from manako.policies.source import SYSTEM, TEXT_FIELDS, PolicySource
+from manako.policies.text_policy import TextPolicy
 from manako.policies.trainable import parts_of, set_trainable
 from manako.policies.vlm_policy import VLMPolicy
 
@@ -111,9 +113,9 @@ def put_policy_around(
         PolicyError: the model cannot serve these actions or frames, or its numbers are not the library's.
     """
     height, width, channels = frame_shape
-    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
+    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system, source.text)
     with quietly():
-        policy = VLMPolicy(model, spec)
+        policy = VLMPolicy(model, spec) if spec.text is None else TextPolicy(model, spec)
     if source.next_frame_coef and policy.next_frame is None:
         raise PolicyError(
             f"--next_frame_coef is {source.next_frame_coef}, but {type(policy.base_vlm).__name__} of --policy "
@@ -159,6 +161,7 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         action_format=source.action_format,
         trainable=source.trainable,
         next_frame_coef=source.next_frame_coef,
+        **{name: getattr(source, name) for name in TEXT_FIELDS},
     )
     return Loaded(model, source, head, description["base_sha256"])
 
@@ -231,6 +234,9 @@ def _fill_in(source: PolicySource, action_names: Sequence[str], description: dic
         source = replace(source, system=description["system"])
     if source.action_format == "auto" and list(action_names) == description["action_names"]:
         source = replace(source, action_format=description["action_format"])
+    if source.action_format == TEXT:
+        saved = {name: description["source"].get(name) for name in TEXT_FIELDS if getattr(source, name) is None}
+        source = replace(source, **saved)
     return source
 
 

@@ -42,6 +42,7 @@ class PromptBuilder:
         legend: how the actions are listed.
         lead: what stands before an answer: what the chat template puts there, else " " behind a word or colon.
         end: what the chat template puts behind an answer.
+        mark_ids: tokens of the vocabulary that stand for marks such as places, and no text.
         end_token: the special token in it, else the tokenizer's end token; "" where there is none.
         processing: texts and frames to the model's inputs.
     """
@@ -55,6 +56,7 @@ class PromptBuilder:
         # of those that are merely added, the ones that are written as marks, such as places, too; words stay words
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         marks = [token for token in added if re.fullmatch(r"<\S.*\S>|\[\S.*\S\]", token.strip(), re.S)]
+        self.mark_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in marks)
         self.special_tokens = sorted({*special, *marks, *([self.image_token] if self.image_token else [])})
         held = [token for token in self.special_tokens if token.strip() and token in system]
         if held:
@@ -193,6 +195,10 @@ class PromptBuilder:
                 "prompt whose end does not depend on the instruction; use another model."
             )
         return found.pop()
+
+    def go_on_once(self, answer: str) -> tuple[int, ...]:
+        """Returns the tokens of `go_on`, of each distinct answer once."""
+        return self._once(("answer", answer), lambda: self.go_on(answer))
 
     def completed(self, prompt: Messages, completion: Messages, must_end: bool) -> tuple[str, str]:
         """Returns the texts of a prompt as the policy acts on it, and of what stands behind it for a completion.

@@ -53,7 +53,7 @@ def save_policy(policy: "VLMPolicy", folder: Path) -> None:
         "format": FORMAT,
         "action_names": list(policy.spec.action_names),
         "frame_shape": list(policy.spec.frame_shape),
-        "action_format": policy.codec.format,
+        "action_format": policy.format,
         "system": policy.spec.system,
         "learned_sha256": digest(learned(policy)),
         **policy.origin,

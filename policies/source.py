@@ -4,14 +4,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from manako.policies.answers import KINDS
+from manako.policies.answers.template import TEMPLATES
+from manako.policies.answers.text import FORMAT as TEXT
+from manako.policies.answers.text import TextAnswers
 from manako.policies.architectures.presets import ENCODER_NAMES, PRESETS
 from manako.settings import setting
 
 if TYPE_CHECKING:
     ActionFormat = str
 else:  # a line in the table is a choice of --action_format
-    ActionFormat = Literal[("auto", *KINDS)]
+    ActionFormat = Literal[("auto", *KINDS, TEXT)]
 Dtype = Literal["float32", "bfloat16"]
+TEXT_FIELDS = {  # of PolicySource -> of TextAnswers
+    "answer_template": "template",
+    "answer_tokens": "longest",
+    "constrain_actions": "constrained",
+    "thought_coef": "thought_coef",
+    "illegal_action": "illegal_action",
+    "illegal_penalty": "illegal_penalty",
+    "temperature": "temperature",
+}
 SYSTEM = "Follow the instruction. Actions: {actions}."
 
 
@@ -47,8 +59,41 @@ class PolicySource:
         0.0, "weight of the loss on the next frame's codes, for a policy of vision tokens", ge=0
     )
     dtype: Dtype = setting("float32", "of the weights")
-    action_format: ActionFormat = setting("auto", "how actions are named")
+    action_format: ActionFormat = setting(
+        "auto", "how actions are named: one of a closed set by one token or more, or text: think, then name one"
+    )
+    answer_template: str | None = setting(
+        None,
+        f"form of answers in text: {', '.join(TEMPLATES)}, or a text with {{action}}, and {{thought}} before it "
+        f"(default {TextAnswers.template})",
+    )
+    answer_tokens: int | None = setting(
+        None, f"most tokens of an answer in text (default {TextAnswers.longest})", ge=2
+    )
+    constrain_actions: bool | None = setting(
+        None, "in an answer in text sample nothing but allowed actions behind the template's cue (default false)"
+    )
+    thought_coef: float | None = setting(
+        None, "lambda of RL4VLM: one ratio a step, of lambda x thought + action; by default a ratio a token", ge=0
+    )
+    illegal_action: str | None = setting(
+        None, "name of the action for answers in text that name none; by default the environment is not stepped then"
+    )
+    illegal_penalty: float | None = setting(
+        None, f"taken off the reward for such an answer (default {TextAnswers.illegal_penalty})", ge=0
+    )
+    temperature: float | None = setting(
+        None, "logits of answers in text are divided by it in rollouts and updates (default 1)", gt=0
+    )
     system: str = setting(
         SYSTEM, "system text of the prompt; {actions} stands for the list of actions", only_in_file=True
     )
     seed: int = setting(0, "of random weights", ge=0, lt=2**31)
+
+    @property
+    def text(self) -> TextAnswers | None:
+        """The settings of answers in text; None where actions are said otherwise."""
+        if self.action_format != TEXT:
+            return None
+        given = {field: getattr(self, name) for name, field in TEXT_FIELDS.items()}
+        return TextAnswers(**{field: value for field, value in given.items() if value is not None})

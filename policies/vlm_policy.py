@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from manako.errors import first_line
 from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
+from manako.policies.answers.text import FORMAT as TEXT
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.pretraining import Pretraining
 from manako.policies.architectures.vision_tokens.next_frame import NextFrame
@@ -95,14 +96,15 @@ class VLMPolicy(Policy):
         self.processing = self.prompts.processing
         tokenizer = self.processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(self.prompts.end_token) if self.prompts.end_token else None
-        self.codec = ActionCodec(tokenizer, spec.action_names, spec.action_format, self.prompts.go_on, end)
+        action_format = "auto" if spec.action_format == TEXT else spec.action_format
+        self.codec = ActionCodec(tokenizer, spec.action_names, action_format, self.prompts.go_on, end)
         self._check_answers()
         self.next_frame = NextFrame(model, self.processing, self.codec) if model.predicts_frames else None
         self.next_frame_coef = 0.0
-        self.prompts.legend = self.codec.legend
+        self.prompts.legend = self.legend()
         self.learns_text = not model.one_token_answers
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = positions - max(map(len, self.codec.token_ids)) if positions else math.inf
+        self.max_length = positions - self.longest_answer if positions else math.inf
         self.origin: dict[str, Any] = {}
         self.why_whole: str | None = None
         self.eval()
@@ -125,6 +127,25 @@ class VLMPolicy(Policy):
     def base_vlm(self) -> Any:
         """The model itself, without PEFT's wrapper."""
         return self.parts.base_vlm
+
+    @property
+    def format(self) -> str:
+        """How actions are said, as `action_format` names it."""
+        return self.codec.format
+
+    @property
+    def ends(self) -> bool:
+        """Whether the end token closes every answer."""
+        return self.codec.ends
+
+    @property
+    def longest_answer(self) -> int:
+        """In tokens."""
+        return max(map(len, self.codec.token_ids))
+
+    def legend(self) -> str:
+        """Returns how the prompt lists the actions."""
+        return self.codec.legend
 
     @property
     def has_lora(self) -> bool:
@@ -294,7 +315,7 @@ class VLMPolicy(Policy):
         """
         self._check_frames(images)
         texts = [
-            self.prompts.completed(prompt, completion, self.codec.ends)
+            self.prompts.completed(prompt, completion, self.ends)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         rows = self.processing.rows([self.prompts.tokenized(prompt) for prompt, _ in texts], images)
@@ -316,7 +337,7 @@ class VLMPolicy(Policy):
         dtype = str(self.base_vlm.dtype).removeprefix("torch.")
         lines = [("replaced", f"{' and '.join(self.parts.replaced)}: new")] if self.parts.replaced else []
         lines += [
-            ("answers", f"as {self.codec.format}"),
+            ("answers", f"as {self.format}"),
             ("forward", f"{self.reading.name}{off}; pixels by {pixels}; {self.device}, {dtype}"),
         ]
         features = self.processing.features
@@ -371,6 +392,7 @@ class VLMPolicy(Policy):
             self.why_whole = "the prompts share nothing before the image"
             return self.whole_prompt
         shared = SharedPrefix(self.parts, self.codec, self.processing, prefix)
+        shared.longest_answer = self.longest_answer
         if library is not None:
             try:
                 if shared.is_beyond_window(together):

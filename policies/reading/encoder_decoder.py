@@ -24,3 +24,9 @@ class EncoderDecoder(WholePrompt):
         tokens = torch.tensor([*self.model.answer_start, *path], device=inputs["lengths"].device)
         decoder_ids = tokens.expand(len(inputs), -1)
         return self._forward({**given, "decoder_input_ids": decoder_ids}, len(tokens))
+
+    def _run_answers(self, inputs: Rows, answers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        given = self.processing.model_inputs(inputs)
+        start = torch.tensor(self.model.answer_start, device=answers.device).expand(len(answers), -1)
+        decoder_ids = torch.cat([start, answers], dim=1)
+        return self._forward({**given, "decoder_input_ids": decoder_ids}, decoder_ids.shape[1])

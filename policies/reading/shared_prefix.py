@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.interface import Rows
+from manako.policies.reading.going_on import GoingOn, Said, SaidAll
 from manako.policies.reading.reading import Read, Reading
 from manako.policies.reading.whole_prompt import WholePrompt
 
@@ -70,7 +71,7 @@ class SharedPrefix(Reading):
         self._rows = torch.tensor([token for branch in codec.branches for token in branch.children])
         self._kept: DynamicCache | None = None
         self._whole_prompt = WholePrompt(model, codec, processing)
-        self._longest_path = max(map(len, codec.path_tokens), default=0)
+        self.longest_answer = max(map(len, codec.path_tokens), default=0)
 
     @property
     def name(self) -> str:
@@ -81,12 +82,28 @@ class SharedPrefix(Reading):
         """Returns hidden states and logits."""
         if self.is_beyond_window(inputs):
             return self._whole_prompt.read(inputs)
-        hidden, cache, last = self._run_rest(inputs)
+        hidden, cache, last = self._run_prompts(inputs)
         return Read(hidden, self._branch_logits(hidden, cache, inputs["lengths"], last))
 
     def read_hidden(self, inputs: Rows) -> Tensor:
         """Returns the hidden states (B, D) at the prompts' last tokens."""
-        return self._whole_prompt.read_hidden(inputs) if self.is_beyond_window(inputs) else self._run_rest(inputs)[0]
+        return self._whole_prompt.read_hidden(inputs) if self.is_beyond_window(inputs) else self._run_prompts(inputs)[0]
+
+    def go_on(self, inputs: Rows) -> GoingOn:
+        """Returns the prompts with their keys and values, to which each token adds its own."""
+        if self.is_beyond_window(inputs):
+            return self._whole_prompt.go_on(inputs)
+        return _Cached(self, inputs)
+
+    def read_answers(self, inputs: Rows, answers: Tensor, lengths: Tensor, asked: Tensor) -> SaidAll:
+        """Returns what the model says of whole answers, in one forward behind the prefix."""
+        if self.is_beyond_window(inputs, answers.shape[1]):
+            return self._whole_prompt.read_answers(inputs, answers, lengths, asked)
+        hidden, _, _ = self._run_rest(inputs, self.processing.with_answers(inputs, answers, lengths))
+        first = inputs["lengths"] - len(self.prefix_ids) - 1  # (B,) the prompt's last token
+        places = first[:, None] + torch.arange(answers.shape[1], device=answers.device)  # (B, S)
+        before = hidden[torch.arange(len(answers), device=answers.device)[:, None], places]  # (B, S, D)
+        return SaidAll(before, self.vlm.get_output_embeddings()(before[asked]))
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
         """Returns whether the prompt begins with the prefix."""
@@ -102,13 +119,13 @@ class SharedPrefix(Reading):
             finally:
                 self._kept = before
 
-    def is_beyond_window(self, inputs: Rows) -> bool:
+    def is_beyond_window(self, inputs: Rows, answer: int | None = None) -> bool:
         """Returns whether a layer's sliding window is shorter than these prompts and their answers.
 
         Its cache then drops keys that are read again. The check at construction has seen two prompts; longer ones must
         not depend on how families mask such windows.
         """
-        return int(inputs["lengths"].max()) + self._longest_path >= self._window
+        return int(inputs["lengths"].max()) + (self.longest_answer if answer is None else answer) >= self._window
 
     @functools.cached_property
     def _window(self) -> float:
@@ -122,12 +139,18 @@ class SharedPrefix(Reading):
         self.vlm.model(input_ids=self.prefix_ids.to(self.vlm.device)[None], past_key_values=cache, use_cache=True)
         return cache
 
-    def _run_rest(self, inputs: Rows) -> tuple[Tensor, DynamicCache, Tensor]:
+    def _run_prompts(self, inputs: Rows) -> tuple[Tensor, DynamicCache, Tensor]:
         """Hidden states (B, D) at the last token, keys and values of whole prompts, position (..., B) of that token."""
+        lengths = inputs["lengths"]
+        hidden, cache, positions = self._run_rest(inputs, self.processing.model_inputs(inputs))
+        rows = torch.arange(len(lengths), device=lengths.device)
+        last = lengths - 1 if positions is None else positions[..., rows, lengths - 1]
+        return hidden[rows, lengths - len(self.prefix_ids) - 1], cache, last
+
+    def _run_rest(self, inputs: Rows, given: dict[str, Tensor]) -> tuple[Tensor, DynamicCache, Tensor | None]:
+        """Hidden states (B, L - P, D) behind the prefix, keys and values of all, positions (..., B, L) if not 0, 1, ..."""
         prefix = self._kept if self._kept is not None else self.run_prefix()
         lengths, shared = inputs["lengths"], len(self.prefix_ids)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        given = self.processing.model_inputs(inputs)
         cache = self._expand(prefix, len(lengths))
         positions = None if self.model.positions is None else self.model.positions(self.vlm, given)  # (..., B, L)
         cut = [name for name in self.processing.of_tokens if name not in self.model.by_place]
@@ -136,8 +159,7 @@ class SharedPrefix(Reading):
         if positions is not None:
             others["position_ids"] = positions[..., shared:]
         hidden = self.vlm.model(**rest, **others, past_key_values=cache, use_cache=True).last_hidden_state
-        last = lengths - 1 if positions is None else positions[..., rows, lengths - 1]
-        return hidden[rows, lengths - shared - 1], cache, last
+        return hidden, cache, positions
 
     def _expand(self, prefix: DynamicCache, batch: int) -> DynamicCache:
         """A cache whose layers are views of the prefix's, repeated over the batch; gradients add up in the one copy."""
@@ -172,20 +194,54 @@ class SharedPrefix(Reading):
 
     def _run_path(self, path: tuple[int, ...], cache: DynamicCache, lengths: Tensor, last: Tensor) -> Tensor:
         """Hidden states (B, path, D) of a path's tokens behind the prompts."""
-        batch, seen = len(lengths), cache.get_seq_length()
-        attended = torch.cat(
-            [
-                torch.arange(seen, device=lengths.device) < lengths[:, None],
-                torch.ones(batch, len(path), dtype=torch.bool, device=lengths.device),
-            ],
-            dim=1,
-        )  # (B, seen + path)
         branch_cache = copy.copy(cache)  # with what a model keeps beside keys and values, such as the images seen
         branch_cache.layers = [copy.copy(layer) for layer in cache.layers]  # they make new tensors of the old
+        tokens = torch.tensor(path, device=lengths.device).expand(len(lengths), -1)
+        return self.run_tokens(tokens, branch_cache, lengths, last, cache.get_seq_length())
+
+    def run_tokens(self, tokens: Tensor, cache: DynamicCache, lengths: Tensor, last: Tensor, width: int) -> Tensor:
+        """Hidden states (B, n, D) of tokens (B, n) that go on behind the prompts, whose cache they are added to.
+
+        Args:
+            tokens: (B, n).
+            cache: of the prompts, and of what was said behind them.
+            lengths: (B,) of the prompts.
+            last: position (..., B) of the last token so far.
+            width: how many places the padded prompts take in the cache.
+        """
+        seen = cache.get_seq_length() + tokens.shape[1]
+        places = torch.arange(seen, device=lengths.device)
+        attended = (places < lengths[:, None]) | (places >= width)  # (B, seen)
         return self.vlm.model(
-            input_ids=torch.tensor(path, device=lengths.device).expand(batch, -1),
+            input_ids=tokens,
             attention_mask=attended.long(),
-            position_ids=last[..., None] + 1 + torch.arange(len(path), device=lengths.device),
-            past_key_values=branch_cache,
+            position_ids=last[..., None] + 1 + torch.arange(tokens.shape[1], device=lengths.device),
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+
+
+class _Cached(GoingOn):
+    """Keys and values of prompts and of what was said behind them."""
+
+    def __init__(self, reading: SharedPrefix, inputs: Rows) -> None:
+        self.reading, self.lengths = reading, inputs["lengths"]
+        hidden, self.cache, self.last = reading._run_prompts(inputs)
+        self.width = self.cache.get_seq_length()
+        self.now = self._said(hidden)
+
+    def say(self, tokens: Tensor) -> Said:
+        """Takes the next token of each answer."""
+        hidden = self.reading.run_tokens(tokens[:, None], self.cache, self.lengths, self.last, self.width)
+        self.last = self.last + 1
+        self.now = self._said(hidden[:, 0])
+        return self.now
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows alone."""
+        self.cache.batch_select_indices(rows)
+        self.lengths, self.last = self.lengths[rows], self.last[..., rows]
+        self.now = Said(self.now.hidden[rows], self.now.logits[rows])
+
+    def _said(self, hidden: Tensor) -> Said:
+        return Said(hidden, self.reading.vlm.get_output_embeddings()(hidden))

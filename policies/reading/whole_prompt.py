@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manako.policies.interface import Rows
+from manako.policies.reading.going_on import GoingOn, Said, SaidAll
 from manako.policies.reading.reading import Read, Reading, what_the_head_sees
 
 
@@ -29,6 +30,24 @@ class WholePrompt(Reading):
         hidden, _ = self._run(inputs, (self.codec.path_tokens or ((),))[0])
         return hidden[torch.arange(len(inputs), device=hidden.device), self._places(inputs)]
 
+    def go_on(self, inputs: Rows) -> GoingOn:
+        """Returns the prompts; each token is a forward over all that was said before."""
+        return _Again(self, inputs)
+
+    def read_answers(self, inputs: Rows, answers: Tensor, lengths: Tensor, asked: Tensor) -> SaidAll:
+        """Returns what the model says of whole answers, in one forward."""
+        hidden, logits = self._run_answers(inputs, answers, lengths)
+        steps = torch.arange(answers.shape[1], device=answers.device)
+        places = self._places(inputs)[:, None] + steps  # (B, S): the token before each
+        rows = torch.arange(len(answers), device=answers.device)[:, None]
+        row, step = asked.nonzero(as_tuple=True)
+        return SaidAll(hidden[rows, places], logits[row, places[row, step]])
+
+    def _run_answers(self, inputs: Rows, answers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, L + S, D) and logits (B, L + S, V) of the prompts, each followed by an answer of its own."""
+        given = self.processing.with_answers(inputs, answers, lengths)
+        return self._forward(given, given["input_ids"].shape[1])
+
     def _places(self, inputs: Rows) -> Tensor:
         """Where the token before the answer stands, (B,)."""
         return inputs["lengths"] - 1
@@ -43,3 +62,30 @@ class WholePrompt(Reading):
         with what_the_head_sees(self.vlm) as seen:
             logits = self.vlm(**given, use_cache=False).logits
         return seen[0][:, -width:], logits[:, -width:]
+
+
+class _Again(GoingOn):
+    """Reads prompts and answers anew for each token: a model needs no cache, and none of its own has to be known."""
+
+    def __init__(self, reading: WholePrompt, inputs: Rows) -> None:
+        self.reading, self.inputs = reading, inputs
+        self.answers = inputs["lengths"].new_zeros(len(inputs), 0)  # (B, said so far)
+        self.now = self._read()
+
+    def say(self, tokens: Tensor) -> Said:
+        """Takes the next token of each answer."""
+        self.answers = torch.cat([self.answers, tokens[:, None]], dim=1)
+        self.now = self._read()
+        return self.now
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows alone."""
+        self.inputs, self.answers = self.inputs.select(rows), self.answers[rows]
+        self.now = Said(self.now.hidden[rows], self.now.logits[rows])
+
+    def _read(self) -> Said:
+        count = self.answers.shape[1]
+        lengths = torch.full_like(self.inputs["lengths"], count)
+        hidden, logits = self.reading._run_answers(self.inputs, self.answers, lengths)
+        rows, last = torch.arange(len(lengths), device=lengths.device), self.reading._places(self.inputs) + count
+        return Said(hidden[rows, last], logits[rows, last])

@@ -1,0 +1,371 @@
+"""The policy that writes: it thinks, then names an action, token by token, and what it wrote is what is learned from.
+
+    prompt ─ keys and values, once ─► sample, say, sample, say ... until the end token or the longest length
+    tokens ─ decode ─► template ─► thought, action ─► outcome: legal, unparsed, not allowed, cut
+    update: all tokens of all answers in one forward, read where each was sampled
+
+An answer's tokens are kept as they were sampled and never tokenized again. Nothing special can be sampled but the end
+token. The probabilities are those of the distribution that was sampled from: without the special tokens, with the
+temperature, behind the cue of a constrained answer over what can go on to an allowed action.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manako.policies.answers.template import action_named
+from manako.policies.answers.text import CUT, LEGAL, NOT_ALLOWED, SKIP, UNPARSED, TextAnswers
+from manako.policies.architectures.composed.processing import special_vocabulary
+from manako.policies.architectures.model import Model
+from manako.policies.errors import PolicyError
+from manako.policies.interface import Acted, Draws, Evaluated, PolicySpec, Rows, sample_categorical
+from manako.policies.vlm_policy import VLMPolicy
+
+TOKENS, FILLER = "tokens", -1  # of an answer, in the rows of actions
+KEPT_SHARE = 0.5  # of the answers that are still written; below it the others are left out of the forward
+
+
+class Read(NamedTuple):
+    """What an answer says."""
+
+    outcome: str
+    action: int  # SKIP where it names none
+    thought: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn where nothing is learned from them.
+
+    Args:
+        temperature: logits are divided by it.
+        top_p: the likeliest tokens that make up this probability can be drawn (nucleus sampling, arXiv:1904.09751).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+class TextPolicy(VLMPolicy):
+    """A vision-language model that acts by an answer in text.
+
+    Args:
+        model: see `VLMPolicy`.
+        spec: with `text`.
+        check: see `VLMPolicy`.
+
+    Raises:
+        PolicyError: see `VLMPolicy`; a template that the tokenizer cannot hold; a model that writes no text.
+
+    Attributes:
+        template: of its answers.
+        sampling: how answers are drawn; None: as they are learned from.
+    """
+
+    def __init__(self, model: Model, spec: PolicySpec, check: bool = True) -> None:
+        assert spec.text is not None, "put_policy_around gives it"
+        self.text: TextAnswers = spec.text
+        self.template = self.text.check(spec.action_names)
+        super().__init__(model, spec, check)
+        self.sampling: Sampling | None = None
+        tokenizer = self.processor.tokenizer
+        if self.codec.end_id is None:
+            raise PolicyError("The tokenizer has no end token, so an answer in text would never end: use another model.")
+        self.end_id = int(self.codec.end_id)
+        held = [token for token in special_vocabulary(tokenizer) if token in self.template.text]
+        if held:
+            raise PolicyError(
+                f"The answer template {self.template.text!r} holds the special token {held[0]!r}, which no answer can: "
+                "expected plain text."
+            )
+        size = self.base_vlm.get_output_embeddings().weight.shape[0]
+        banned = torch.zeros(size, dtype=torch.bool)  # (V,)
+        banned[len(tokenizer) :] = True  # rows of the head that no token has
+        special = {*special_vocabulary(tokenizer).values(), *self.prompts.mark_ids} - {self.end_id}
+        banned[[token for token in special if token < size]] = True
+        if model.placeholder_id is not None and model.placeholder_id < size:
+            banned[model.placeholder_id] = True
+        self.register_buffer("_banned", banned, persistent=False)
+        self._tries: dict[tuple[str, ...], list[int]] = {}
+        self._spelled: dict[str, list[int]] | None = None
+
+    # ---- what VLMPolicy asks -------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> str:
+        """How actions are said."""
+        return "text"
+
+    @property
+    def ends(self) -> bool:
+        """The end token closes every answer."""
+        return True
+
+    @property
+    def longest_answer(self) -> int:
+        """In tokens."""
+        return self.text.longest
+
+    def legend(self) -> str:
+        """How the prompt lists the actions, and what form it asks for."""
+        return f"{', '.join(self.spec.action_names)}; answer in the form {self.template.form}"
+
+    @property
+    def illegal_penalty(self) -> float:
+        """Taken off the reward for an answer that names no action."""
+        return self.text.illegal_penalty
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Returns the lines of the header."""
+        text, lines = self.text, dict(super().describe())
+        illegal = "not stepped" if text.illegal_action is None else f"stepped by {text.illegal_action!r}"
+        ratio = "a ratio a token" if text.thought_coef is None else f"one ratio, thought x {text.thought_coef:g}"
+        lines["answers"] = (
+            f"in text as {self.template.text!r}, {text.longest} tokens at most{', constrained' * text.constrained}; "
+            f"{ratio}; without an action the environment is {illegal}, {text.illegal_penalty:g} is paid"
+        )
+        return list(lines.items())
+
+    # ---- from a frame to an action -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
+        """Returns B answers of S tokens: sampled, or the likeliest token each time."""
+        inputs = inputs.to(self.device)
+        sampling = self.sampling or Sampling(self.text.temperature)
+        count = len(inputs)
+        tokens = torch.full((count, self.text.longest), FILLER)  # (B, S)
+        logprobs = torch.zeros(count, self.text.longest)
+        token_values = torch.zeros(count, self.text.longest)
+        going = self.reading.go_on(inputs)
+        values = self.value_head(going.now.hidden).cpu()
+        live = torch.arange(count)  # rows that are still written
+        inside = torch.arange(count)  # their places in the forward
+        for step in range(self.text.longest):
+            token_values[live, step] = self.value_head(going.now.hidden[inside]).cpu()
+            logits = going.now.logits[inside.to(self.device)].float()
+            logp = self._logprobs(logits, [tokens[row, :step].tolist() for row in live.tolist()], sampling)
+            drawn = logp.argmax(-1) if greedy else sample_categorical(logp, draws.select(live.tolist()).next())
+            drawn = drawn.cpu()
+            tokens[live, step] = drawn
+            logprobs[live, step] = logp.cpu().gather(1, drawn[:, None])[:, 0]
+            goes_on = drawn != self.end_id
+            said = torch.zeros(len(going.now.hidden), dtype=torch.int64)  # what ended says anything; nobody reads it
+            said[inside] = drawn
+            live, inside = live[goes_on], inside[goes_on]
+            if not len(live) or step + 1 == self.text.longest:
+                break
+            going.say(said.to(self.device))
+            if len(live) < KEPT_SHARE * len(going.now.hidden):
+                going.keep(inside.to(self.device))
+                inside = torch.arange(len(live))
+        longest = int((tokens != FILLER).sum(-1).max())
+        tokens, logprobs, token_values = tokens[:, :longest], logprobs[:, :longest], token_values[:, :longest]
+        read = [self.read(row) for row in self._trimmed(tokens)]
+        mask = tokens != FILLER
+        if self.text.thought_coef is not None:
+            logprobs, mask = self._weighted(logprobs, mask, self._action_tokens(tokens)), mask[:, :1]
+        return Acted(
+            Rows({TOKENS: tokens}, {TOKENS: FILLER}),
+            np.array([self._to_env(answer) for answer in read], np.int64),
+            logprobs,
+            mask,
+            values,
+            [answer.outcome for answer in read],
+            token_values if self.text.token_values else None,
+        )
+
+    def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
+        """Returns log-probabilities and entropy (B, S) of the tokens, and values (B,), in one forward."""
+        tokens = actions[TOKENS]  # (B, S)
+        lengths = (tokens != FILLER).sum(-1)
+        longest, width = int(lengths.max()), tokens.shape[1]
+        mask = tokens[:, :longest] != FILLER
+        said = self.reading.read_answers(inputs, tokens[:, :longest].clamp_min(0), lengths, mask)
+        sampling = Sampling(self.text.temperature)  # what rollouts are played with
+        before: list[list[int]] = []
+        if self.text.constrained:
+            before = [row[:at] for row in self._trimmed(tokens.cpu()) for at in range(len(row))]
+        logp = self._logprobs(said.logits.float(), before, sampling)  # (M, V)
+        taken = logp.gather(1, tokens[:, :longest][mask][:, None])[:, 0]
+        spread = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # (M,)
+
+        def filled(of_tokens: Tensor) -> Tensor:
+            return of_tokens.new_zeros(len(tokens), width).index_put(mask.nonzero(as_tuple=True), of_tokens)
+
+        logprobs, entropy = filled(taken), filled(spread)
+        values = self.value_head(said.hidden[:, 0])
+        token_values = None
+        if self.text.token_values:
+            token_values = filled(self.value_head(said.hidden[mask]))
+        if self.text.thought_coef is not None:
+            wide = tokens != FILLER
+            entropy = entropy.sum(-1, keepdim=True) / lengths[:, None]
+            logprobs = self._weighted(logprobs, wide, self._action_tokens(tokens))
+        losses = self.own_losses(inputs, actions) if torch.is_grad_enabled() else {}
+        return Evaluated(logprobs, entropy, values, None, losses, token_values)
+
+    def own_losses(self, inputs: Rows, actions: Rows) -> dict[str, Tensor]:
+        """Returns none: an answer in text says no next frame."""
+        return {}
+
+    # ---- what was said -------------------------------------------------------------------------------------------
+
+    def read(self, tokens: Sequence[int]) -> Read:
+        """Returns what an answer says.
+
+        Args:
+            tokens: without filler, with its end token.
+        """
+        ended = bool(tokens) and tokens[-1] == self.end_id
+        text = self.processor.tokenizer.decode(list(tokens[:-1] if ended else tokens))
+        parsed = self.template.parse(text)
+        if not ended:
+            return Read(CUT, SKIP, "" if parsed is None else parsed.thought, text)
+        if parsed is None:
+            return Read(UNPARSED, SKIP, "", text)
+        action = action_named(parsed.action, self.spec.action_names)
+        return Read(UNPARSED if action is None else LEGAL, SKIP if action is None else action, parsed.thought, text)
+
+    def reads(self, actions: Rows) -> list[Read]:
+        """Returns what each of B answers says."""
+        return [self.read(row) for row in self._trimmed(actions[TOKENS].cpu())]
+
+    def answers(self, actions: Rows) -> list[str]:
+        """Returns the text of each answer."""
+        return [answer.text for answer in self.reads(actions)]
+
+    def answer_tokens(self, actions: Rows) -> list[list[int]]:
+        """Returns the tokens of each answer."""
+        return self._trimmed(actions[TOKENS].cpu())
+
+    def answer_for(self, action: int, thought: str = "") -> str:
+        """Returns the answer that names an action, with a thought before it."""
+        return self.template.write(self.spec.action_names[action], thought)
+
+    def actions_from_env(self, to_env: np.ndarray, thoughts: Sequence[str] | None = None) -> Rows:
+        """Returns the answers that name actions (B,) int64, as the tokenizer writes them.
+
+        Args:
+            to_env: actions.
+            thoughts: one before each; none by default.
+
+        Raises:
+            PolicyError: an answer longer than the longest, or none, where the environment was not stepped.
+        """
+        rows = []
+        for place, action in enumerate(np.asarray(to_env).tolist()):
+            if action == SKIP:
+                raise PolicyError("An answer that named no action has no other words: expected its own tokens.")
+            answer = self.answer_for(action, thoughts[place] if thoughts is not None else "")
+            rows.append([*self._spell(answer), self.end_id])
+        longest = max(map(len, rows))
+        if longest > self.text.longest:
+            raise PolicyError(
+                f"An answer takes {longest} tokens, and at most {self.text.longest} are written: expected answer_tokens "
+                f"of {longest} or more."
+            )
+        tokens = torch.tensor([row + [FILLER] * (longest - len(row)) for row in rows])
+        return Rows({TOKENS: tokens}, {TOKENS: FILLER})
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _spell(self, answer: str) -> tuple[int, ...]:
+        return self.prompts.go_on_once(answer)
+
+    def _to_env(self, answer: Read) -> int:
+        if answer.action != SKIP or self.text.illegal_action is None:
+            return answer.action
+        return self.spec.action_names.index(self.text.illegal_action)
+
+    def _trimmed(self, tokens: Tensor) -> list[list[int]]:
+        return [[token for token in row if token != FILLER] for row in tokens.tolist()]
+
+    def _logprobs(self, logits: Tensor, before: Sequence[list[int]], sampling: Sampling) -> Tensor:
+        """Log-probabilities (M, V) of what is sampled from.
+
+        Args:
+            logits: (M, V) of the model, float32.
+            before: for a constrained answer its tokens so far, M lists.
+            sampling: temperature and nucleus.
+        """
+        logits = logits.masked_fill(self._banned, -torch.inf)
+        if self.text.constrained:
+            allowed = [self._allowed(tokens) for tokens in before]
+            rows = [row for row, tokens in enumerate(allowed) if tokens is not None]
+            closed = torch.ones(len(rows), logits.shape[1], dtype=torch.bool)
+            for row, place in enumerate(rows):
+                closed[row, allowed[place]] = False
+            at = torch.tensor(rows, dtype=torch.int64, device=logits.device)
+            logits = logits.index_put((at,), logits[at].masked_fill(closed.to(logits.device), -torch.inf))
+        logp = (logits / sampling.temperature).log_softmax(-1)
+        return logp if sampling.top_p >= 1 else nucleus(logp, sampling.top_p)
+
+    def _allowed(self, before: list[int]) -> list[int] | None:
+        """What may follow in a constrained answer; None: anything, since there is no cue yet, or it went astray."""
+        text = self.processor.tokenizer.decode(before)
+        start = self.template.action_part(text)
+        if start is None:
+            return None
+        written = text[start:]
+        endings = tuple(
+            rest[len(written) :]
+            for rest in (name + self.template.after for name in self.spec.action_names)
+            if rest.startswith(written)
+        )
+        if not endings:
+            return None
+        if endings not in self._tries:
+            self._tries[endings] = self._first_tokens(endings)
+        return self._tries[endings] or None
+
+    def _first_tokens(self, endings: tuple[str, ...]) -> list[int]:
+        """The tokens by which a text can go on to one of these; the end token where nothing is left."""
+        if self._spelled is None:
+            tokenizer, self._spelled = self.processor.tokenizer, {}
+            anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+            stem = tokenizer.decode(anchor)
+            for token in range(min(len(tokenizer), len(self._banned))):
+                if not self._banned[token] and token != self.end_id:
+                    said = tokenizer.decode([*anchor, token])  # as it is said behind something
+                    if said.startswith(stem) and len(said) > len(stem):
+                        self._spelled.setdefault(said[len(stem) :], []).append(token)
+        found = {self.end_id} if "" in endings else set()
+        for ending in endings:
+            for stop in range(1, len(ending) + 1):
+                found.update(self._spelled.get(ending[:stop], ()))
+        return sorted(found)
+
+    def _action_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, S) bool: what belongs to the action and not to the thought; all of an answer without a cue is thought."""
+        of_action = torch.zeros_like(tokens, dtype=torch.bool)
+        decode = self.processor.tokenizer.decode
+        for row, ids in enumerate(self._trimmed(tokens.cpu())):
+            place = self.template.action_part(decode(ids))
+            if place is None:
+                continue
+            start = next((at for at in range(len(ids)) if len(decode(ids[: at + 1])) > place), len(ids))
+            of_action[row, start : len(ids)] = True
+        return of_action
+
+    def _weighted(self, logprobs: Tensor, mask: Tensor, of_action: Tensor) -> Tensor:
+        """RL4VLM's log-probability of a step, (B, 1): lambda x sum over the thought + sum over the action."""
+        assert self.text.thought_coef is not None
+        weights = torch.where(of_action, 1.0, self.text.thought_coef).to(logprobs)
+        return (weights * logprobs.masked_fill(~mask, 0.0)).sum(-1, keepdim=True)
+
+
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Returns log-probabilities (B, V) of the likeliest tokens alone that make up `top_p`, renormalised.
+
+    The token that crosses the limit is kept, so at least one is (Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    ordered, places = logp.sort(-1, descending=True)
+    beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
+    kept = logp.scatter(-1, places, ordered.masked_fill(beyond, -torch.inf))
+    return kept.log_softmax(-1)
