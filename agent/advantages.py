@@ -66,6 +66,115 @@ def gae(
     return advantages, rho * advantages + values
 
 
+def token_gae(
+    rewards: Tensor,
+    token_values: Tensor,
+    mask: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns advantages and value targets of tokens: an episode is one row of tokens, and a step's last one is paid.
+
+    The token-level estimator of VAGEN (https://arxiv.org/abs/2510.16907), with the discount where time passes: inside
+    an answer gamma is 1, so a long answer is not worth less than a short one.
+
+    Args:
+        rewards: (T, N) of env steps.
+        token_values: (T, N, S) V before each token.
+        mask: (T, N, S) bool, True = sampled by the policy; each answer has a token at least, its first one.
+        next_values: see `gae`.
+        terminated: see `gae`.
+        truncated: see `gae`.
+        gamma: discount per env step.
+        gae_lambda: of every token.
+
+    Returns:
+        (T, N, S) float32 advantages and targets, 0 where nothing was sampled.
+
+    Raises:
+        TrainingError: see `gae`.
+    """
+    return _token_gae(rewards, token_values, mask, next_values, terminated, truncated, gamma, gae_lambda)
+
+
+def bilevel_gae(
+    rewards: Tensor,
+    values: Tensor,
+    token_values: Tensor,
+    mask: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    token_lambda: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Returns advantages and value targets of tokens: first of the steps, then inside each answer, backward.
+
+    The bi-level estimator of VAGEN (https://arxiv.org/abs/2510.16907): the step's return A_t + V_t is what its last
+    token is paid, gamma is 1 inside an answer, and nothing goes from one answer to another.
+
+    Args:
+        rewards: see `gae`.
+        values: see `gae`.
+        token_values: see `token_gae`.
+        mask: see `token_gae`.
+        next_values: see `gae`.
+        terminated: see `gae`.
+        truncated: see `gae`.
+        gamma: discount per env step.
+        gae_lambda: of env steps.
+        token_lambda: of the tokens inside an answer; 1 in the paper.
+
+    Returns:
+        (T, N, S) float32 advantages and targets, 0 where nothing was sampled.
+
+    Raises:
+        TrainingError: see `gae`.
+    """
+    _, returns = gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)  # (T, N)
+    alone = torch.ones_like(terminated)  # every answer ends
+    return _token_gae(returns, token_values, mask, torch.zeros_like(returns), alone, ~alone, 1.0, token_lambda)
+
+
+def _token_gae(
+    rewards: Tensor,
+    token_values: Tensor,
+    mask: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    _check(rewards=rewards, next_values=next_values, terminated=terminated, truncated=truncated)
+    if token_values.shape != mask.shape or mask.shape[:2] != rewards.shape:
+        raise TrainingError(
+            f"token_values has shape {tuple(token_values.shape)}, mask {tuple(mask.shape)} and rewards "
+            f"{tuple(rewards.shape)}: expected (T, N, S) twice and (T, N)."
+        )
+    values = token_values.float().masked_fill(~mask, 0.0)
+    _check(token_values=values.flatten(1))
+    continues = (~(terminated | truncated)).float()
+    advantages = torch.zeros_like(values)
+    following = torch.zeros_like(rewards[0], dtype=torch.float32)  # (N,) A of the next answer's first token
+    for t in reversed(range(len(rewards))):
+        # last token: delta = r_t + gamma V_{t+1} - V, then gamma lambda A_{t+1}; the others: delta = V_next - V
+        value = rewards[t].float() + gamma * next_values[t].float() * (~terminated[t])  # (N,) what follows a token
+        chain = gamma * gae_lambda * continues[t] * following
+        for at in reversed(range(mask.shape[2])):
+            here = mask[t, :, at]
+            advantage = value - values[t, :, at] + chain
+            advantages[t, :, at] = torch.where(here, advantage, 0.0)
+            value = torch.where(here, values[t, :, at], value)
+            chain = torch.where(here, gae_lambda * advantage, chain)
+        following = advantages[t, :, 0]
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
 def normalize(advantages: Tensor) -> Tensor:
     """Returns the advantages with mean 0 and standard deviation 1 over the whole rollout.
 

@@ -57,7 +57,12 @@ def ppo_loss(
         "clip_fraction": clip_fraction(sampled, settings.clip_range),
     }
     if settings.advantage == "gae":
-        parts["value_loss"] = value_loss(evaluated.values, samples.values, samples.returns, settings.clip_range_vf)
+        of_tokens = samples.values.ndim == 2
+        values = evaluated.token_values if of_tokens else evaluated.values
+        assert values is not None, "the rollout has values of tokens"
+        parts["value_loss"] = value_loss(
+            values, samples.values, samples.returns, settings.clip_range_vf, samples.mask if of_tokens else None
+        )
         loss = loss + settings.vf_coef * parts["value_loss"]
     if samples.reference is not None:
         parts["reference_kl"] = reference_kl(evaluated, samples.reference, samples.mask)
@@ -110,7 +115,7 @@ def policy_loss(
         logprobs: (B, S) log pi(token|s) of the policy being trained.
         old_logprobs: (B, S) log pi_old(token|s) of the policy that the update starts from, which usually drew them.
         mask: (B, S) bool, True = sampled by the policy.
-        advantages: (B,) of whole steps.
+        advantages: (B,) of whole steps, or (B, S) of tokens.
         clip_range: epsilon; beyond 1 ± epsilon a ratio earns nothing more.
         importance: (B,) pi_old / pi_behaviour where an older policy drew the action, truncated: the decoupled
             objective of Hilton et al. 2021 (https://arxiv.org/abs/2110.00641); None is 1.
@@ -121,30 +126,38 @@ def policy_loss(
     ratio = of_sampled(logprobs - old_logprobs, mask).exp()  # (B, S)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     # L^CLIP = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
-    surrogate = step_means(torch.min(ratio * advantages[:, None], clipped * advantages[:, None]), mask)  # (B,)
+    advantages = advantages if advantages.ndim == 2 else advantages[:, None]
+    surrogate = step_means(torch.min(ratio * advantages, clipped * advantages), mask)  # (B,)
     return -(surrogate if importance is None else importance * surrogate).mean(), ratio
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_vf: float | None) -> Tensor:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip_range_vf: float | None, mask: Tensor | None = None
+) -> Tensor:
     """Returns half the squared error, clipped as in OpenAI Baselines by how far the value may move from its old one.
 
     Source: https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py
 
     Args:
-        values: (B,) of the value head being trained.
-        old_values: (B,) stored when the action was sampled.
-        returns: (B,) targets.
+        values: (B,) of the value head being trained, or (B, S) of tokens.
+        old_values: likewise, stored when the action was sampled.
+        returns: likewise, targets.
         clip_range_vf: in units of the return; None for the plain squared error.
+        mask: (B, S) bool, which tokens count; the mean is over an answer's tokens and then over steps.
 
     Returns:
         The loss, ().
     """
-    squared = (values - returns).square()  # (B,)
+
+    def mean(errors: Tensor) -> Tensor:
+        return errors.mean() if mask is None else step_means(errors, mask).mean()
+
+    squared = (values - returns).square()  # (B,) or (B, S)
     if clip_range_vf is None:
-        return 0.5 * squared.mean()
+        return 0.5 * mean(squared)
     clipped = old_values + (values - old_values).clamp(-clip_range_vf, clip_range_vf)
     # L^VF = 0.5 E[max((V - R)^2, (clip(V, V_old ± eps) - R)^2)]
-    return 0.5 * torch.max(squared, (clipped - returns).square()).mean()
+    return 0.5 * mean(torch.max(squared, (clipped - returns).square()))
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -23,7 +23,13 @@ from manako.agent.losses import ppo_loss
 from manako.agent.return_scale import ReturnScale
 from manako.agent.rng import SHUFFLES, make_rng
 from manako.agent.rollout import Rollout
-from manako.agent.samples import Samples, recompute_logprobs, with_advantages, with_group_advantages
+from manako.agent.samples import (
+    Samples,
+    recompute_logprobs,
+    with_advantages,
+    with_group_advantages,
+    with_token_advantages,
+)
 from manako.policies.interface import Policy
 
 if TYPE_CHECKING:
@@ -104,6 +110,8 @@ def samples_of(rollout: Rollout, policy: Policy, settings: "PPOConfig", scale: R
         rollout, importance = recompute_logprobs(rollout, policy)
     if scale is not None:
         rollout = scale(rollout)
+    if settings.advantage == "gae" and settings.token_credit != "step":
+        return with_token_advantages(rollout, settings.token_credit, settings.gamma, settings.gae_lambda)
     if settings.advantage == "gae":
         return with_advantages(rollout, settings.gamma, settings.gae_lambda, importance)
     return with_group_advantages(

@@ -9,6 +9,7 @@ from typing import Literal
 from manako.settings import setting
 
 Advantage = Literal["gae", "grpo", "rloo", "gigpo"]
+TokenCredit = Literal["step", "token", "bilevel"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -34,6 +35,11 @@ class PPOSettings:
     step_weight: float = setting(1.0, "weight of gigpo's step advantages beside the episode's", only_in_file=True, ge=0)
     gamma: float = setting(0.99, "discount of an env step", ge=0, le=1)
     gae_lambda: float = setting(0.95, "lambda of GAE", ge=0, le=1)
+    token_credit: TokenCredit = setting(
+        "step",
+        "advantage of the tokens of an answer in text, with gae: step (one for all, as VL-DAC), token (one row of tokens) "
+        "or bilevel (of steps, then inside each answer, as VAGEN)",
+    )
     scale_returns: bool = setting(
         True, "rewards are divided by a running deviation of the discounted return: their unit does not matter"
     )

@@ -31,6 +31,7 @@ from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
+from manako.policies.answers.text import LEGAL, OUTCOMES
 from manako.policies.interface import Policy
 
 ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
@@ -220,7 +221,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             **means(self._ended.take(rollout)),
             **self._outcomes(rollout),
             **(
-                {"explained_variance": explained_variance(samples.values, samples.returns).item()}
+                {"explained_variance": self._explained(samples)}
                 if samples.usable is None
                 else {
                     "usable_samples": samples.usable.float().mean().item(),
@@ -234,10 +235,22 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         }
 
     @staticmethod
-    def _outcomes(rollout: Rollout) -> dict[str, float | None]:
-        """Share of the answers with each outcome, where the policy names them."""
-        said = rollout.outcomes or []
-        return {f"outcome/{name}": said.count(name) / len(said) for name in sorted(set(said))}
+    def _explained(samples: Samples) -> float:
+        counted = samples.mask if samples.values.ndim == 2 else torch.ones_like(samples.values, dtype=torch.bool)
+        return explained_variance(samples.values[counted], samples.returns[counted]).item()
+
+    def _outcomes(self, rollout: Rollout) -> dict[str, float | None]:
+        """Of answers in text the share of each outcome, their length, and how many tokens a second were written."""
+        said = rollout.outcomes
+        if not said:
+            return {}
+        tokens = [len(answer) for answer in self.policy.answer_tokens(rollout.actions)]
+        return {
+            **{f"outcome/{name}": said.count(name) / len(said) for name in OUTCOMES},
+            "answer_tokens": sum(tokens) / len(tokens),
+            "tokens_per_second": sum(tokens) / rollout.seconds,
+            "illegal_cost": self.policy.illegal_penalty * (1 - said.count(LEGAL) / len(said)),
+        }
 
     def _check_and_keep(self, measured: dict[str, torch.Tensor], ratio: torch.Tensor) -> None:
         """Stops on NaN and on a first ratio other than 1; keeps the numbers for the log."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manako.agent.advantages import gae, normalize
+from manako.agent.advantages import bilevel_gae, gae, normalize, token_gae
 from manako.agent.group_advantages import group_advantages
 from manako.agent.rollout import Rollout
 from manako.policies.interface import Policy, Rows
@@ -18,9 +18,9 @@ class Samples(NamedTuple):
     actions: Rows
     logprobs: Tensor  # (B, S) of the policy that the update starts from
     mask: Tensor  # (B, S) bool, True = sampled by the policy, so learned from
-    values: Tensor  # (B,)
-    advantages: Tensor  # (B,) normalised over the whole rollout
-    returns: Tensor  # (B,)
+    values: Tensor  # (B,), or (B, S) where tokens have their own
+    advantages: Tensor  # the same, normalised over the whole rollout
+    returns: Tensor  # the same
     reference: Tensor | None = None  # (B, A) or (B, S), see `Rollout`
     importance: Tensor | None = None  # (B,) min(1, pi / pi_behaviour), where an older policy acted
     usable: Tensor | None = None  # (B,) bool, False = nothing is learned from it; None is all True
@@ -96,6 +96,38 @@ def with_advantages(rollout: Rollout, gamma: float, gae_lambda: float, importanc
         importance=importance,
     )
     return _flat(rollout, normalize(advantages), returns, importance)
+
+
+def with_token_advantages(rollout: Rollout, credit: str, gamma: float, gae_lambda: float) -> Samples:
+    """Returns the rollout's samples with an advantage for each token, normalised over all that was sampled.
+
+    Args:
+        rollout: of a policy with a critic on tokens.
+        credit: `token` or `bilevel`.
+        gamma: discount per step.
+        gae_lambda: lambda of GAE.
+
+    Raises:
+        TrainingError: the policy has no critic on tokens, or says a step by one number.
+    """
+    of_tokens, mask = rollout.token_values, rollout.mask
+    if of_tokens is None or of_tokens.shape != mask.shape:
+        raise TrainingError(
+            f"token_credit is {credit}, but the policy says an action by one number: expected token_credit step, or "
+            "--action_format text without --thought_coef."
+        )
+    ends = rollout.next_values, rollout.terminated, rollout.truncated
+    if credit == "token":
+        advantages, returns = token_gae(rollout.rewards, of_tokens, mask, *ends, gamma, gae_lambda)
+    else:
+        advantages, returns = bilevel_gae(rollout.rewards, rollout.values, of_tokens, mask, *ends, gamma, gae_lambda)
+    sampled = normalize(advantages[mask][None])[0]
+    samples = _flat(rollout, rollout.values, rollout.values, None)
+    return samples._replace(
+        values=of_tokens.flatten(0, 1),
+        advantages=torch.zeros_like(advantages).masked_scatter(mask, sampled).flatten(0, 1),
+        returns=returns.flatten(0, 1),
+    )
 
 
 def with_group_advantages(

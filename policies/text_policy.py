@@ -177,7 +177,7 @@ class TextPolicy(VLMPolicy):
             mask,
             values,
             [answer.outcome for answer in read],
-            token_values if self.text.token_values else None,
+            token_values,
         )
 
     def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
@@ -200,9 +200,7 @@ class TextPolicy(VLMPolicy):
 
         logprobs, entropy = filled(taken), filled(spread)
         values = self.value_head(said.hidden[:, 0])
-        token_values = None
-        if self.text.token_values:
-            token_values = filled(self.value_head(said.hidden[mask]))
+        token_values = filled(self.value_head(said.hidden[mask]))
         if self.text.thought_coef is not None:
             wide = tokens != FILLER
             entropy = entropy.sum(-1, keepdim=True) / lengths[:, None]

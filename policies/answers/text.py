@@ -10,7 +10,7 @@ from manako.policies.answers.template import Template
 from manako.policies.errors import PolicyError
 
 FORMAT = "text"  # of `--action_format`
-LEGAL, UNPARSED, NOT_ALLOWED, CUT = "legal", "unparsed", "not allowed", "cut"
+LEGAL, UNPARSED, NOT_ALLOWED, CUT = OUTCOMES = ("legal", "unparsed", "not allowed", "cut")
 SKIP = -1  # in place of an action: the environment is not stepped
 
 
@@ -26,7 +26,6 @@ class TextAnswers:
         illegal_action: name of the action for answers that name none; None: the environment is not stepped.
         illegal_penalty: taken off the reward that is learned from, for each such answer.
         temperature: logits are divided by it, in acting and in learning.
-        token_values: a value of the critic at each token.
     """
 
     template: str = "json"
@@ -36,7 +35,6 @@ class TextAnswers:
     illegal_action: str | None = None
     illegal_penalty: float = 0.1
     temperature: float = 1.0
-    token_values: bool = False
 
     def check(self, action_names: tuple[str, ...]) -> Template:
         """Returns the template.
