@@ -30,6 +30,7 @@ class _Step(NamedTuple):
     shown: Shown  # what was acted on
     inputs: Rows  # what the policy saw of it
     acted: Acted
+    masks: np.ndarray | None  # (N, A) bool, what was allowed, for a record
     advice: np.ndarray | None  # (N,) what the expert would have done
     result: Stepped
     seeds: np.ndarray  # (N,) of the episodes that the step belongs to
@@ -129,10 +130,11 @@ class RolloutCollector:
                 advice = told.get("expert_actions") if self.ask_expert else None
                 if self.ask_expert and advice is None:
                     advice = np.asarray(env.expert_actions())
+                masks = env.action_masks if self.record else None
                 result = env.step(acted.to_env)
                 inputs = policy.see_next(inputs, result.observations.images)
                 seeds, numbers = np.array(env.episode_seeds), np.array(env.episode_lengths, dtype=np.int64) - 1
-                steps.append(_Step(self._shown, inputs, acted, advice, result, seeds, numbers))
+                steps.append(_Step(self._shown, inputs, acted, masks, advice, result, seeds, numbers))
                 self._shown = result.observations
                 ended = result.terminated | result.truncated  # (N,)
                 if ended.any():
@@ -287,6 +289,7 @@ class RolloutCollector:
     @staticmethod
     def _record(steps: list[_Step]) -> Record:
         advice = [step.advice for step in steps if step.advice is not None]
+        masks = [step.masks for step in steps if step.masks is not None]
         return Record(
             to_env=np.stack([step.acted.to_env for step in steps]),
             seeds=torch.from_numpy(np.stack([step.seeds for step in steps])),
@@ -300,6 +303,7 @@ class RolloutCollector:
                 for t, step in enumerate(steps)
                 for slot in np.flatnonzero(step.result.terminated | step.result.truncated).tolist()
             },
+            action_masks=torch.from_numpy(np.stack(masks)) if masks else None,
         )
 
 

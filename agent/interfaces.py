@@ -1,6 +1,6 @@
 """What learning needs of environments, and what it gets rollouts from; `agent/` imports no environment."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -59,6 +59,10 @@ class VectorEnv(Protocol):
     digests: list[str]  # N, of all that the current episodes have shown and paid so far
     given_up: int  # episodes that did not replay, so far
 
+    @property
+    def action_masks(self) -> np.ndarray | None:
+        """(N, A) bool, which actions are allowed now; None where the environments do not say."""
+
     def reset(self, seeds: Sequence[int] | None = None) -> Shown:
         """Starts an episode in every slot."""
 
@@ -97,9 +101,13 @@ class EvaluationEnv(VectorEnv, Protocol):
     def replaced_instructions(self) -> tuple[str, ...]:
         """Returns for each slot a valid instruction other than its own."""
 
+    def random_actions(self, uniforms: np.ndarray) -> np.ndarray:
+        """Returns an action for each slot, of those allowed each alike, by numbers (N,) in [0, 1)."""
+
 
 # What an environment tells beside frame and instruction, by the name that `Policy.needs` asks for it.
-TOLD = {
+TOLD: dict[str, Callable[[VectorEnv], np.ndarray | None]] = {
+    "action_masks": lambda env: env.action_masks,  # (N, A) bool; None: nobody says what is allowed
     "expert_actions": lambda env: np.asarray(env.expert_actions()),  # (N,)
     "episode_seeds": lambda env: np.array(env.episode_seeds),  # (N,)
     "episode_steps": lambda env: np.array(env.episode_lengths),  # (N,) steps taken, 0 at an episode's start
@@ -107,8 +115,9 @@ TOLD = {
 
 
 def ask(env: VectorEnv, needs: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns what a policy needs to be told, by name."""
-    return {name: TOLD[name](env) for name in needs}
+    """Returns what a policy needs to be told, by name, without what the environments do not say."""
+    told = {name: TOLD[name](env) for name in needs}
+    return {name: values for name, values in told.items() if values is not None}
 
 
 GIVEN_UP = "episodes_given_up"  # of `Rollouts.metrics`: episodes that did not replay, so far

@@ -52,6 +52,7 @@ class Record(NamedTuple):
     images: np.ndarray  # (T * N, H, W, 3) uint8, the env's own frames
     expert_actions: Tensor | None  # (T, N) int64, what the env's expert would have done
     last_images: Mapping[tuple[int, int], np.ndarray] = {}  # (t, slot) of a step that ended its episode -> (H, W, 3)
+    action_masks: Tensor | None = None  # (T, N, A) bool, what was allowed; None where the env does not say
 
 
 class Rollout(NamedTuple):
@@ -150,6 +151,7 @@ def _merge_records(records: Sequence[Record], rows: Tensor, firsts: Sequence[int
     """The records of all slots; `rows` and `firsts` as in `merge`."""
     texts = [text for record in records for text in record.instructions]
     advice = [record.expert_actions for record in records if record.expert_actions is not None]
+    masks = [record.action_masks for record in records if record.action_masks is not None]
     return Record(
         to_env=np.concatenate([record.to_env for record in records], axis=1),
         seeds=torch.cat([record.seeds for record in records], dim=1),
@@ -163,4 +165,5 @@ def _merge_records(records: Sequence[Record], rows: Tensor, firsts: Sequence[int
             for record, first in zip(records, firsts, strict=True)
             for (t, slot), image in record.last_images.items()
         },
+        action_masks=torch.cat(masks, dim=1) if masks else None,
     )

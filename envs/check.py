@@ -20,6 +20,7 @@ import numpy as np
 
 from manako.envs.errors import EnvError
 from manako.envs.making import find_spec, make_raw_env, make_vlm_env
+from manako.envs.masks import KEY, random_actions, read_mask
 from manako.envs.observation import (
     MAX_INSTRUCTION_LENGTH,
     ImageSource,
@@ -46,17 +47,19 @@ def check_vlm_env(
     env_kwargs: Mapping[str, Any] | None = None,
     image_source: ImageSource = "auto",
     success_return: float | None = None,
+    action_masks: bool = True,
     steps: int = 200,
 ) -> list[str]:
     """Returns the faults of an environment.
 
     Args:
-        env_id: See `make_vlm_env`, as for the arguments up to `success_return`.
+        env_id: See `make_vlm_env`, as for the arguments up to `action_masks`.
         instruction: Replaces the environment's own.
         action_names: Replace the environment's own.
         env_kwargs: For the environment's constructor.
         image_source: "auto", "observation" or "render".
         success_return: The lowest return of a successful episode.
+        action_masks: Obey `info["action_mask"]` where the environment gives one.
         steps: How many steps to play.
 
     Returns:
@@ -69,7 +72,7 @@ def check_vlm_env(
         return [str(error)]
     faults = _Faults(name)
     with contextlib.closing(_Closing(env, faults)):
-        player = _prepare(env, name, instruction, action_names, image_source, faults)
+        player = _prepare(env, name, instruction, action_names, image_source, action_masks, faults)
         if player is not None:
             first = player.play(env, steps)
             _judge(first, env, faults)
@@ -88,10 +91,11 @@ def check_vlm_env(
                 env_kwargs=env_kwargs,
                 image_source=image_source,
                 success_return=success_return,
+                action_masks=action_masks,
             )
             with contextlib.closing(made):
                 made.reset(seed=0)
-                made.step(0)
+                made.step(int(made.action_mask.argmax()))
         except EnvError as error:
             faults.sentences.append(str(error))
     return faults.sentences
@@ -118,18 +122,20 @@ def measure_speed(env: VLMObservation, seconds: float = 1.0, most_steps: int = 5
         most_steps: after which it stops as well.
     """
     draw, inner = np.random.default_rng(0), env.env
-    observation, _ = inner.reset(seed=0)
+    count, start = len(env.action_names), int(inner.action_space.start)  # type: ignore[attr-defined]
+    observation, info = inner.reset(seed=0)
     stepping = drawing = 0.0
     steps = 0
     while steps < most_steps and stepping + drawing < seconds:
-        action = int(draw.integers(len(env.action_names))) + int(inner.action_space.start)  # type: ignore[attr-defined]
+        mask = read_mask(info[KEY], count)[None] if env.gives_masks and info.get(KEY) is not None else None
+        action = int(random_actions(draw.random(1), count, mask)[0]) + start
         begun = time.perf_counter()
-        observation, _, terminated, truncated, _ = inner.step(action)
+        observation, _, terminated, truncated, info = inner.step(action)
         stepped = time.perf_counter()
         read_picture(inner, observation, env.image_from)
         stepping, drawing, steps = stepping + stepped - begun, drawing + time.perf_counter() - stepped, steps + 1
         if terminated or truncated:
-            inner.reset()
+            _, info = inner.reset()
     return Speed(stepping / steps, drawing / steps)
 
 
@@ -170,6 +176,7 @@ class _Moment(NamedTuple):
     reward: object
     terminated: bool
     truncated: bool
+    mask: np.ndarray | None  # (A,) bool, which actions are allowed; None: it does not say, or is not to be obeyed
 
 
 class _Player:
@@ -182,8 +189,11 @@ class _Player:
         image_from: str | None,
         instruction: Callable[[gym.Env, Any], object] | None,
         faults: _Faults,
+        action_masks: bool = False,
     ) -> None:
         self._names, self._start = names, start
+        self._obeys, self._is_masked = action_masks, False
+        self._mask: np.ndarray | None = None
         self._image_from, self._instruction = image_from, instruction
         self._faults = faults
         self._frame_shape: tuple[int, int, int] | None = None
@@ -191,7 +201,7 @@ class _Player:
 
     def play(self, env: gym.Env, steps: int) -> list[_Moment]:
         """Plays `steps` steps in episodes with the seeds 0, 1, 2, ..."""
-        draw = np.random.default_rng(0)
+        draw, self._is_masked = np.random.default_rng(0), False
         deck: list[int] = []  # every action once, shuffled: none is left untried
         moments: list[_Moment] = []
         seed, step, ended = -1, 0, True
@@ -203,7 +213,7 @@ class _Player:
                     return moments
                 moments.append(self._moment(env, seed, 0, observation))
             deck = deck or draw.permutation(len(self._names)).tolist()
-            result = self._take(env, deck.pop())
+            result = self._take(env, self._choose(deck, draw))
             if result is None:
                 return moments
             step += 1
@@ -222,7 +232,33 @@ class _Player:
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             self._stop(f"returns {_kind(result)} from reset(), expected (observation, info dict)")
             return None
+        self._is_masked = self._is_masked or (seed == 0 and KEY in result[1])
+        self._allow(result[1], ended=False)
         return result[0]
+
+    def _choose(self, deck: list[int], draw: np.random.Generator) -> int:
+        """The next action of the deck that is allowed; by chance where none is left in it."""
+        if self._mask is None:
+            return deck.pop()
+        allowed = [place for place, action in enumerate(deck) if self._mask[action]]
+        return deck.pop(allowed[-1]) if allowed else int(draw.choice(np.flatnonzero(self._mask)))
+
+    def _allow(self, info: dict[str, Any], ended: bool) -> None:
+        """Reads which actions are allowed; a faulty mask allows all."""
+        self._mask = None
+        if not self._obeys or info.get(KEY) is None:
+            return
+        if not self._is_masked:
+            self._faults.add("late mask", f"gives info['{KEY}'] after a first reset() without one")
+        try:
+            mask = read_mask(info[KEY], len(self._names))
+        except EnvError as error:
+            self._faults.add("mask", str(error))
+            return
+        if mask.any():
+            self._mask = mask
+        elif not ended:
+            self._faults.add("no action", f"gives info['{KEY}'] that allows none of its {len(mask)} actions")
 
     def _take(self, env: gym.Env, action: int) -> tuple[Any, object, bool, bool] | None:
         name = self._names[action]
@@ -252,6 +288,8 @@ class _Player:
                 self._faults.add(what, f"gives {flag!r} as {what}, expected True or False")
         if not isinstance(info, dict):
             self._faults.add("info", f"gives {_kind(info)} as info from step(), expected a dict")
+        else:
+            self._allow(info, bool(terminated or truncated))
         return observation, reward, bool(terminated), bool(truncated)
 
     def _moment(
@@ -265,7 +303,8 @@ class _Player:
         truncated: bool = False,
     ) -> _Moment:
         frame = self._look(env, observation)
-        return _Moment(seed, step, frame, self._listen(env, observation), reward, terminated, truncated)
+        text = self._listen(env, observation)
+        return _Moment(seed, step, frame, text, reward, terminated, truncated, self._mask)
 
     def _look(self, env: gym.Env, observation: Any) -> np.ndarray | None:
         if self._image_from is None:
@@ -326,6 +365,7 @@ def _prepare(
     instruction: str | None,
     action_names: Sequence[str] | None,
     image_source: ImageSource,
+    action_masks: bool,
     faults: _Faults,
 ) -> _Player | None:
     """Finds the actions, the image and the instruction; None where the environment cannot even be played."""
@@ -361,7 +401,7 @@ def _prepare(
         # Without actions there is still a first frame and a first instruction to look at.
         _Player((), 0, image_from, read, faults)._moment(env, 0, 0, observation)
         return None
-    return _Player(names, start, image_from, read, faults)
+    return _Player(names, start, image_from, read, faults, action_masks)
 
 
 def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:
@@ -393,6 +433,7 @@ def _compare(first: list[_Moment], again: list[_Moment], how: str, faults: _Faul
             ("frame", _same_frame(old.frame, new.frame)),
             ("instruction", old.text == new.text),
             ("reward", old.reward == new.reward or old.reward != old.reward),
+            ("action mask", _same_frame(old.mask, new.mask)),
             ("end", (old.terminated, old.truncated) == (new.terminated, new.truncated)),
         ):
             if not same:

@@ -36,6 +36,7 @@ def make_vlm_env(
     env_kwargs: Mapping[str, Any] | None = None,
     image_source: ImageSource = "auto",
     success_return: float | None = None,
+    action_masks: bool = True,
 ) -> VLMObservation:
     """Makes an environment that shows an image and an instruction.
 
@@ -47,6 +48,7 @@ def make_vlm_env(
             `gymnasium.make`, such as `{"max_episode_steps": 50}`.
         image_source: "observation", "render", or "auto" (the observation where it is a picture, else `render()`).
         success_return: The lowest return of a successful episode; replaces the environment's own verdict.
+        action_masks: Obey `info["action_mask"]` where the environment gives one.
 
     Raises:
         EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
@@ -59,6 +61,7 @@ def make_vlm_env(
             action_names=action_names,
             image_source=image_source,
             success_return=success_return,
+            action_masks=action_masks,
         )
     except Exception as error:
         with contextlib.suppress(Exception):  # an error in close() would hide the one that matters

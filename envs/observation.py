@@ -14,6 +14,8 @@ instruction   the `instruction` argument; the attribute `mission` or `instructio
               description in `envs/tasks.py`. Attributes and keys are read again after each reset and step.
 action names  the `action_names` argument; an `action_names` attribute; `get_action_meanings()`; an `actions` enum; the
               task description. Of wrappers and the environment the outermost that has one is heard.
+action mask   `info["action_mask"]` of reset and step, (A,) of bool or of 0 and 1, unless `action_masks` is False: what
+              it does not allow is not done. A first reset without one means that the environment gives none.
 
 Left out: action spaces other than `Discrete` (policies choose from a closed set of names), several pictures in one
 observation, and channel-first pictures (use `image_source="render"`, or transpose them in a wrapper of yours).
@@ -33,6 +35,7 @@ from manako.envs.attributes import attribute_of, owner_of
 from manako.envs.captions import caption_of
 from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
+from manako.envs.masks import KEY, read_mask
 from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
 from manako.plain import holds_control_characters, written_out
@@ -301,6 +304,8 @@ class VLMObservation(gym.Wrapper):
         frame_shape: (H, W, 3).
         success_return: The lowest return of a successful episode, or None (see `success`).
         success: The rule that judges an episode at its end.
+        gives_masks: Whether the environment says which actions are allowed, and is obeyed.
+        action_mask: (A,) bool, those allowed now; all of them where it does not say, or the episode has ended.
         image_from: Where the image comes from, in words; likewise `instruction_from` and `action_names_from`.
         slot: The number of this environment among several, for the messages; None for a single one.
     """
@@ -313,8 +318,9 @@ class VLMObservation(gym.Wrapper):
         action_names: Sequence[str] | None = None,
         image_source: ImageSource = "auto",
         success_return: float | None = None,
+        action_masks: bool = True,
     ) -> None:
-        """Wraps `env`; the arguments override what the environment says of itself.
+        """Wraps `env`; the arguments override what the environment says of itself. `action_masks` obeys its masks.
 
         Raises:
             EnvError: It has no picture, no instruction, no action names or no discrete actions.
@@ -335,7 +341,10 @@ class VLMObservation(gym.Wrapper):
         self.success = success_rule(task, spec.reward_threshold if spec is not None else None, success_return)
         self.success_return = self.success.threshold
 
-        observation, _ = self._reset_env(None, None)
+        observation, info = self._reset_env(None, None)
+        self._obeys_masks = action_masks
+        self.gives_masks = action_masks and KEY in info
+        self.action_mask = np.ones(len(self.action_names), bool)
         self.image_from = resolve_image(env, self.env_id, image_source, observation)
         self._read_instruction, self.instruction_from = resolve_instruction(env, self.env_id, observation, instruction)
         self._raw_text: object = None
@@ -352,6 +361,7 @@ class VLMObservation(gym.Wrapper):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts an episode."""
         observation, info = self._reset_env(seed, options)
+        self._take_mask(info, ended=False)
         self._skipped = 0
         self._last = self._observe(observation), info
         return self._last
@@ -371,6 +381,11 @@ class VLMObservation(gym.Wrapper):
         self._action = number
         if not 0 <= number < len(self.action_names):
             self._fail(f"got the action {number}, expected 0 to {len(self.action_names) - 1}")
+        if not self.action_mask[number]:
+            self._fail(
+                f"got an action that its action_mask does not allow: expected {' or '.join(self._allowed_names())}, or "
+                "action_masks false, which plays without masks"
+            )
         try:
             observation, reward, terminated, truncated, info = self.env.step(number + self._first_action)
             value = float(reward)
@@ -378,6 +393,7 @@ class VLMObservation(gym.Wrapper):
             self._broke("step()", error)
         if not math.isfinite(value):
             self._fail(f"gave the reward {value}, expected a finite number")
+        self._take_mask(info, bool(terminated or truncated))
         self._last = self._observe(observation), info
         return self._last[0], value, bool(terminated), bool(truncated), info
 
@@ -391,9 +407,16 @@ class VLMObservation(gym.Wrapper):
 
         def act(before: int | None) -> int:
             try:
-                return expert(None if before is None else before + first) - first
+                action = expert(None if before is None else before + first) - first
             except Exception as error:
                 self._broke("its expert", error)
+            if 0 <= action < len(self.action_names) and not self.action_mask[action]:
+                self._fail(
+                    f"has an expert that wants {self.action_names[action]!r}, which its action_mask does not allow: "
+                    f"expected {' or '.join(self._allowed_names())}, so repair one of the two, or give action_masks "
+                    "false"
+                )
+            return action
 
         return act
 
@@ -443,6 +466,33 @@ class VLMObservation(gym.Wrapper):
         except Exception as error:
             self._broke("reset()", error)
         return observation, info
+
+    def _take_mask(self, info: Any, ended: bool) -> None:
+        """Reads which actions are allowed; after an episode's end nothing need be."""
+        if not self._obeys_masks:
+            return
+        self.action_mask = np.ones(len(self.action_names), bool)
+        if info.get(KEY) is None:
+            return
+        if not self.gives_masks:
+            self._fail(
+                f"gave info['{KEY}'] after a first reset() without one: expected one from the first reset() on, or "
+                "action_masks false"
+            )
+        try:
+            mask = read_mask(info[KEY], len(self.action_names))
+        except EnvError as error:
+            self._fail(f"{error}; action_masks false plays without it")
+        if mask.any():
+            self.action_mask = mask
+        elif not ended:
+            self._fail(
+                f"gave info['{KEY}'] that allows none of its {len(mask)} actions: expected one at least, or the "
+                "episode's end"
+            )
+
+    def _allowed_names(self) -> list[str]:
+        return [repr(name) for name, allowed in zip(self.action_names, self.action_mask, strict=True) if allowed]
 
     def _observe(self, observation: Any) -> dict[str, Any]:
         return {"image": self._frame(observation, self.frame_shape), "instruction": self._instruction(observation)}

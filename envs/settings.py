@@ -19,6 +19,7 @@ class EnvSettings:
     env_kwargs: dict[str, Any] | None = setting(None, "arguments of the env's constructor")
     image_source: ImageSource = setting("auto", "where the image comes from")
     success_return: float | None = setting(None, "lowest return of a successful episode")
+    action_masks: bool = setting(True, "obey info['action_mask'] where the env gives one")
 
     def options(self) -> dict[str, Any]:
         """Returns the keyword arguments of `make_vlm_env`, `check_vlm_env` and `EpisodeVectorEnv`, by their names."""

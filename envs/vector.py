@@ -30,6 +30,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from manako.envs.errors import EnvError
 from manako.envs.making import make_vlm_env
+from manako.envs.masks import random_actions
 from manako.envs.observation import SKIP, ImageSource, VLMObservation
 
 TRAINING, HELD_OUT = 0, 1  # splits
@@ -80,6 +81,7 @@ class EpisodeVectorEnv:
         action_names: One name an action, (A,).
         frame_shape: (H, W, 3).
         success_rule: How an episode's success is judged, in words.
+        gives_masks: Whether the environment says which actions are allowed, and is obeyed.
         episode_returns: (N,) float64, the current episodes' rewards so far.
         episode_lengths: (N,) int64, their steps so far. Both may be read between `step` and `reset_done`.
         episode_seeds: The seeds of the current episodes, N.
@@ -103,11 +105,12 @@ class EpisodeVectorEnv:
         env_kwargs: Mapping[str, Any] | None = None,
         image_source: ImageSource = "auto",
         success_return: float | None = None,
+        action_masks: bool = True,
     ) -> None:
         """Makes the environments; nothing is started before `reset`.
 
         Args:
-            env_id: See `make_vlm_env`, as for the last five arguments.
+            env_id: See `make_vlm_env`, as for the last six arguments.
             num_envs: N.
             seed: The run's seed, from 0 on.
             split: `TRAINING` or `HELD_OUT`.
@@ -120,6 +123,7 @@ class EpisodeVectorEnv:
             env_kwargs: For the environment's constructor.
             image_source: "auto", "observation" or "render".
             success_return: The lowest return of a successful episode.
+            action_masks: Obey `info["action_mask"]` where the environment gives one.
 
         Raises:
             EnvError: The environment cannot be made, or a number is out of range.
@@ -148,6 +152,7 @@ class EpisodeVectorEnv:
                 env_kwargs=env_kwargs,
                 image_source=image_source,
                 success_return=success_return,
+                action_masks=action_masks,
             )
             env.slot = first_slot + index
             self._envs.append(env)
@@ -170,6 +175,7 @@ class EpisodeVectorEnv:
         self.action_names = first.action_names
         self.frame_shape = first.frame_shape
         self.success_rule = first.success.sentence
+        self.gives_masks = any(env.gives_masks for env in self._envs)
         self.image_from = first.image_from
         self.render_fps = first.metadata.get("render_fps")
         self.episode_returns = np.zeros(num_envs, np.float64)
@@ -248,11 +254,22 @@ class EpisodeVectorEnv:
             self._digest(slot, self.observations.images[slot], self.observations.instructions[slot], *paid)
         return StepResult(self.observations, rewards, terminated, truncated, success)
 
+    @property
+    def action_masks(self) -> np.ndarray | None:
+        """Which actions are allowed now, (N, A) bool; all in a slot whose episode has ended. None: nobody says."""
+        if not self.gives_masks or self.observations is None:
+            return None
+        return np.stack([env.action_mask for env in self._envs])
+
+    def random_actions(self, uniforms: np.ndarray) -> np.ndarray:
+        """Returns an action for each slot, (N,) int64, of those allowed each alike, by numbers (N,) in [0, 1)."""
+        return random_actions(uniforms, len(self.action_names), self.action_masks)
+
     def expert_actions(self) -> np.ndarray:
         """Returns for each slot the scripted expert's action now, (N,) int64.
 
         Raises:
-            EnvError: The environment has no expert.
+            EnvError: The environment has no expert, or one that wants what the action mask does not allow.
         """
         if self.observations is None:
             raise EnvError("there is no action to take before reset")
@@ -464,6 +481,7 @@ class EpisodeVectorEnv:
         """Takes what a slot shows, and after a step (reward, terminated, truncated), into its episode's digest."""
         digest = hashlib.sha256(np.ascontiguousarray(image).data)
         said = [self.digests[slot], str(instruction), *map(float, paid)]
+        said += [self._envs[slot].action_mask.tolist()] if self.gives_masks else []
         digest.update(json.dumps(said).encode())
         self.digests[slot] = digest.hexdigest()
 
@@ -530,6 +548,7 @@ def make_env(
     env_kwargs: Mapping[str, Any] | None = None,
     image_source: ImageSource = "auto",
     success_return: float | None = None,
+    action_masks: bool = True,
 ) -> EpisodeVectorEnv:
     """Makes environments to train on, or to evaluate on.
 
@@ -543,6 +562,7 @@ def make_env(
         env_kwargs: See there.
         image_source: See there.
         success_return: See there.
+        action_masks: See there.
 
     Raises:
         EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
@@ -557,4 +577,5 @@ def make_env(
         env_kwargs=env_kwargs,
         image_source=image_source,
         success_return=success_return,
+        action_masks=action_masks,
     )

@@ -3,9 +3,9 @@
     python experiments/check_env.py manako/GoTo-v0 --env_kwargs '{"size": 4}'
     python experiments/check_env.py my_module:MyEnv-v0 --instruction "open the door" --action_names left,right,open
 
-It prints the image's shape, the instruction, the action names, where each comes from, the success rule, the speed, and
-every fault in a sentence. A plugin's module may lie in the current folder. Exit code 0 without faults (warnings
-allowed), 1 with faults, 2 for a command line that cannot be read.
+It prints the image's shape, the instruction, the action names, where each comes from, whether action masks come, the
+success rule, the speed, and every fault in a sentence. A plugin's module may lie in the current folder. Exit code 0
+without faults (warnings allowed), 1 with faults, 2 for a command line that cannot be read.
 """
 
 import sys
@@ -72,6 +72,8 @@ def describe(settings: EnvSettings) -> None:
     print(f"image         {env.frame_shape} uint8, from {env.image_from}")
     print(f"instruction   {observation['instruction']!r}, from {env.instruction_from}")
     print(f"action names  {', '.join(env.action_names)} ({len(env.action_names)}), from {env.action_names_from}")
+    allowed = f"info['action_mask'], obeyed: {env.action_mask.sum()} of {len(env.action_mask)} actions at the start"
+    print(f"action masks  {allowed if env.gives_masks else 'none'}")
     print(f"success       {env.success.sentence}")
     try:
         print_speed(measure_speed(env), env)

@@ -157,14 +157,19 @@ def play(env: EpisodeVectorEnv, window: Window, seeds: Iterator[int], record: Ca
     while True:
         observations, ended = env.reset([seed]), False
         actions: list[int] = []
+        refused = ""
         while not ended:
-            window.show(observations, f"{_score(env)}\nEscape: end")
+            window.show(observations, f"{refused}{_score(env)}\nEscape: end")
             key = window.wait()
             if key is None:
                 return count
             if key not in window.keys:
                 continue
-            actions.append(window.keys[key])
+            action, masks = window.keys[key], env.action_masks
+            refused = "" if masks is None or masks[0, action] else f"{env.action_names[action]} is not allowed now\n"
+            if refused:
+                continue
+            actions.append(action)
             result = env.step(np.array(actions[-1:]))
             observations, ended = result.observations, bool(result.terminated[0] | result.truncated[0])
         record(Recording(seed, tuple(actions), "the window"))

@@ -28,6 +28,7 @@ Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "t
 
 
 NEXT_CODES = "next_codes"  # column of what a step returned, which is no part of what was seen before it
+ACTION_MASK = "action_mask"  # column (B, A) bool of which actions were allowed, where the environment says it
 
 
 class Rows:
@@ -184,7 +185,7 @@ class Policy(nn.Module, ABC):
         can_learn: False for remote, scripted, random and recorded players.
         learns_text: False for a model that says one token at a mask: losses on the tokens of a text are not for it.
         needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
-            "episode_seeds", "episode_steps".
+            "episode_seeds", "episode_steps", "action_masks"; the last comes where the environments say what is allowed.
         illegal_penalty: what an answer that names no action costs, taken off the reward that is learned from.
         model: the language model with its adapters, as TRL's trainers take it; None where there is none.
         processor: its processor; None where there is none.
@@ -207,7 +208,7 @@ class Policy(nn.Module, ABC):
         Args:
             images: (B, H, W, 3) uint8.
             instructions: B texts.
-            told: for each name of `needs` an array (B, ...).
+            told: for names of `needs` an array (B, ...) each.
 
         Raises:
             PolicyError: frames of another shape than the policy was made for, or a text that it cannot read.
@@ -362,9 +363,23 @@ def sample_categorical(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
     Returns:
         (B,) int64.
     """
-    cumulative = logprobs.double().exp().cumsum(-1)  # (B, A)
+    probabilities = logprobs.double().exp()  # (B, A)
+    cumulative = probabilities.cumsum(-1)
     drawn = torch.as_tensor(uniforms, device=logprobs.device)[:, None] * cumulative[:, -1:]
-    return (cumulative <= drawn).sum(-1).clamp_max(logprobs.shape[-1] - 1)
+    last = logprobs.shape[-1] - 1 - (probabilities > 0).int().flip(-1).argmax(-1)  # that can be drawn at all, (B,)
+    return torch.minimum((cumulative <= drawn).sum(-1), last)
+
+
+def allow(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Returns log-probabilities (B, A) renormalised over the actions that are allowed; -inf for the others.
+
+    No gradient flows to what is not allowed. Where one action alone is allowed, it has log-probability 0.
+
+    Args:
+        logprobs: (B, A).
+        mask: (B, A) bool, True = allowed, with a True in each row.
+    """
+    return logprobs.masked_fill(~mask, -torch.inf).log_softmax(-1)
 
 
 def entropy(logp: Tensor) -> Tensor:

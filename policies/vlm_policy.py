@@ -26,6 +26,7 @@ from manako.policies.architectures.vision_tokens.next_frame import NextFrame
 from manako.policies.errors import PolicyError
 from manako.policies.features import MOST_BYTES, FrozenFeatures
 from manako.policies.interface import (
+    ACTION_MASK,
     NEXT_CODES,
     Acted,
     Draws,
@@ -35,6 +36,7 @@ from manako.policies.interface import (
     PolicySpec,
     Rows,
     act_categorical,
+    allow,
     entropy,
 )
 from manako.policies.prompts import EXAMPLES, PromptBuilder
@@ -87,6 +89,7 @@ class VLMPolicy(Policy):
     """
 
     can_learn = True
+    needs = ("action_masks",)
 
     def __init__(self, model: Model, spec: PolicySpec, check: bool = True) -> None:
         super().__init__()
@@ -176,27 +179,42 @@ class VLMPolicy(Policy):
         """Returns rows of `input_ids` (B, L) int64, `lengths` (B,) int64 and `frames` (B, h, w, 3) uint8, resized.
 
         Beside them stands whatever else the processor makes of the prompts' text, and of a frozen encoder, where they
-        are small, the features of the frames: `image_features` (B, P, Dv) float32, see `manako.policies.features`.
+        are small, the features of the frames: `image_features` (B, P, Dv) float32, see `manako.policies.features`. Of
+        environments that say what is allowed, `action_mask` (B, A) bool.
 
         Raises:
-            PolicyError: frames of another shape than the policy was built for, or an instruction that the tokenizer or
-                the model cannot hold.
+            PolicyError: frames of another shape than the policy was built for, masks of another number of actions, or
+                an instruction that the tokenizer or the model cannot hold.
         """
         self._check_frames(images)
         for instruction in set(instructions):
             self._check_prompt(self.prompts.encode(instruction), instruction)
         prompts = [self.prompts.prompt(instruction) for instruction in instructions]
-        return self.processing.with_features(self.processing.rows(prompts, images))
+        rows = self.processing.with_features(self.processing.rows(prompts, images))
+        if told is None or "action_masks" not in told:
+            return rows
+        mask = torch.from_numpy(np.array(told["action_masks"], bool))  # (B, A)
+        if mask.shape != (len(images), len(self.codec)) or not mask.any(-1).all():
+            raise PolicyError(
+                f"Action masks of shape {tuple(mask.shape)} came for {len(images)} frames and {len(self.codec)} "
+                "actions: expected one row a frame, with an action in each that is allowed."
+            )
+        return Rows({**rows.columns, ACTION_MASK: mask}, rows.fillers)
 
     def distribution(self, inputs: Rows, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Returns log-probabilities (B, A) and values (B,), float32; gradients flow where they are enabled.
+
+        Where the rows say what is allowed, all else has log-probability -inf, and the rest adds up to 1.
 
         Args:
             inputs: of `prepare`, on the policy's device.
             reading: another reading than the policy's own, to compare the two.
         """
         hidden, logits = (reading or self.reading).read(inputs)
-        return self.codec.action_logprobs(logits), self.value_head(hidden)
+        logprobs = self.codec.action_logprobs(logits)
+        if ACTION_MASK in inputs.columns:
+            logprobs = allow(logprobs, inputs[ACTION_MASK])
+        return logprobs, self.value_head(hidden)
 
     @torch.no_grad()
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:

@@ -1,7 +1,8 @@
 """Players that act in a policy's place and cannot learn: the env's scripted expert, chance, recorded play.
 
 Each is a `Policy`: what it must be told beside frame and instruction stands in `needs`, and `act` draws with the run's
-random numbers. One of your own, here one that asks a service, frame by frame:
+random numbers. Environments refuse what their action mask does not allow: a player of such ones needs "action_masks".
+One of your own, here one that asks a service, frame by frame:
 
     class Remote(Player):
         def prepare(self, images, instructions, told=None):
@@ -58,14 +59,16 @@ class Player(Policy):
 
 
 class ScriptedPlayer(Player):
-    """The env's scripted expert, wrong with a given probability: then any other action, each alike.
+    """The env's scripted expert, wrong with a given probability: then any other allowed action, each alike.
+
+    Where nothing but the expert's action is allowed, it is right.
 
     Args:
         spec: see `Player`.
         error_rate: in [0, 1].
     """
 
-    needs = ("expert_actions",)
+    needs = ("expert_actions", "action_masks")
 
     def __init__(self, spec: PolicySpec, error_rate: float = 0.0) -> None:
         super().__init__(spec)
@@ -76,16 +79,28 @@ class ScriptedPlayer(Player):
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
         """Returns the expert's actions, or with `error_rate` others."""
         experts, count = inputs["expert_actions"], len(self.spec.action_names)
+        if "action_masks" in inputs.columns:
+            others = inputs["action_masks"].scatter(1, experts[:, None], False).float()  # (B, A)
+            left = others.sum(1, keepdim=True)  # (B, 1)
+            wrong = torch.where(left > 0, self.error_rate, 0.0)
+            probabilities = others * wrong / left.clamp_min(1)
+            probabilities.scatter_(1, experts[:, None], 1 - wrong)
+            return self.sample_from(probabilities, draws, greedy)
         probabilities = torch.full((len(experts), count), self.error_rate / (count - 1))
         probabilities.scatter_(1, experts[:, None], 1 - self.error_rate)
         return self.sample_from(probabilities, draws, greedy)
 
 
 class RandomPlayer(Player):
-    """Every action alike."""
+    """Every action that is allowed alike."""
+
+    needs = ("action_masks",)
 
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
         """Returns uniform actions; there is no greedy one, so `greedy` samples as well."""
+        if "action_masks" in inputs.columns:
+            allowed = inputs["action_masks"].float()
+            return self.sample_from(allowed / allowed.sum(1, keepdim=True), draws)
         count = len(self.spec.action_names)
         return self.sample_from(torch.full((len(inputs), count), 1 / count), draws)
 

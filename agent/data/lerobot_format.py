@@ -20,7 +20,8 @@ LeRobot and without a video encoder: the frames are PNGs inside the parquet file
                                                 left out where nobody says it
     task                                        instruction
     manako.<name>                               action (the index), action_tokens (-1 fills short ones up), logprob,
-                                                value, expert_action, seed, prompt
+                                                value, expert_action, seed, prompt; allowed (A,), where the env gives an
+                                                action mask
 
 An action is one-hot because LeRobot names the entries of an action vector and its policies regress them: an index would
 put an order among the actions, and LeRobot hands a feature of one entry to a policy as (B, T) where (B, T, A) is
@@ -272,6 +273,7 @@ def _columns(
         "manako.value": column("value", np.float32),
         "manako.expert_action": column("expert_action", np.int64),
         "manako.seed": column("seed", np.int64),
+        **({"manako.allowed": np.array(dataset["action_mask"][:])} if "action_mask" in dataset.column_names else {}),
         "timestamp": (frame_index / fps).astype(np.float32),
         "frame_index": frame_index,
         "episode_index": np.repeat(np.arange(len(episodes)), [len(rows) for rows in episodes])[:, None],

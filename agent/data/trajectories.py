@@ -48,6 +48,7 @@ FEATURES = Features(
     }
 )
 LATER = ("last_image",)  # columns that older datasets lack
+MASKS = {"action_mask": List(Value("bool"))}  # of A actions, which were allowed; only of an env that says it
 
 
 def to_dataset(
@@ -71,7 +72,9 @@ def to_dataset(
     Raises:
         TrainingError: no episode ended in them.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    masked = _record(rollouts[0]).action_masks is not None
+    features = Features({**FEATURES, **MASKS}) if masked else FEATURES
+    columns: dict[str, list[Any]] = {name: [] for name in features}
     rows_of_actions = [_texts(rollout, policy) for rollout in rollouts]
     count = 0
     for slot in range(rollouts[0].rewards.shape[1]):
@@ -92,14 +95,14 @@ def to_dataset(
                         row = _row(rollouts[n], at, slot, policy, *rows_of_actions[n])
                         row |= {"success": last, "episode_return": total, "episode": count}
                         row |= {"env_id": env_id, "policy": player}
-                        for name in FEATURES:
+                        for name in features:
                             columns[name].append(row[name])
                     count += 1
                 if ended:
                     episode = []
     if not count:
         raise TrainingError("No episode ended in what was recorded: expected more steps, or shorter episodes.")
-    dataset = Dataset.from_dict(columns, features=FEATURES)
+    dataset = Dataset.from_dict(columns, features=features)
     dataset.info.description = json.dumps(
         {
             "format": FORMAT,
@@ -134,6 +137,7 @@ def _row(
     record, flat = _record(rollout), t * rollout.rewards.shape[1] + slot
     last = record.last_images.get((t, slot))
     action = int(record.to_env[t, slot])
+    mask = None if record.action_masks is None else record.action_masks[t, slot].tolist()
     return {
         "image": {"bytes": _png(record.images[flat]), "path": None},
         "instruction": record.instructions[flat],
@@ -150,6 +154,7 @@ def _row(
         "seed": int(record.seeds[t, slot]),
         "step": int(record.steps[t, slot]),
         "last_image": None if last is None else {"bytes": _png(last), "path": None},
+        "action_mask": mask,
     }
 
 
@@ -172,6 +177,11 @@ def episode_returns(dataset: Dataset) -> list[float]:
 def save_trajectories(dataset: Dataset, folder: Path) -> None:
     """Writes the dataset to a folder that must not exist; it is whole or not there."""
     write_folder(folder, lambda place: dataset.save_to_disk(str(place)))
+
+
+def without_masks(dataset: Dataset) -> Dataset:
+    """Returns the dataset without what it says of allowed actions, as for --action_masks false."""
+    return dataset.remove_columns([name for name in MASKS if name in dataset.column_names])
 
 
 def load_trajectories(

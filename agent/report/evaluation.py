@@ -82,7 +82,7 @@ def evaluate(
         policy: the policy or player; with `random` it is not asked.
         env: N environments; their own seeds are not used.
         seeds: held-out episode seeds.
-        condition: what the policy sees, or `random` for uniform actions.
+        condition: what the policy sees, or `random` for uniform actions of those allowed.
         sample: sample actions from the policy's probabilities instead of taking the greedy ones.
         seed: of sampled actions.
         most_steps: budget of env steps; None plays them all.
@@ -145,7 +145,7 @@ def _act(
     policy: Policy, env: EvaluationEnv, observations: Shown, condition: Condition, sample: bool, draws: Draws
 ) -> np.ndarray:
     if condition == "random":
-        return (draws.next() * len(env.action_names)).astype(np.int64)
+        return env.random_actions(draws.next())
     images, instructions = observations.images, observations.instructions
     if condition == "blank_image":
         images = np.zeros_like(images)

@@ -27,6 +27,13 @@ UNPAIRED = Features({"prompt": MESSAGES, "completion": MESSAGES, "label": Value(
 Pair = tuple[int, int, int]  # row of the trajectories, chosen action, rejected action
 
 
+def allowed_actions(trajectories: Dataset) -> list[tuple[bool, ...]] | None:
+    """Returns for each row which of the A actions were allowed; None where the data do not say."""
+    if "action_mask" not in trajectories.column_names:
+        return None
+    return [tuple(mask) for mask in trajectories["action_mask"]]
+
+
 def expert_pairs(trajectories: Dataset) -> list[Pair]:
     """Returns the expert's action over the player's, wherever they differ.
 
@@ -44,11 +51,13 @@ def expert_pairs(trajectories: Dataset) -> list[Pair]:
 def state_pairs(trajectories: Dataset) -> list[Pair]:
     """Returns the best action known in a state over the one taken, at each step that took another.
 
-    A state is a frame and an instruction. Its actions are ranked by the mean of the rewards from there to the end of
-    the episode, over all steps that took them; of equal ones the lowest is the best, and they make no pair.
+    A state is a frame and an instruction, and what is allowed where the data say it. Its actions are ranked by the mean
+    of the rewards from there to the end of the episode, over all steps that took them; of equal ones the lowest is the
+    best, and they make no pair.
     """
     frames, texts = stored_frames(trajectories), trajectories["instruction"]
-    states = [(frame["bytes"], text) for frame, text in zip(frames, texts, strict=True)]
+    masks = allowed_actions(trajectories) or [()] * len(trajectories)
+    states = [(frame["bytes"], text, mask) for frame, text, mask in zip(frames, texts, masks, strict=True)]
     actions, episodes, rewards = trajectories["action"], trajectories["episode"], trajectories["reward"]
     to_go = list(rewards)
     for row in reversed(range(len(to_go) - 1)):
@@ -99,7 +108,7 @@ def _inside(episodes: list[int], first: int, step: int) -> bool:
 def branch_pairs(
     trajectories: Dataset, env: Any, act: Callable[[Any], np.ndarray], steps_per_episode: int, seed: int
 ) -> list[Pair]:
-    """Returns the best action over the worst at some steps of each episode, where every action is tried.
+    """Returns the best action over the worst at some steps of each episode, where every allowed action is tried.
 
     Args:
         trajectories: of an env that plays the same again from a seed.
@@ -122,7 +131,7 @@ def branch_pairs(
         for step in sorted(generator.permutation(length)[:steps_per_episode].tolist()):
             frame = picture(frames[first + step]["bytes"])
             returns = _branch(env, seeds[first], actions[first : first + step], frame, act)
-            best, worst = int(returns.argmax()), int(returns.argmin())
+            best, worst = int(np.nanargmax(returns)), int(np.nanargmin(returns))
             if returns[best] > returns[worst]:
                 pairs.append((first + step, best, worst))
         first += length
@@ -130,7 +139,10 @@ def branch_pairs(
 
 
 def _branch(env: Any, seed: int, before: list[int], frame: np.ndarray, act: Callable[[Any], np.ndarray]) -> np.ndarray:
-    """Returns (A,) of the episodes that do the same up to a step, then each another action, then what `act` says."""
+    """Returns (A,) of the episodes that do the same up to a step, then each another action, then what `act` says.
+
+    NaN stands for an action that is not allowed there.
+    """
     count = env.num_envs
     observations = env.reset(seeds=[seed] * count)
     for action in before:
@@ -143,8 +155,9 @@ def _branch(env: Any, seed: int, before: list[int], frame: np.ndarray, act: Call
             f"The episode of seed {seed} did not play again to its step {len(before)} as it was recorded: expected an "
             "environment that replays, or --pairs expert, state or return."
         )
-    returns, going = np.zeros(count), np.ones(count, bool)
-    actions = np.arange(count)
+    allowed = np.ones(count, bool) if env.action_masks is None else env.action_masks[0]  # one state, A times
+    returns, going = np.full(count, np.nan), allowed.copy()
+    actions = np.where(allowed, np.arange(count), allowed.argmax())
     while True:
         result = env.step(actions)
         returns = np.where(going, env.episode_returns, returns)
@@ -158,11 +171,14 @@ def _branch(env: Any, seed: int, before: list[int], frame: np.ndarray, act: Call
 
 
 def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Dataset:
-    """Returns the pairs as a dataset for DPO.
+    """Returns the pairs as a dataset for DPO, without those of an action that was not allowed.
 
     Raises:
         TrainingError: there are no pairs.
     """
+    masks = allowed_actions(trajectories)
+    if masks is not None:
+        pairs = [pair for pair in pairs if masks[pair[0]][pair[1]] and masks[pair[0]][pair[2]]]
     if not pairs:
         raise TrainingError(
             "No two actions could be told apart (all returns are equal, or player and expert agree): expected pairs, "

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
+from manako.agent.data.trajectories import MASKS
 from manako.agent.errors import TrainingError
 from manako.policies.interface import Policy, Rows
 
@@ -62,6 +63,8 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
 def demonstrated_actions(trajectories: Dataset, only_success: bool = False, next_frames: bool = False) -> Dataset:
     """Returns each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
 
+    Where the data say which actions were allowed, `action_mask` as well.
+
     Args:
         trajectories: of `agent.data.trajectories`.
         only_success: leave out episodes without success.
@@ -69,10 +72,17 @@ def demonstrated_actions(trajectories: Dataset, only_success: bool = False, next
             does not hold last frames.
 
     Raises:
-        TrainingError: nothing is left.
+        TrainingError: nothing is left, or a step took an action that was not allowed.
     """
     rows = _successful(trajectories, only_success)
-    columns = rows.select_columns(["image", "instruction", "action"]).cast_column("image", Image(decode=False))
+    masks = [name for name in MASKS if name in rows.column_names]
+    for row, (mask, action) in enumerate(zip(rows[masks[0]] if masks else (), rows["action"], strict=False)):
+        if not mask[action]:
+            raise TrainingError(
+                f"Row {row} of the dataset took {rows[row]['action_name']!r}, which its action_mask does not allow: "
+                "expected allowed actions, so collect again, or give --action_masks false."
+            )
+    columns = rows.select_columns(["image", "instruction", "action", *masks]).cast_column("image", Image(decode=False))
     return columns.add_column("next_image", _next_frames(rows)) if next_frames else columns
 
 

@@ -170,18 +170,22 @@ class PolicyCloningTrainer(PolicySFTTrainer):
 
         Of the rows whose next frame is known, also what the policy keeps of it, and their actions.
         """
-        places: dict[tuple[str, bytes], int] = {}
+        places: dict[Any, int] = {}
         frames: list[np.ndarray] = []
         instructions: list[str] = []
+        masks: list[list[bool]] = []  # of data that say what is allowed
         observation: list[int] = []
         for row in rows:
             png = row["image"]["bytes"]
-            place = places.setdefault((row["instruction"], png), len(places))
+            mask = row.get("action_mask")
+            place = places.setdefault((row["instruction"], png, *(mask or ())), len(places))
             if place == len(frames):
                 frames.append(picture(png))
                 instructions.append(row["instruction"])
+                masks += [] if mask is None else [mask]
             observation.append(place)
-        inputs = self.policy.prepare(np.stack(frames), instructions)
+        told = {"action_masks": np.array(masks)} if masks else None
+        inputs = self.policy.prepare(np.stack(frames), instructions, told)
         action = torch.tensor([row["action"] for row in rows])
         made: dict[str, Any] = {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
         known = [at for at, row in enumerate(rows) if row.get("next_image") is not None]

@@ -46,14 +46,14 @@ class _Held:
             self.differs = env.given_up > 0 or history.digests not in (None, tuple(env.digests))
 
     def step(self, actions: np.ndarray) -> Any:
-        """Steps and starts new episodes; returns the step's result, and returns, lengths and seeds of its episodes."""
+        """Steps and starts new episodes; returns the result, and returns, lengths, seeds and masks of its episodes."""
         result = self.env.step(actions)
         returns, lengths = self.env.episode_returns, self.env.episode_lengths
-        seeds = np.array(self.env.episode_seeds)
+        seeds, masks = np.array(self.env.episode_seeds), self.env.action_masks
         ended = result.terminated | result.truncated
         self.observations = self.env.reset_done(ended) if ended.any() else result.observations
         self.position += 1
-        return result, returns, lengths, seeds
+        return result, returns, lengths, seeds, masks
 
 
 class EnvWorker:
@@ -83,6 +83,7 @@ class EnvWorker:
             tuple(held.env.digests),
             given_up,
             held.env.state_dict() if given_up else None,
+            held.env.action_masks,
         )
 
     def step(
@@ -107,7 +108,7 @@ class EnvWorker:
         if held is None:
             return Differs(segment)
         try:
-            result, returns, lengths, seeds = held.step(actions)
+            result, returns, lengths, seeds, masks = held.step(actions)
             state = held.env.state_dict() if want_state else None
         except BaseException:
             self._drop(segment)
@@ -129,6 +130,8 @@ class EnvWorker:
             tuple(held.observations.instructions),
             tuple(held.env.digests),
             state,
+            masks,
+            held.env.action_masks,
         )
 
     def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray | Differs:

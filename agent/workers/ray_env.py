@@ -63,10 +63,12 @@ class RayVectorEnv:
         self.episode_seeds: list[int] = [0] * num_envs
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
+        self.action_masks: np.ndarray | None = None  # (N, A) bool
         self._histories = [History(None, ()) for _ in self.segments]
         self._holders: list[Any] = [None] * len(self.segments)  # the actor that has played the history
         self._ended = np.zeros(num_envs, bool)
         self._upcoming: Shown | None = None  # after the new episodes' start
+        self._upcoming_masks: np.ndarray | None = None
         self.supervisor = Supervisor(EnvWorker, (make_segment,), options, len(self.segments))
 
     def reset(self, seeds: Sequence[int] | None = None) -> Shown:
@@ -80,6 +82,7 @@ class RayVectorEnv:
         """Returns the next episodes, which the workers have started with the step that ended the last ones."""
         if seeds is not None or not np.array_equal(mask, self._ended) or self._upcoming is None:
             raise TrainingError("Workers start the next episode in every slot whose episode has ended, and no other.")
+        self.action_masks = self._upcoming_masks
         return self._upcoming
 
     def start_round(self, number: int) -> Shown:
@@ -129,6 +132,7 @@ class RayVectorEnv:
         self.digests = list(whole.digests)
         self._ended = whole.terminated | whole.truncated
         self._upcoming = _Shown(whole.next_images, whole.next_instructions)
+        self.action_masks, self._upcoming_masks = whole.masks, whole.next_masks
         return whole
 
     def state_dict(self) -> State:
@@ -163,6 +167,7 @@ class RayVectorEnv:
             state = self._histories[segment].state if part.state is None else part.state
             self._histories[segment] = History(state, (), part.digests)
         self.digests = [digest for part in seen for digest in part.digests]
+        self.action_masks = _join_masks([part.masks for part in seen])
         images = np.concatenate([part.images for part in seen])
         return _Shown(images, tuple(text for part in seen for text in part.instructions))
 
@@ -246,7 +251,14 @@ def _join(parts: Sequence[Played]) -> _JoinedStep:
         next_instructions=tuple(text for part in parts for text in part.next_instructions),
         digests=tuple(digest for part in parts for digest in part.digests),
         state=None,
+        masks=_join_masks([part.masks for part in parts]),
+        next_masks=_join_masks([part.next_masks for part in parts]),
     )
+
+
+def _join_masks(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    masks = [part for part in parts if part is not None]
+    return np.concatenate(masks) if masks else None
 
 
 def make_rollouts(plan: RolloutPlan) -> CentralRollouts:

@@ -39,6 +39,8 @@ class Played(NamedTuple):
     next_instructions: tuple[str, ...]  # of all slots, after the new episodes' start
     digests: tuple[str, ...]  # of all slots, after the new episodes' start
     state: State | None  # after the step, where it was asked for
+    masks: np.ndarray | None = None  # (n, A) bool, which actions were allowed by what the step returned
+    next_masks: np.ndarray | None = None  # (n, A) bool, likewise after the new episodes' start
 
 
 class History(NamedTuple):
@@ -57,6 +59,7 @@ class Observed(NamedTuple):
     digests: tuple[str, ...]
     given_up: int  # slots whose episode did not replay, and that have started it anew
     state: State | None  # with their new episodes, where there are such slots
+    masks: np.ndarray | None = None  # (n, A) bool, which actions are allowed; None where the env does not say
 
 
 class Differs(NamedTuple):

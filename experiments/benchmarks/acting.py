@@ -135,7 +135,8 @@ class GeneratePerEnv:
     def __init__(self, bench: Bench) -> None:
         work = bench.workload
         self.policy = bench.policy
-        self.env = EpisodeVectorEnv(work.env, 1, seed=work.seed)  # the others would only wait for their turn
+        # the others would only wait for their turn; what `generate` says knows no masks
+        self.env = EpisodeVectorEnv(work.env, 1, seed=work.seed, action_masks=False)
         self.rng = np.random.default_rng(work.seed)
         self.seen = self.env.reset()
         tokenizer = self.policy.processor.tokenizer

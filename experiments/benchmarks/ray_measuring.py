@@ -19,7 +19,7 @@ from manako.experiments.benchmarks.settings import RayBenchmarkSettings
 from manako.experiments.benchmarks.throughput import Terms
 from manako.experiments.benchmarks.updating import LoopUpdates
 from manako.experiments.common.building import ROOT, copy_maker, make_plan, make_trainer_args, policy_of_run
-from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.environments import make_vector_env, random_actions
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import PolicySource
 
@@ -97,7 +97,7 @@ def _seconds_of_env_steps(environment: EnvSettings, num_steps: int) -> float:
     generator = np.random.default_rng(0)
     start = time.perf_counter()
     for _ in range(num_steps):
-        result = env.step(generator.integers(len(env.action_names), size=environment.num_envs))
+        result = env.step(random_actions(env, generator))
         env.reset_done(result.terminated | result.truncated)
     took = time.perf_counter() - start
     env.close()

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import numpy as np
 import torch
 import transformers
 
 from manako.agent.backends import RolloutPlan
+from manako.agent.interfaces import ask
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.workers.cluster import cluster
 from manako.agent.workers.options import WorkerOptions
@@ -99,8 +99,10 @@ def policy_of_run(
         if trial:
             observations = env.reset()
             with policy.frozen_weights():
-                policy.act(policy.prepare(observations.images, observations.instructions), Draws([]), greedy=True)
-            env.step(np.zeros(env.num_envs, dtype=np.int64))
+                told = ask(env, policy.needs)
+                inputs = policy.prepare(observations.images, observations.instructions, told)
+                acted = policy.act(inputs, Draws([]), greedy=True)
+            env.step(acted.to_env)
     finally:
         env.close()
     return policy, env

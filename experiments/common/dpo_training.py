@@ -10,7 +10,8 @@ import numpy as np
 from datasets import Dataset
 from trl import DPOConfig, KTOConfig
 
-from manako.agent.data.trajectories import load_trajectories
+from manako.agent.data.trajectories import load_trajectories, without_masks
+from manako.agent.interfaces import ask
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.preferences import (
     Pair,
@@ -66,6 +67,8 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
         if number == 0 and dpo.dataset is not None:
             spec = policy.spec
             trajectories, _ = load_trajectories(dpo.dataset, environment.env, spec.action_names, spec.frame_shape)
+            if not environment.action_masks:
+                trajectories = without_masks(trajectories)
         else:
             trajectories = own_trajectories(command, policy, number)
         pairs = pair_dataset(trajectories, make_pairs(command, policy, trajectories, number), policy)
@@ -102,13 +105,14 @@ def make_pairs(command: DPOCommand, policy: VLMPolicy, trajectories: Dataset, nu
     if command.dpo.pairs in of_trajectories:
         return of_trajectories[command.dpo.pairs](trajectories)
 
-    def act(observations: Observations) -> np.ndarray:
-        with policy.frozen_weights():
-            inputs = policy.prepare(observations.images, observations.instructions)
-            return policy.act(inputs, Draws([]), greedy=True).to_env
-
     seed, num_actions = command.run.seed, len(policy.spec.action_names)
     with contextlib.closing(make_vector_env(command.environment, num_actions, seed)) as env:
+
+        def act(observations: Observations) -> np.ndarray:
+            with policy.frozen_weights():
+                inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
+                return policy.act(inputs, Draws([]), greedy=True).to_env
+
         return branch_pairs(trajectories, env, act, command.dpo.branch_steps, seed + number)
 
 

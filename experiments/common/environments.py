@@ -108,6 +108,13 @@ def knows_expert(env: EpisodeVectorEnv, needed: bool = False) -> bool:
     return True
 
 
+def random_actions(env: EpisodeVectorEnv, generator: np.random.Generator) -> np.ndarray:
+    """Returns an action for each slot, (N,) int64, of those allowed each alike."""
+    if env.gives_masks:
+        return env.random_actions(generator.random(env.num_envs))
+    return generator.integers(len(env.action_names), size=env.num_envs)
+
+
 def sights(settings: EnvSettings, seed: int, count: int = 6, steps: int = 32) -> tuple[np.ndarray, list[str]]:
     """Returns what held-out episodes begin with, for a look at a policy before it is trained.
 
@@ -128,7 +135,7 @@ def sights(settings: EnvSettings, seed: int, count: int = 6, steps: int = 32) ->
             generator = np.random.default_rng(seed)
             walked = {seen[0].images.tobytes(): seen[0]}
             for _ in range(steps):
-                result = env.step(generator.integers(len(env.action_names), size=1))
+                result = env.step(random_actions(env, generator))
                 now = env.reset_done(result.terminated | result.truncated)
                 walked.setdefault(now.images.tobytes(), now)
             seen = list(walked.values())[:count]

@@ -66,6 +66,8 @@ class Progress(TrainerCallback):
             f"instruction {instruction_from}"
         )
         self.console.print(f"actions      {', '.join(env.action_names)}; success: {env.success_rule}")
+        if env.gives_masks:
+            self.console.print("masks        info['action_mask'] is obeyed: what it does not allow is never done")
         self.console.print(f"policy       {source.policy}, trainable: {source.trainable}")
         print_parts(self.console, policy)
         if workers.rollout_backend != "local":

@@ -12,14 +12,14 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from manako.agent.data.trajectories import load_trajectories
+from manako.agent.data.trajectories import load_trajectories, without_masks
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.pretraining import PretrainingTrainer
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
-from manako.experiments.common.environments import dead_frames, make_vector_env, sights, warn_of
+from manako.experiments.common.environments import dead_frames, make_vector_env, random_actions, sights, warn_of
 from manako.experiments.common.progress import (
     plain_console,
     print_parts,
@@ -169,6 +169,8 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
         return captions(frames, texts), frames
     spec = policy.spec
     trajectories, _ = load_trajectories(str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape)
+    if not command.environment.action_masks:
+        trajectories = without_masks(trajectories)
     frames = sample_frames(trajectories, FITTED_FRAMES)
     if sft.loss == "actions":
         return demonstrated_actions(trajectories, sft.only_success, policy.next_frame_coef > 0), frames
@@ -188,6 +190,6 @@ def frames_and_captions(
         while len(frames) < count:
             frames += list(seen.images)
             texts += list(env.captions()) if captioned else [""] * env.num_envs
-            result = env.step(generator.integers(len(env.action_names), size=env.num_envs))
+            result = env.step(random_actions(env, generator))
             seen = env.reset_done(result.terminated | result.truncated)
     return frames[:count], texts[:count]

@@ -1,7 +1,8 @@
 """Short environments for what the project's own do not do, and the tiny policy; light, for rollout workers.
 
 `Corridor` truncates quickly and changes its instruction (and with it the prompt's length) at every step, `Poison` pays
-NaN, `Halves` has short successes and long failures, `Drift` moves as no seed says.
+NaN, `Halves` has short successes and long failures, `Drift` moves as no seed says, `Gates` says which actions are
+allowed and breaks at any other.
 """
 
 import os
@@ -149,7 +150,67 @@ class Drift(gym.Env):
         return frame
 
 
+class Gates(gym.Env):
+    """A bright column on five places, with an action mask that only an obedient player meets no error under.
+
+    `left` and `right` are allowed where there is a place, `stay` in every other step, `jump` never: at the left end there
+    is at times nothing but `right`. An episode terminates at the right end, where nothing is allowed, or is truncated.
+
+    Args:
+        limit: steps of an episode.
+        masked: whether a mask comes.
+        broken: the mask of an episode's second step allows nothing.
+        jumpy: the expert wants what is never allowed.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    action_space, observation_space = gym.spaces.Discrete(4, start=1), gym.spaces.Discrete(5)
+    action_names, instruction = ("left", "right", "stay", "jump"), "walk right"
+
+    def __init__(
+        self,
+        limit: int = 6,
+        masked: bool = True,
+        broken: bool = False,
+        jumpy: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
+        self.limit, self.masked, self.broken, self.jumpy = limit, masked, broken, jumpy
+        self.render_mode = render_mode
+
+    def allowed(self) -> np.ndarray:
+        if self.place == 4 or (self.broken and self.steps == 2):
+            return np.zeros(4, np.int8)
+        return np.array([self.place > 0, True, (self.steps + self.place) % 2 == 0, False], np.int8)
+
+    def info(self) -> dict:
+        return {"action_mask": self.allowed()} if self.masked else {}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict]:
+        super().reset(seed=seed)
+        self.steps, self.place = 0, int(self.np_random.integers(0, 3))
+        self.shade = int(self.np_random.integers(100, 256))
+        return self.place, self.info()
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
+        if self.masked and not self.allowed()[action - 1]:
+            raise RuntimeError(f"there is no {self.action_names[action - 1]} here")
+        self.steps += 1
+        self.place = min(4, max(0, self.place + {1: -1, 2: 1}.get(int(action), 0)))
+        won = self.place == 4
+        return self.place, float(won), won, self.steps >= self.limit and not won, self.info()
+
+    def expert_action(self) -> int:
+        return 4 if self.jumpy else 2
+
+    def render(self) -> np.ndarray:
+        frame = np.zeros((16, 20, 3), np.uint8)
+        frame[:, 4 * self.place : 4 * self.place + 4] = (self.shade, 80, 40 * self.steps)
+        return frame
+
+
 for _id, _kind in (
+    ("tests/Gates-v0", Gates),
     ("tests/Corridor-v0", Corridor),
     ("tests/Poison-v0", Poison),
     ("tests/Halves-v0", Halves),
