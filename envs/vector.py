@@ -31,6 +31,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from manako.envs.errors import EnvError
 from manako.envs.making import make_vlm_env
 from manako.envs.observation import ImageSource, VLMObservation
+from manako.memory import Memory
 
 TRAINING, HELD_OUT = 0, 1  # splits
 
@@ -86,6 +87,7 @@ class EpisodeVectorEnv:
         observations: What every slot shows now; None before the first reset.
         digests: One a slot, of all that its episode has shown and paid so far.
         given_up: Episodes that did not replay in `load_state_dict`, so far.
+        memory: What the current episodes have shown and paid before now, as far as `remember` asked for it.
     """
 
     def __init__(
@@ -182,9 +184,24 @@ class EpisodeVectorEnv:
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
         self.observations: Observations | None = None
+        self.memory = Memory(num_envs)
         self._known: dict[str, None] = {}  # instructions seen, oldest first
         self._replacements: list[str | None] = [None] * num_envs
         self._experts: list[Callable[[int | None], int] | None] = [None] * num_envs
+
+    def remember(self, frames: int = 0, turns: int = 0) -> None:
+        """Keeps so much of each episode's past in `memory`, or more where it was asked for before.
+
+        Running episodes end with it, since their past is not known: reset before the next step.
+
+        Args:
+            frames: How many before the present one.
+            turns: How many actions and rewards before the present step.
+        """
+        larger = max(frames, self.memory.size[0]), max(turns, self.memory.size[1])
+        if larger != self.memory.size:
+            self.memory = Memory(self.num_envs, *larger)
+            self.observations = None
 
     def reset(self, seeds: Sequence[int] | None = None) -> Observations:
         """Starts an episode in every slot.
@@ -242,6 +259,8 @@ class EpisodeVectorEnv:
             past.append(action)
         self._ended = terminated | truncated
         success = np.asarray(infos.get("success", np.zeros(self.num_envs)), np.int8)
+        for slot, action in enumerate(actions.tolist()):
+            self.memory.step(slot, self.observations.images[slot], action, float(rewards[slot]))
         self.observations = Observations(seen["image"].copy(), seen["instruction"])
         for slot in range(self.num_envs):
             paid = (rewards[slot], terminated[slot], truncated[slot])
@@ -378,6 +397,7 @@ class EpisodeVectorEnv:
                 self.digests[slot] = ""
                 break
             self._actions[slot].append(action)
+            self.memory.step(slot, image, action, float(reward))
             self.episode_returns[slot] += reward
             self.episode_lengths[slot] += 1
             self._ended[slot] = terminated or truncated
@@ -432,6 +452,7 @@ class EpisodeVectorEnv:
                 self._known[instructions[slot]] = None
         self.observations = Observations(images, tuple(instructions))
         for slot in slots:
+            self.memory.start(slot, images[slot])
             self.digests[slot] = str(self.episode_seeds[slot])
             self._digest(slot, images[slot], instructions[slot])
         return self.observations

@@ -111,7 +111,14 @@ def put_policy_around(
         PolicyError: the model cannot serve these actions or frames, or its numbers are not the library's.
     """
     height, width, channels = frame_shape
-    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
+    spec = PolicySpec(
+        tuple(action_names),
+        (height, width, channels),
+        source.action_format,
+        source.system,
+        source.frames,
+        source.history,
+    )
     with quietly():
         policy = VLMPolicy(model, spec)
     if source.next_frame_coef and policy.next_frame is None:
@@ -142,7 +149,7 @@ def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[
 def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> Loaded:
     """Goes on from a folder of `save_policy`: LoRA on the same base stays what it was, else it is merged."""
     saved, description = read_description(folder)
-    source = _fill_in(source, action_names, description)
+    source = _fill_in(source, saved, action_names, description)
     model, head = _load_own(folder, saved, description)
     if not isinstance(model.vlm, PeftModel):
         return Loaded(model, source, head)
@@ -159,6 +166,8 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         action_format=source.action_format,
         trainable=source.trainable,
         next_frame_coef=source.next_frame_coef,
+        frames=source.frames,
+        history=source.history,
     )
     return Loaded(model, source, head, description["base_sha256"])
 
@@ -225,12 +234,26 @@ def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> Mo
     return name_parts(vlm, processor)
 
 
-def _fill_in(source: PolicySource, action_names: Sequence[str], description: dict[str, Any]) -> PolicySource:
-    """What the source leaves at its defaults is as it was when the folder was written."""
+def _fill_in(
+    source: PolicySource, saved: PolicySource, action_names: Sequence[str], description: dict[str, Any]
+) -> PolicySource:
+    """What the source leaves at its defaults is as it was when the folder was written.
+
+    Raises:
+        PolicyError: it learned to be told of another past than the source asks for.
+    """
     if source.system == SYSTEM:
         source = replace(source, system=description["system"])
     if source.action_format == "auto" and list(action_names) == description["action_names"]:
         source = replace(source, action_format=description["action_format"])
+    for name in ("frames", "history"):
+        default, learned, asked = getattr(PolicySource(), name), getattr(saved, name), getattr(source, name)
+        if asked not in (default, learned) and learned != default:
+            raise PolicyError(
+                f"--{name} {asked} came, but {source.policy!r} learned with --{name} {learned}: leave it out, or start "
+                "from a policy that learned without."
+            )
+        source = replace(source, **{name: learned if asked == default else asked})
     return source
 
 

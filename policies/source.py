@@ -48,6 +48,13 @@ class PolicySource:
     )
     dtype: Dtype = setting("float32", "of the weights")
     action_format: ActionFormat = setting("auto", "how actions are named")
+    frames: int = setting(
+        1,
+        "how many of the episode's last frames it is shown, each as an image of the prompt; black before the first",
+        ge=1,
+        le=16,
+    )
+    history: int = setting(0, "how many of the episode's last actions and rewards the prompt tells", ge=0, le=64)
     system: str = setting(
         SYSTEM, "system text of the prompt; {actions} stands for the list of actions", only_in_file=True
     )
