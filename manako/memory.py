@@ -63,7 +63,7 @@ class Memory:
         self._past[slot].append(image)
         if self.turns.shape[1]:
             self.turns[slot, :-1] = self.turns[slot, 1:].copy()
-            self.turns[slot, -1] = action, reward
+            self.turns[slot, -1] = action, np.float32(reward)  # as rollouts and data sets store it
 
     def past_frames(self) -> np.ndarray:
         """Returns (N, frames, H, W, 3) uint8, oldest first."""
@@ -90,8 +90,11 @@ def before(frames: Sequence[np.ndarray], at: int, count: int) -> np.ndarray:
         at: number of the present one.
         count: how many.
     """
-    black = np.zeros_like(frames[0])
-    return np.stack([frames[number] if number >= 0 else black for number in range(at - count, at)])
+    past = np.zeros((count, *frames[0].shape), np.uint8)
+    for place, number in enumerate(range(at - count, at)):
+        if number >= 0:
+            past[place] = frames[number]
+    return past
 
 
 def turns_before(actions: Sequence[int], rewards: Sequence[float], at: int, count: int) -> np.ndarray:
@@ -103,7 +106,9 @@ def turns_before(actions: Sequence[int], rewards: Sequence[float], at: int, coun
         at: number of the step.
         count: how many.
     """
-    known = [(actions[number], rewards[number]) if number >= 0 else (NO_ACTION, 0.0) for number in range(at - count, at)]
+    known = [
+        (actions[number], rewards[number]) if number >= 0 else (NO_ACTION, 0.0) for number in range(at - count, at)
+    ]
     return np.array(known, np.float64).reshape(count, 2)
 
 

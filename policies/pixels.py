@@ -102,9 +102,8 @@ class PixelPipeline:
         return {"pixel_values": values if nested is None else values.unflatten(0, nested), **constants}
 
     def _call_alone(self, frames: np.ndarray) -> dict[str, torch.Tensor]:
-        made = self.image_processor(
-            images=[[frame] if frame.ndim == 3 else list(frame) for frame in frames], return_tensors="pt", input_data_format="channels_last"
-        )
+        images = [list(frame) if frame.ndim == 4 else [frame] for frame in frames]
+        made = self.image_processor(images=images, return_tensors="pt", input_data_format="channels_last")
         return {name: value for name, value in made.items() if torch.is_tensor(value)}
 
     def _resize_by_processor(self, images: np.ndarray) -> torch.Tensor | None:

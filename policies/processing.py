@@ -139,7 +139,7 @@ class Processing:
     def _shared(self, images: np.ndarray) -> SharedFrames:
         """Frames (B, k, H, W, 3), each different one resized and held once; those of the last calls are known."""
         flat = images.reshape(-1, *images.shape[2:])  # (B k, H, W, 3)
-        keys = [hashlib.blake2b(np.ascontiguousarray(frame), digest_size=16).digest() for frame in flat]
+        keys = [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in flat]
         places = {key: place for place, key in reversed(list(enumerate(keys)))}  # the first of each
         new = [key for key in places if key not in self._lately]
         if new:
