@@ -139,7 +139,7 @@ class PromptBuilder:
         """Messages and their text, in the first form that the template keeps whole."""
         system = self.system.replace("{actions}", self.legend)
         asked = f"{instruction}\n{past}" if past else instruction
-        pictures = [{"type": "image"}] * self.frames
+        pictures = [{"type": "image"} for _ in range(self.frames)]
         with_role = [
             {"role": "system", "content": [{"type": "text", "text": system}]},
             {"role": "user", "content": [{"type": "text", "text": asked}, *pictures]},

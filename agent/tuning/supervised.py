@@ -153,7 +153,7 @@ def captions(frames: Iterable[np.ndarray], texts: Iterable[str], images: int = 1
     pictures = [
         [*[Picture.fromarray(np.zeros_like(frame))] * (images - 1), Picture.fromarray(frame)] for frame in frames
     ]
-    content = [{"type": "text", "text": CAPTION_PROMPT}, *[{"type": "image"}] * images]
+    content = [{"type": "text", "text": CAPTION_PROMPT}, *({"type": "image"} for _ in range(images))]
     answers = [assistant_message(text) for text in texts]
     return Dataset.from_dict(
         {"prompt": [[{"role": "user", "content": content}]] * len(answers), "completion": answers, "images": pictures},
