@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manako.agent.backends import RolloutPlan
 from manako.agent.errors import TrainingError
-from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask
+from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask, remember_for
 from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers, verdict
 from manako.policies.answers.text import LEGAL
@@ -79,6 +79,7 @@ class RolloutCollector:
             raise TrainingError(
                 f"batch_size is {batch_size} for {env.num_envs} environments: expected a number that divides them."
             )
+        remember_for(env, policy)
         self._shown: Shown | None = None
         self._slots = torch.arange(env.num_envs)
 

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from manako.memory import Memory
+
 if TYPE_CHECKING:
     import torch
 
     from manako.agent.rollout import Rollout
+    from manako.policies.interface import Policy
 
 
 class Shown(Protocol):
@@ -58,6 +61,10 @@ class VectorEnv(Protocol):
     episode_seeds: list[int]  # N
     digests: list[str]  # N, of all that the current episodes have shown and paid so far
     given_up: int  # episodes that did not replay, so far
+    memory: Memory  # of the current episodes, as far as `remember` asked for it
+
+    def remember(self, frames: int = 0, turns: int = 0) -> None:
+        """Keeps so many past frames and turns of each episode; called before `reset`."""
 
     @property
     def action_masks(self) -> np.ndarray | None:
@@ -111,7 +118,17 @@ TOLD: dict[str, Callable[[VectorEnv], np.ndarray | None]] = {
     "expert_actions": lambda env: np.asarray(env.expert_actions()),  # (N,)
     "episode_seeds": lambda env: np.array(env.episode_seeds),  # (N,)
     "episode_steps": lambda env: np.array(env.episode_lengths),  # (N,) steps taken, 0 at an episode's start
+    "past_frames": lambda env: env.memory.past_frames(),  # (N, frames, H, W, 3), oldest first, see `manako.memory`
+    "past_turns": lambda env: env.memory.turns.copy(),  # (N, turns, 2), index of the action and reward, oldest first
 }
+
+
+def remember_for(env: VectorEnv, policy: "Policy") -> None:
+    """Makes environments keep the past that a policy is told of; called before they are reset."""
+    frames = policy.spec.frames - 1 if "past_frames" in policy.needs else 0
+    turns = policy.spec.history if "past_turns" in policy.needs else 0
+    if frames or turns:
+        env.remember(frames, turns)
 
 
 def ask(env: VectorEnv, needs: Sequence[str]) -> dict[str, np.ndarray]:

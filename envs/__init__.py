@@ -1,8 +1,8 @@
 """Environments as a vision-language policy sees them: an image, an instruction, and actions with names.
 
-Importing this package registers `manako/ColorMatch-v0`, `manako/GoTo-v0` and `manako/Touch-v0`, and settles two things
-with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow the signal that stops
-a run), and on a machine without a screen it does not look for one. Nothing here imports torch.
+Importing this package registers `manako/ColorMatch-v0`, `manako/GoTo-v0`, `manako/Touch-v0` and `manako/Track-v0`, and
+settles two things with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow
+the signal that stops a run), and on a machine without a screen it does not look for one. Nothing here imports torch.
 """
 
 import os
@@ -35,6 +35,7 @@ for _id, _entry_point in (
     ("manako/ColorMatch-v0", "manako.envs.color_match:ColorMatch"),
     ("manako/GoTo-v0", "manako.envs.goto:GoTo"),
     ("manako/Touch-v0", "manako.envs.touch:Touch"),
+    ("manako/Track-v0", "manako.envs.track:Track"),
 ):
     if _id not in gymnasium.registry:
         gymnasium.register(_id, entry_point=_entry_point)

@@ -32,6 +32,7 @@ from manako.envs.errors import EnvError
 from manako.envs.making import make_vlm_env
 from manako.envs.masks import random_actions
 from manako.envs.observation import SKIP, ImageSource, VLMObservation
+from manako.memory import Memory
 
 TRAINING, HELD_OUT = 0, 1  # splits
 
@@ -88,6 +89,7 @@ class EpisodeVectorEnv:
         observations: What every slot shows now; None before the first reset.
         digests: One a slot, of all that its episode has shown and paid so far.
         given_up: Episodes that did not replay in `load_state_dict`, so far.
+        memory: What the current episodes have shown and paid before now, as far as `remember` asked for it.
     """
 
     def __init__(
@@ -188,9 +190,24 @@ class EpisodeVectorEnv:
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
         self.observations: Observations | None = None
+        self.memory = Memory(num_envs)
         self._known: dict[str, None] = {}  # instructions seen, oldest first
         self._replacements: list[str | None] = [None] * num_envs
         self._experts: list[Callable[[int | None], int] | None] = [None] * num_envs
+
+    def remember(self, frames: int = 0, turns: int = 0) -> None:
+        """Keeps so much of each episode's past in `memory`, or more where it was asked for before.
+
+        Running episodes end with it, since their past is not known: reset before the next step.
+
+        Args:
+            frames: How many before the present one.
+            turns: How many actions and rewards before the present step.
+        """
+        larger = max(frames, self.memory.size[0]), max(turns, self.memory.size[1])
+        if larger != self.memory.size:
+            self.memory = Memory(self.num_envs, *larger)
+            self.observations = None
 
     def reset(self, seeds: Sequence[int] | None = None) -> Observations:
         """Starts an episode in every slot.
@@ -248,6 +265,8 @@ class EpisodeVectorEnv:
             past.append(action)
         self._ended = terminated | truncated
         success = np.asarray(infos.get("success", np.zeros(self.num_envs)), np.int8)
+        for slot, action in enumerate(actions.tolist()):
+            self.memory.step(slot, self.observations.images[slot], action, float(rewards[slot]))
         self.observations = Observations(seen["image"].copy(), seen["instruction"])
         for slot in range(self.num_envs):
             paid = (rewards[slot], terminated[slot], truncated[slot])
@@ -400,6 +419,7 @@ class EpisodeVectorEnv:
                 self.digests[slot] = ""
                 break
             self._actions[slot].append(action)
+            self.memory.step(slot, image, action, float(reward))
             self.episode_returns[slot] += reward
             self.episode_lengths[slot] += 1
             self._ended[slot] = terminated or truncated
@@ -454,6 +474,7 @@ class EpisodeVectorEnv:
                 self._known[instructions[slot]] = None
         self.observations = Observations(images, tuple(instructions))
         for slot in slots:
+            self.memory.start(slot, images[slot])
             self.digests[slot] = str(self.episode_seeds[slot])
             self._digest(slot, images[slot], instructions[slot])
         return self.observations

@@ -67,6 +67,10 @@ class FrozenFeatures:
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Returns features (B, P, Dv) float32 of frames (B, h, w, 3) uint8 as `PixelPipeline.resize` makes them."""
+        return torch.stack(self.each(frames))
+
+    def each(self, frames: Tensor) -> list[Tensor]:
+        """Returns the same as B tensors (P, Dv): of a frame that was seen lately the one that is kept, no copy."""
         self._forget_older_weights()
         frames = frames.cpu()
         keys = [hashlib.blake2b(frame.numpy().tobytes(), digest_size=16).digest() for frame in frames]
@@ -81,7 +85,7 @@ class FrozenFeatures:
         self._kept |= features
         while len(self._kept) > max(1, KEPT_BYTES // self.nbytes):
             self._kept.popitem(last=False)
-        return torch.stack([features[key] for key in keys])
+        return [features[key] for key in keys]
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from manako.policies.answers.text import TextAnswers
 from manako.policies.errors import PolicyError
+from manako.policies.shared_frames import SharedFrames
 from manako.policies.source import SYSTEM, ActionFormat
 
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
@@ -37,24 +38,48 @@ class Rows:
     Args:
         columns: name -> (B, ...) tensor.
         fillers: for each ragged column, whose rows are padded on the right of dimension 1, the value that pads it.
+        shared: several frames of each sample, and what is made of them, each different one once; read like columns.
     """
 
-    def __init__(self, columns: Mapping[str, Tensor], fillers: Mapping[str, float] | None = None) -> None:
-        self.columns, self.fillers = dict(columns), dict(fillers or {})
+    def __init__(
+        self,
+        columns: Mapping[str, Tensor],
+        fillers: Mapping[str, float] | None = None,
+        shared: SharedFrames | None = None,
+    ) -> None:
+        self.columns, self.fillers, self.shared = dict(columns), dict(fillers or {}), shared
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns or (self.shared is not None and name in self.shared)
+
     def __getitem__(self, name: str) -> Tensor:
+        """Returns a column (B, ...); of shared frames (B, k, ...)."""
+        if name not in self.columns and self.shared is not None:
+            return self.shared[name]
         return self.columns[name]
+
+    @property
+    def nbytes(self) -> int:
+        """What these samples take of memory."""
+        shared = 0 if self.shared is None else self.shared.used().nbytes
+        return sum(column.nbytes for column in self.columns.values()) + shared
+
+    def with_column(self, name: str, column: Tensor) -> "Rows":
+        """Returns the same with one more column (B, ...), or another in its place."""
+        return Rows({**self.columns, name: column}, self.fillers, self.shared)
 
     def select(self, rows: Tensor) -> "Rows":
         """Returns the samples at these rows, (B',) int64 or (B,) bool."""
-        return Rows({name: column[rows] for name, column in self.columns.items()}, self.fillers)
+        shared = None if self.shared is None else self.shared.select(rows)
+        return Rows({name: column[rows] for name, column in self.columns.items()}, self.fillers, shared)
 
     def to(self, device: torch.device | str) -> "Rows":
         """Returns the same on another device."""
-        return Rows({name: column.to(device) for name, column in self.columns.items()}, self.fillers)
+        shared = None if self.shared is None else self.shared.to(device)
+        return Rows({name: column.to(device) for name, column in self.columns.items()}, self.fillers, shared)
 
     @staticmethod
     def join(parts: Sequence["Rows"]) -> "Rows":
@@ -72,7 +97,8 @@ class Rows:
                     for column in columns
                 ]
             joined[name] = torch.cat(columns)
-        return Rows(joined, fillers)
+        shared = [part.shared for part in parts if part.shared is not None]
+        return Rows(joined, fillers, SharedFrames.join(shared) if shared else None)
 
     def digests(self) -> Tensor:
         """Returns (B,) int64, equal where all that was seen is, padding and what came after aside."""
@@ -92,17 +118,21 @@ class Rows:
                     value = value[: int(kept.nonzero()[-1]) + 1 if kept.any() else 0]
                 digest.update(f"{name}{tuple(value.shape)}".encode())
                 digest.update(value.contiguous().cpu().numpy().tobytes())
+            if self.shared is not None:
+                digest.update(self.shared.shown(row))
             digests.append(int.from_bytes(digest.digest(), "little", signed=True))
         return torch.tensor(digests, dtype=torch.int64)
 
     def __reduce__(self) -> tuple:
         """Pickles rows as NumPy arrays, which need no copy on the way between processes."""
-        return _unpickled, ({name: column.cpu().numpy() for name, column in self.columns.items()}, self.fillers)
+        columns = {name: column.cpu().numpy() for name, column in self.columns.items()}
+        return _unpickled, (columns, self.fillers, None if self.shared is None else self.shared.arrays())
 
 
-def _unpickled(arrays: dict[str, np.ndarray], fillers: dict[str, float]) -> Rows:
+def _unpickled(arrays: dict[str, np.ndarray], fillers: dict[str, float], shared: Any = None) -> Rows:
     # a copy: shared memory is read-only
-    return Rows({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, fillers)
+    columns = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    return Rows(columns, fillers, None if shared is None else SharedFrames.of_arrays(*shared))
 
 
 class Draws:
@@ -163,6 +193,8 @@ class PolicySpec:
         action_format: see `manako.policies.answers.closed_set`.
         system: the prompt's system text; `{actions}` stands for the list of actions.
         text: of answers in text, else None.
+        frames: how many of the episode's last frames it is shown, the present one among them.
+        history: how many of the episode's last actions and rewards the prompt tells.
     """
 
     action_names: tuple[str, ...]
@@ -170,6 +202,8 @@ class PolicySpec:
     action_format: ActionFormat = "auto"
     system: str = SYSTEM
     text: TextAnswers | None = None
+    frames: int = 1
+    history: int = 0
 
     @property
     def action_space(self) -> gym.Space:
@@ -185,7 +219,8 @@ class Policy(nn.Module, ABC):
         can_learn: False for remote, scripted, random and recorded players.
         learns_text: False for a model that says one token at a mask: losses on the tokens of a text are not for it.
         needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
-            "episode_seeds", "episode_steps", "action_masks"; the last comes where the environments say what is allowed.
+            "episode_seeds", "episode_steps", "past_frames", "past_turns", "action_masks"; the last comes where the
+            environments say what is allowed.
         illegal_penalty: what an answer that names no action costs, taken off the reward that is learned from.
         model: the language model with its adapters, as TRL's trainers take it; None where there is none.
         processor: its processor; None where there is none.
@@ -194,7 +229,7 @@ class Policy(nn.Module, ABC):
     spec: PolicySpec
     can_learn: ClassVar[bool] = False
     learns_text: bool = True
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     illegal_penalty: float = 0.0
     model: Any = None
     processor: Any = None
@@ -208,7 +243,7 @@ class Policy(nn.Module, ABC):
         Args:
             images: (B, H, W, 3) uint8.
             instructions: B texts.
-            told: for names of `needs` an array (B, ...) each.
+            told: for names of `needs` an array (B, ...) each; without the past, these are first frames of episodes.
 
         Raises:
             PolicyError: frames of another shape than the policy was made for, or a text that it cannot read.
@@ -289,11 +324,16 @@ class Policy(nn.Module, ABC):
         """Returns what `evaluate_actions` takes for actions (B, ...) as an environment is given them."""
         raise PolicyError(f"{type(self).__name__} has no actions to evaluate: expected a policy that can learn.")
 
-    def prompt(self, instruction: str) -> str:
-        """Returns the whole prompt as text, for datasets."""
+    def prompt(self, instruction: str, turns: np.ndarray | None = None) -> str:
+        """Returns the whole prompt as text, for datasets.
+
+        Args:
+            instruction: the environment's.
+            turns: (history, 2) of what was done before, as `past_turns` of `prepare`; None: an episode's start.
+        """
         raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
 
-    def messages(self, instruction: str) -> list[dict[str, Any]]:
+    def messages(self, instruction: str, turns: np.ndarray | None = None) -> list[dict[str, Any]]:
         """Returns the chat that TRL's trainers are given; the processor's template renders it to `prompt`."""
         raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
 
@@ -311,7 +351,7 @@ class Policy(nn.Module, ABC):
         """Returns what `model` is given of B prompts, each followed by its completion, for TRL's losses.
 
         Args:
-            images: (B, H, W, 3) uint8, one for each prompt.
+            images: (B, H, W, 3) uint8, one for each prompt, or (B, k, H, W, 3), the last k frames.
             prompts: chat messages.
             completions: the answers' messages.
 
@@ -332,7 +372,7 @@ class Policy(nn.Module, ABC):
         """Returns the token ids of each action's answer."""
         raise PolicyError(f"{type(self).__name__} has no answers: expected a policy with a language model.")
 
-    def prompt_tokens(self, instruction: str) -> list[int]:
+    def prompt_tokens(self, instruction: str, turns: np.ndarray | None = None) -> list[int]:
         """Returns the token ids of the whole prompt, image placeholders among them."""
         raise PolicyError(f"{type(self).__name__} has no prompt: expected a policy with a language model.")
 

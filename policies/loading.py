@@ -113,7 +113,15 @@ def put_policy_around(
         PolicyError: the model cannot serve these actions or frames, or its numbers are not the library's.
     """
     height, width, channels = frame_shape
-    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system, source.text)
+    spec = PolicySpec(
+        tuple(action_names),
+        (height, width, channels),
+        source.action_format,
+        source.system,
+        source.text,
+        source.frames,
+        source.history,
+    )
     with quietly():
         policy = VLMPolicy(model, spec) if spec.text is None else TextPolicy(model, spec)
     if source.next_frame_coef and policy.next_frame is None:
@@ -144,7 +152,7 @@ def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[
 def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> Loaded:
     """Goes on from a folder of `save_policy`: LoRA on the same base stays what it was, else it is merged."""
     saved, description = read_description(folder)
-    source = _fill_in(source, action_names, description)
+    source = _fill_in(source, saved, action_names, description)
     model, head = _load_own(folder, saved, description)
     if not isinstance(model.vlm, PeftModel):
         return Loaded(model, source, head)
@@ -162,6 +170,8 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         trainable=source.trainable,
         next_frame_coef=source.next_frame_coef,
         **{name: getattr(source, name) for name in TEXT_FIELDS},
+        frames=source.frames,
+        history=source.history,
     )
     return Loaded(model, source, head, description["base_sha256"])
 
@@ -228,8 +238,14 @@ def _build_preset(source: PolicySource, frame_shape: tuple[int, int, int]) -> Mo
     return name_parts(vlm, processor)
 
 
-def _fill_in(source: PolicySource, action_names: Sequence[str], description: dict[str, Any]) -> PolicySource:
-    """What the source leaves at its defaults is as it was when the folder was written."""
+def _fill_in(
+    source: PolicySource, saved: PolicySource, action_names: Sequence[str], description: dict[str, Any]
+) -> PolicySource:
+    """What the source leaves at its defaults is as it was when the folder was written.
+
+    Raises:
+        PolicyError: it learned to be told of another past than the source asks for.
+    """
     if source.system == SYSTEM:
         source = replace(source, system=description["system"])
     if source.action_format == "auto" and list(action_names) == description["action_names"]:
@@ -237,6 +253,14 @@ def _fill_in(source: PolicySource, action_names: Sequence[str], description: dic
     if source.action_format == TEXT:
         saved = {name: description["source"].get(name) for name in TEXT_FIELDS if getattr(source, name) is None}
         source = replace(source, **saved)
+    for name in ("frames", "history"):
+        default, learned, asked = getattr(PolicySource(), name), getattr(saved, name), getattr(source, name)
+        if asked not in (default, learned) and learned != default:
+            raise PolicyError(
+                f"--{name} {asked} came, but {source.policy!r} learned with --{name} {learned}: leave it out, or start "
+                "from a policy that learned without."
+            )
+        source = replace(source, **{name: learned if asked == default else asked})
     return source
 
 

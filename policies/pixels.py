@@ -21,8 +21,9 @@ class PixelPipeline:
     Args:
         image_processor: any of transformers' image processors.
         frame_shape: (H, W, 3) of the frames to come.
-        call: frames (B, H, W, 3) uint8 to all inputs that the model gets of them, by the processor around it, which may
-            give its image processor other defaults; by default the image processor itself.
+        call: frames (B, H, W, 3) uint8, or (B, k, H, W, 3), to all inputs that the model gets of them, by the processor
+            around it, which may give its image processor other defaults; by default the image processor itself.
+        frames: how many of them a prompt has, k.
 
     Attributes:
         is_table: whether the table look-up gives what the processor gives; if not, frames stay as they are and
@@ -34,18 +35,24 @@ class PixelPipeline:
         image_processor: Any,
         frame_shape: tuple[int, int, int],
         call: Callable[[np.ndarray], dict[str, torch.Tensor]] | None = None,
+        frames: int = 1,
     ) -> None:
         self.image_processor = image_processor
         self.call = call or self._call_alone
         self.table: torch.Tensor | None = None
-        probe = np.random.default_rng(0).integers(0, 256, (2, *frame_shape), dtype=np.uint8)  # (2, H, W, 3)
+        count = 2 * frames
+        probe = np.random.default_rng(0).integers(0, 256, (count, *frame_shape), dtype=np.uint8)  # (2 k, H, W, 3)
         self._resizes = True
-        expected = self.call(probe)
+        several = probe.reshape(2, frames, *frame_shape) if frames > 1 else probe
+        expected = self.call(several)
         pixel_values = expected.get("pixel_values")
         others = {name: value for name, value in expected.items() if name != "pixel_values"}
-        self._constants = {name: value[:1] for name, value in others.items()}  # such as image_sizes
-        same = all(len(value) == 2 and torch.equal(value[0], value[1]) for value in others.values())
-        if same and pixel_values is not None and pixel_values.ndim == 4 and len(pixel_values) == 2:
+        # such as image_sizes; whether there is one for each image, and not for each prompt
+        self._constants = {name: (value[:1], len(value) == count) for name, value in others.items()}
+        same = all(len(value) in (2, count) and bool((value == value[:1]).all()) for value in others.values())
+        shape = () if pixel_values is None else tuple(pixel_values.shape)
+        self._nested = frames > 1 and len(shape) == 5 and shape[:2] == (2, frames)  # (B, k, 3, h, w)
+        if same and pixel_values is not None and (self._nested or (len(shape) == 4 and shape[0] == count)):
             self.table = self._ask_table()
             if self.table is not None:
                 stored = self._resize_by_processor(probe)
@@ -53,7 +60,8 @@ class PixelPipeline:
                     self.table = None
                     return
                 self._resizes = not torch.equal(stored, torch.from_numpy(probe))  # a resize can keep the size
-                if not torch.equal(self.pixels(stored)["pixel_values"], pixel_values.float()):
+                made = self.pixels(stored.unflatten(0, (2, frames)) if frames > 1 else stored)["pixel_values"]
+                if not torch.equal(made, pixel_values.float()):
                     self.table = None
 
     @property
@@ -70,9 +78,16 @@ class PixelPipeline:
         return resized
 
     def pixels(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns the model inputs of stored frames (B, h, w, 3) uint8: `pixel_values` (B, 3, h, w) float32, ..."""
+        """Returns the model inputs of stored frames (B, h, w, 3) uint8: `pixel_values` (B, 3, h, w) float32, ...
+
+        Of (B, k, h, w, 3), k frames a prompt: (B k, 3, h, w), prompt after prompt, or (B, k, 3, h, w) where the
+        processor makes that.
+        """
         if self.table is None:
             return {name: value.to(frames.device) for name, value in self.call(frames.cpu().numpy()).items()}
+        prompts = len(frames)
+        nested = (prompts, frames.shape[1]) if frames.ndim == 5 and self._nested else None
+        frames = frames.flatten(0, 1) if frames.ndim == 5 else frames
         planes = frames.permute(0, 3, 1, 2)  # (B, 3, h, w)
         if frames.device.type == "cpu":
             table, index = self.table.numpy(), planes.numpy()
@@ -81,15 +96,14 @@ class PixelPipeline:
             channel = torch.arange(3, device=frames.device).view(1, 3, 1, 1)
             values = self.table.to(frames.device)[channel, planes.long()]
         constants = {
-            name: value.to(frames.device).expand(len(frames), *value.shape[1:])
-            for name, value in self._constants.items()
+            name: value.to(frames.device).expand(len(frames) if of_each else prompts, *value.shape[1:])
+            for name, (value, of_each) in self._constants.items()
         }
-        return {"pixel_values": values, **constants}
+        return {"pixel_values": values if nested is None else values.unflatten(0, nested), **constants}
 
     def _call_alone(self, frames: np.ndarray) -> dict[str, torch.Tensor]:
-        made = self.image_processor(
-            images=[[frame] for frame in frames], return_tensors="pt", input_data_format="channels_last"
-        )
+        images = [list(frame) if frame.ndim == 4 else [frame] for frame in frames]
+        made = self.image_processor(images=images, return_tensors="pt", input_data_format="channels_last")
         return {name: value for name, value in made.items() if torch.is_tensor(value)}
 
     def _resize_by_processor(self, images: np.ndarray) -> torch.Tensor | None:

@@ -9,6 +9,8 @@ what changes is of the text. So a processor's own defaults, and inputs that no o
 `self_check.py` compares the result with the library's.
 """
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from manako.policies.architectures.model import Model
 from manako.policies.features import COLUMN, FrozenFeatures
 from manako.policies.interface import Rows
 from manako.policies.pixels import PixelPipeline
+from manako.policies.shared_frames import SharedFrames
 
 NOT_READ = ("labels",)  # for a loss, not for what the model says
 OWN = ("input_ids", "attention_mask")  # made here, of ids and lengths
@@ -34,6 +37,7 @@ class Processing:
         model: the model, its processor, and what its answers' tokens are told.
         frame_shape: (H, W, 3) of the frames to come.
         texts: two prompts of unequal length.
+        frames: how many of them a prompt has, k.
 
     Attributes:
         of_tokens: names of the inputs with a value for each token of the prompt.
@@ -43,10 +47,15 @@ class Processing:
         pad_id: the token that fills shorter prompts.
     """
 
-    def __init__(self, model: Model, frame_shape: tuple[int, int, int], texts: tuple[str, str]) -> None:
+    def __init__(
+        self, model: Model, frame_shape: tuple[int, int, int], texts: tuple[str, str], frames: int = 1
+    ) -> None:
         self.model, self.processor = model, model.processor
-        self.frame_shape = frame_shape
-        self._example = np.random.default_rng(0).integers(0, 256, (1, *frame_shape), dtype=np.uint8)  # (1, H, W, 3)
+        self.frame_shape, self.frames = frame_shape, frames
+        shape = (1, frames, *frame_shape) if frames > 1 else (1, *frame_shape)
+        self._example = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)  # (1, H, W, 3)
+        self._lately: OrderedDict[bytes, Tensor] = OrderedDict()  # resized frames, by their content
+        self._most = 0
         self._text = texts[0]
         self._nests_images = model.nests_images is not False
         try:
@@ -60,15 +69,20 @@ class Processing:
         lengths = short["input_ids"].shape[1], long["input_ids"].shape[1]
         self.of_tokens = tuple(name for name in changing if (short[name].shape[1], long[name].shape[1]) == lengths)
         self.of_text = tuple(name for name in changing if name not in self.of_tokens)
-        self.pipeline = PixelPipeline(model.processor.image_processor, self.frame_shape, self._of_frames)
+        self.pipeline = PixelPipeline(model.processor.image_processor, frame_shape, self._of_frames, frames)
         self.features: FrozenFeatures | None = None
         tokenizer = self.processor.tokenizer
         self.pad_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks at frames of its own."""
+        return {**self.__dict__, "_lately": OrderedDict()}
+
     def call(self, texts: Sequence[str], frames: np.ndarray) -> dict[str, Tensor]:
-        """Returns what the library's processor makes of texts and frames (B, H, W, 3) uint8, one of each a sample."""
-        pictures: list[Any] = [Image.fromarray(frame) for frame in frames]
-        images = [[picture] for picture in pictures] if self._nests_images else pictures
+        """Returns what the library's processor makes of B texts and frames (B, H, W, 3) uint8, or (B, k, H, W, 3)."""
+        several = frames if frames.ndim == 5 else frames[:, None]  # (B, k, H, W, 3)
+        pictures: list[Any] = [[Image.fromarray(frame) for frame in of_text] for of_text in several]
+        images = pictures if self._nests_images else [picture for of_text in pictures for picture in of_text]
         begins = self._first_tokens()
         # a text that writes the first token itself must not get a second one
         options = {"add_special_tokens": False} if any(texts[0].startswith(token) for token in begins) else {}
@@ -104,7 +118,12 @@ class Processing:
         return tuple(tokenizer.encode(answer, add_special_tokens=False))
 
     def rows(self, prompts: Sequence[dict[str, Tensor]], images: np.ndarray) -> Rows:
-        """Returns rows of B prompts of `tokenize` and frames (B, H, W, 3) uint8: what rollouts store."""
+        """Returns rows of B prompts of `tokenize` and frames uint8: what rollouts store.
+
+        Args:
+            prompts: B.
+            images: (B, H, W, 3), or (B, k, H, W, 3), which the rows share.
+        """
         lengths = torch.tensor([len(prompt["input_ids"]) for prompt in prompts])  # (B,)
         fillers = {"input_ids": self.pad_id, **dict.fromkeys([*self.of_tokens, *self.of_text], 0)}
         columns = {}
@@ -112,8 +131,28 @@ class Processing:
             values = [prompt[name] for prompt in prompts]
             longest = max(len(value) for value in values)
             columns[name] = torch.stack([pad(value, 0, longest - len(value), filler) for value in values])
-        columns |= {"lengths": lengths, "frames": self.pipeline.resize(images)}
-        return Rows(columns, fillers)
+        columns["lengths"] = lengths
+        if images.ndim == 5:
+            return Rows(columns, fillers, self._shared(images))
+        return Rows({**columns, "frames": self.pipeline.resize(images)}, fillers)
+
+    def _shared(self, images: np.ndarray) -> SharedFrames:
+        """Frames (B, k, H, W, 3), each different one resized and held once; those of the last calls are known."""
+        flat = images.reshape(-1, *images.shape[2:])  # (B k, H, W, 3)
+        keys = [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in flat]
+        places = {key: place for place, key in reversed(list(enumerate(keys)))}  # the first of each
+        new = [key for key in places if key not in self._lately]
+        if new:
+            resized = self.pipeline.resize(flat[[places[key] for key in new]])
+            self._lately |= zip(new, resized.unbind(), strict=True)
+        for key in places:
+            self._lately.move_to_end(key)
+        self._most = max(self._most, 2 * len(keys))
+        while len(self._lately) > self._most:
+            self._lately.popitem(last=False)
+        numbers = {key: number for number, key in enumerate(places)}
+        index = torch.tensor([numbers[key] for key in keys]).view(images.shape[:2])  # (B, k)
+        return SharedFrames(list(places), {"frames": [self._lately[key] for key in places]}, index)
 
     def model_inputs(self, inputs: Rows, answer: Sequence[int] = ()) -> dict[str, Tensor]:
         """Returns the keyword arguments of the model's forward: prompts on the left, the answer's tokens behind each.
@@ -198,8 +237,13 @@ class Processing:
 
     def with_features(self, inputs: Rows) -> Rows:
         """Returns the rows with the features of their frames, where these are stored."""
-        seen = self.seen(inputs["frames"])
-        return inputs if seen is None else Rows({**inputs.columns, COLUMN: seen}, inputs.fillers)
+        shared = inputs.shared
+        if self.features is None or not self.stores_features:
+            return inputs
+        if shared is None:
+            return inputs.with_column(COLUMN, self.features(inputs["frames"]))
+        each = self.features.each(torch.stack(shared.pool["frames"]))
+        return Rows(inputs.columns, inputs.fillers, shared.with_parts(COLUMN, each))
 
     def seen(self, frames: Tensor) -> Tensor | None:
         """Returns features (B, P, Dv) float32, on the CPU, of resized frames, or None where they are not stored."""
@@ -207,12 +251,13 @@ class Processing:
 
     def pixels(self, inputs: Rows) -> dict[str, Tensor]:
         """Returns the inputs that are made of the rows' frames, or the features that stand for them."""
-        if self.stores_features and COLUMN in inputs.columns:
-            return {COLUMN: self._cast(inputs[COLUMN])}
+        if self.stores_features and COLUMN in inputs:
+            features = self._cast(inputs[COLUMN])  # (B, P, Dv), or (B, k, P, Dv)
+            return {COLUMN: features.flatten(0, 1) if features.ndim == 4 else features}
         return {name: self._cast(value) for name, value in self.pipeline.pixels(inputs["frames"]).items()}
 
     def _of_frames(self, frames: np.ndarray) -> dict[str, Tensor]:
-        """All inputs that the text does not decide, of frames (B, H, W, 3)."""
+        """All inputs that the text does not decide, of frames (B, H, W, 3), or (B, k, H, W, 3)."""
         made = self.call([self._text] * len(frames), frames)
         return {name: made[name] for name in made if name not in (*OWN, *self.of_tokens, *self.of_text)}
 

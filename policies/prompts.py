@@ -1,6 +1,7 @@
 """From an instruction to token ids: an env's text is data, so it is cleaned; the rest of the prompt is constant.
 
-The order is: system text with the actions, then the instruction, then the image, then the cue to answer. Visual tokens
+The order is: system text with the actions, then the instruction, then what was done before (`history`), then the image
+or the last k of them, oldest first, then the cue to answer. Visual tokens
 thus attend to the instruction, which gives the image its purpose (from scratch this learned faster than the other
 order). The system text is the same for every sample, so its keys and values are computed once: see reading/.
 """
@@ -10,9 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from manako.errors import first_line
+from manako.memory import in_words as turns_in_words
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
@@ -33,6 +36,8 @@ class PromptBuilder:
         model: the model, its processor (chat template, tokenizer, image processor) and its placeholder.
         system: system text; `{actions}` is replaced by the legend.
         frame_shape: (H, W, 3); processors size the placeholders by it.
+        frames: how many images a prompt has.
+        action_names: (A,), for what was done before; None: the prompts do not tell it.
 
     Raises:
         PolicyError: the system text holds a special token, the chat template leaves out a part of the prompt, or the
@@ -47,7 +52,20 @@ class PromptBuilder:
         processing: texts and frames to the model's inputs.
     """
 
-    def __init__(self, model: Model, system: str, frame_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        system: str,
+        frame_shape: tuple[int, int, int],
+        frames: int = 1,
+        action_names: Sequence[str] | None = None,
+    ) -> None:
+        self.frames, self.action_names = frames, action_names
+        if frames > 1 and (model.one_image or model.placeholder is None):
+            raise PolicyError(
+                f"--frames {frames} came, but {type(model.base_vlm).__name__} reads one image a prompt: expected "
+                "--frames 1, or a model that reads several, such as the preset tiny."
+            )
         self.model, self.processor, self.image_token = model, model.processor, model.placeholder
         self.system = system
         self.legend = ""
@@ -64,8 +82,8 @@ class PromptBuilder:
                 f"The system text {system!r} holds the special token {held[0]!r}: expected plain text, leave it out."
             )
         self._special_ids = {*special.values(), model.placeholder_id} - {tokenizer.unk_token_id, None}
-        self._prompts: dict[str, dict[str, Tensor]] = {}
-        self._read_as: dict[bytes, str] = {}  # digest of a prompt -> its instruction
+        self._prompts: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._read_as: dict[bytes, tuple[str, str]] = {}  # digest of a prompt -> its instruction and past
         self._made: dict[Any, Any] = {}
         if min(frame_shape[:2]) < LEAST_SIDE:
             raise PolicyError(
@@ -74,12 +92,13 @@ class PromptBuilder:
             )
         short, long = (self.render(text) for text in EXAMPLES)
         try:
-            self.processing = Processing(model, frame_shape, (short, long))
+            self.processing = Processing(model, frame_shape, (short, long), frames)
         except Exception as error:  # whatever a processor raises about frames or texts that it cannot take
             raise PolicyError(
-                f"{type(self.processor).__name__} does not take {in_words(frame_shape, self.processor)} with one image "
-                f"a prompt ({type(error).__name__}: {first_line(error)}): expected a processor that does; give larger "
-                "frames, or correct its settings in the model's folder."
+                f"{type(self.processor).__name__} does not take {in_words(frame_shape, self.processor)} with "
+                f"{_images(frames)} a prompt ({type(error).__name__}: {first_line(error)}): expected a processor that "
+                f"does; give {'--frames 1, ' if frames > 1 else ''}larger frames, or correct its settings in the "
+                "model's folder."
             ) from error
         example = self.tokenize("x")["input_ids"].tolist()
         if model.placeholder_id is not None and model.placeholder_id not in example:
@@ -106,24 +125,29 @@ class PromptBuilder:
         """Returns the instruction as plain data."""
         return as_plain_text(instruction, self.special_tokens)
 
-    def render(self, instruction: str) -> str:
-        """Returns the whole prompt as text, one image placeholder in it unless the processor writes it."""
-        return self._render(instruction)[1]
+    def past(self, turns: np.ndarray | None) -> str:
+        """Returns what was done before as text: turns (history, 2), oldest first; "" where prompts do not tell it."""
+        return "" if self.action_names is None else turns_in_words(turns, self.action_names)
 
-    def messages(self, instruction: str) -> list[dict[str, Any]]:
+    def render(self, instruction: str, turns: np.ndarray | None = None) -> str:
+        """Returns the whole prompt as text, a placeholder for each image in it unless the processor writes it."""
+        return self._render(instruction, self.past(turns))[1]
+
+    def messages(self, instruction: str, turns: np.ndarray | None = None) -> list[dict[str, Any]]:
         """Returns the prompt as chat messages, which the processor's template renders to the text of `render`."""
-        return self._render(instruction)[0]
+        return self._render(instruction, self.past(turns))[0]
 
-    def _render(self, instruction: str) -> tuple[list[dict[str, Any]], str]:
+    def _render(self, instruction: str, past: str) -> tuple[list[dict[str, Any]], str]:
         """Messages and their text, in the first form that the template keeps whole."""
         system = self.system.replace("{actions}", self.legend)
-        image = {"type": "image"}
+        asked = f"{instruction}\n{past}" if past else instruction
+        pictures = [{"type": "image"} for _ in range(self.frames)]
         with_role = [
             {"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "text", "text": instruction}, image]},
+            {"role": "user", "content": [{"type": "text", "text": asked}, *pictures]},
         ]
         without_role = [
-            {"role": "user", "content": [{"type": "text", "text": f"{system}\n{instruction}"}, image]},
+            {"role": "user", "content": [{"type": "text", "text": f"{system}\n{asked}"}, *pictures]},
         ]
         fault = ""
         for messages in (with_role, without_role):  # some templates refuse or drop a system message
@@ -135,48 +159,55 @@ class PromptBuilder:
             images = text.count(self.image_token) if self.image_token else 1
             missing = [
                 name
-                for name, part in (("system text", system), ("instruction", instruction))
+                for name, part in (("system text", system), ("instruction", asked))
                 if part.strip() and part.strip() not in text
             ]
-            if images == 1 and not missing:
+            if images == self.frames and not missing:
                 return messages, text
             fault = f"it gives no {' and no '.join(missing)}" if missing else f"it gives {images} places for an image"
         raise PolicyError(
-            f"The chat template of {type(self.processor).__name__} does not hold a system text, an instruction and one "
-            f"image ({fault}): expected all of them; correct chat_template.jinja in the model's folder."
+            f"The chat template of {type(self.processor).__name__} does not hold a system text, an instruction and "
+            f"{_images(self.frames)} ({fault}): expected all of them; correct chat_template.jinja in the model's "
+            "folder."
         )
 
-    def prompt(self, instruction: str) -> dict[str, Tensor]:
+    def prompt(self, instruction: str, past: str | None = None) -> dict[str, Tensor]:
         """Returns what the processor makes of the prompt with this instruction: `input_ids` (L,), ...
+
+        Args:
+            instruction: the environment's.
+            past: of `past`; None: of an episode's start.
 
         Raises:
             PolicyError: the tokenizer makes a special token of the instruction, or the same prompt of another one.
         """
-        if instruction not in self._prompts:
+        key = instruction, self.past(None) if past is None else past
+        if key not in self._prompts:
             if len(self._prompts) > MOST_KEPT:
                 self._prompts.clear()
                 self._read_as.clear()
             cleaned = self.clean(instruction)
-            prompt = self.tokenize(cleaned)
+            prompt = self.processing.tokenize(self._render(cleaned, key[1])[1])
             if self._count_special(prompt["input_ids"].tolist()) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
                     "plain text, change it."
                 )
             digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in prompt.values())).digest()
-            other = self._read_as.setdefault(digest, instruction)
-            if other != instruction:
+            other = self._read_as.setdefault(digest, key)
+            if other != key:
+                one, two = (" ".join(filter(None, read))[:200] for read in (other, key))
                 raise PolicyError(
-                    f"The instructions {other[:200]!r} and {instruction[:200]!r} give one prompt, since the chat "
+                    f"The instructions {one!r} and {two!r} give one prompt, since the chat "
                     "template or the tokenizer drops what tells them apart: expected texts that it can spell; change "
                     "one of them, or use another model."
                 )
-            self._prompts[instruction] = prompt
-        return self._prompts[instruction]
+            self._prompts[key] = prompt
+        return self._prompts[key]
 
-    def encode(self, instruction: str) -> tuple[int, ...]:
+    def encode(self, instruction: str, past: str | None = None) -> tuple[int, ...]:
         """Returns the token ids of the prompt with this instruction, image placeholders expanded."""
-        return tuple(self.prompt(instruction)["input_ids"].tolist())
+        return tuple(self.prompt(instruction, past)["input_ids"].tolist())
 
     def tokenize(self, instruction: str) -> dict[str, Tensor]:
         """Returns what the processor makes of the prompt with this text as it is."""
@@ -224,7 +255,7 @@ class PromptBuilder:
 
     def _around_answers(self, end_of_prompt: str) -> tuple[str, str]:
         """What the chat template puts before and behind an answer, where it does."""
-        prompt, text = self._render(EXAMPLES[0])
+        prompt, text = self._render(EXAMPLES[0], self.past(None))
         answer = "x y z"  # in no template
         whole = self._apply([*prompt, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
         before, _, end = whole.rpartition(answer)
@@ -245,3 +276,7 @@ class PromptBuilder:
 
     def _count_special(self, ids: Sequence[int]) -> int:
         return sum(token in self._special_ids for token in ids)
+
+
+def _images(count: int) -> str:
+    return "one image" if count == 1 else f"{count} images"

@@ -64,8 +64,8 @@ def cache_bytes(cache: Any) -> int:
 
 
 def row_bytes(rows: Rows) -> int:
-    """Returns the bytes of one sample of rows."""
-    return sum(column[0].nbytes for column in rows.columns.values())
+    """Returns the bytes of one sample of rows; of frames that samples share, its part."""
+    return rows.nbytes // len(rows)
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

@@ -140,15 +140,33 @@ class Library:
         return expected
 
     def _look_at_images(self, text: str, frames: np.ndarray) -> None:
-        """Raises PolicyError where one text with different images makes the same, all in one batch."""
-        given = [self._place(self.processing.call([text], frame[None])) for frame in frames]
+        """Raises PolicyError where one text with different images makes the same, all in one batch.
+
+        Of several images a prompt, each is exchanged alone.
+        """
+        if frames.ndim == 5:  # (B, k, H, W, 3)
+            variants = [frames[:1]]
+            for number in range(frames.shape[1]):
+                other = frames[:1].copy()
+                other[0, number] = frames[1, number]
+                variants.append(other)
+        else:
+            variants = [frame[None] for frame in frames]
+        given = [self._place(self.processing.call([text], variant)) for variant in variants]
         if any(len({one[name].shape for one in given}) > 1 for name in given[0]):
             return
         batch = {name: torch.cat([one[name] for one in given]) for name in given[0]}
         with what_the_head_sees(self.vlm) as seen:
             self.vlm(**batch, **self._start(len(given)), use_cache=False)
         said = seen[0][:, -1]  # (B, D)
-        if all(torch.equal(said[0], other) for other in said[1:]):
+        same = [torch.equal(said[0], other) for other in said[1:]]
+        if frames.ndim == 5 and any(same):
+            raise PolicyError(
+                f"--frames {frames.shape[1]} came, but of so many images a prompt {type(self.vlm).__name__} does not "
+                f"see number {same.index(True) + 1}: expected --frames 1, or a model that reads several, such as the "
+                "preset tiny."
+            )
+        if all(same):
             raise PolicyError(
                 f"{type(self.vlm).__name__} makes the same of every image: expected weights and an image processor by "
                 "which the image decides; copy or download the folder again, or use another model."

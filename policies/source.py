@@ -85,6 +85,13 @@ class PolicySource:
     temperature: float | None = setting(
         None, "logits of answers in text are divided by it in rollouts and updates (default 1)", gt=0
     )
+    frames: int = setting(
+        1,
+        "how many of the episode's last frames it is shown, each as an image of the prompt; black before the first",
+        ge=1,
+        le=16,
+    )
+    history: int = setting(0, "how many of the episode's last actions and rewards the prompt tells", ge=0, le=64)
     system: str = setting(
         SYSTEM, "system text of the prompt; {actions} stands for the list of actions", only_in_file=True
     )

@@ -89,13 +89,15 @@ class VLMPolicy(Policy):
     """
 
     can_learn = True
-    needs = ("action_masks",)
 
     def __init__(self, model: Model, spec: PolicySpec, check: bool = True) -> None:
         super().__init__()
         self.vlm, self.processor, self.parts, self.spec = model.vlm, model.processor, model, spec
         self.value_head = ValueHead(self.base_vlm.get_output_embeddings().weight.shape[1]).to(self.base_vlm.device)
-        self.prompts = PromptBuilder(model, spec.system, spec.frame_shape)
+        told = spec.action_names if spec.history else None
+        self.prompts = PromptBuilder(model, spec.system, spec.frame_shape, spec.frames, told)
+        past = {"past_frames": spec.frames > 1, "past_turns": spec.history > 0}
+        self.needs = ("action_masks", *(name for name, is_needed in past.items() if is_needed))
         self.processing = self.prompts.processing
         tokenizer = self.processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(self.prompts.end_token) if self.prompts.end_token else None
@@ -187,11 +189,14 @@ class VLMPolicy(Policy):
                 an instruction that the tokenizer or the model cannot hold.
         """
         self._check_frames(images)
-        for instruction in set(instructions):
-            self._check_prompt(self.prompts.encode(instruction), instruction)
-        prompts = [self.prompts.prompt(instruction) for instruction in instructions]
-        rows = self.processing.with_features(self.processing.rows(prompts, images))
-        if told is None or "action_masks" not in told:
+        told = told or {}
+        turns = told.get("past_turns", [None] * len(images))
+        asked = [(text, self._past(each)) for text, each in zip(instructions, turns, strict=True)]
+        for instruction, past in set(asked):
+            self._check_prompt(self.prompts.encode(instruction, past), instruction)
+        prompts = [self.prompts.prompt(instruction, past) for instruction, past in asked]
+        rows = self.processing.with_features(self.processing.rows(prompts, self._with_past(images, told)))
+        if "action_masks" not in told:
             return rows
         mask = torch.from_numpy(np.array(told["action_masks"], bool))  # (B, A)
         if mask.shape != (len(images), len(self.codec)) or not mask.any(-1).all():
@@ -199,7 +204,20 @@ class VLMPolicy(Policy):
                 f"Action masks of shape {tuple(mask.shape)} came for {len(images)} frames and {len(self.codec)} "
                 "actions: expected one row a frame, with an action in each that is allowed."
             )
-        return Rows({**rows.columns, ACTION_MASK: mask}, rows.fillers)
+        return rows.with_column(ACTION_MASK, mask)
+
+    def _past(self, turns: np.ndarray | None) -> str:
+        """What was done before in words: the last of turns (turns, 2), as many as the prompt tells."""
+        return self.prompts.past(None if turns is None else turns[len(turns) - self.spec.history :])
+
+    def _with_past(self, images: np.ndarray, told: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Frames (B, H, W, 3), behind those before them where it sees several: (B, k, H, W, 3)."""
+        before = self.spec.frames - 1
+        if not before:
+            return images
+        black = np.zeros((len(images), before, *images.shape[1:]), np.uint8)
+        past = told.get("past_frames", black)
+        return np.concatenate([past[:, past.shape[1] - before :], images[:, None]], axis=1)
 
     def distribution(self, inputs: Rows, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Returns log-probabilities (B, A) and values (B,), float32; gradients flow where they are enabled.
@@ -231,7 +249,7 @@ class VLMPolicy(Policy):
 
     def own_losses(self, inputs: Rows, actions: Rows) -> dict[str, Tensor]:
         """Returns the loss on the next frame's codes, weighted, where the rows hold them."""
-        if NEXT_CODES not in inputs.columns:
+        if NEXT_CODES not in inputs:
             return {}
         assert self.next_frame is not None, "rows with codes are of a policy that predicts"
         return {"next_frame_loss": self.next_frame_coef * self.next_frame.loss(inputs, actions["index"].tolist())}
@@ -241,7 +259,7 @@ class VLMPolicy(Policy):
         if not self.next_frame_coef:
             return inputs
         assert self.next_frame is not None, "checked where the coefficient is set"
-        return Rows({**inputs.columns, NEXT_CODES: self.next_frame.codes(images)}, inputs.fillers)
+        return inputs.with_column(NEXT_CODES, self.next_frame.codes(images))
 
     @torch.no_grad()
     def predict_values(self, inputs: Rows) -> Tensor:
@@ -306,17 +324,17 @@ class VLMPolicy(Policy):
         """Returns the rows of actions (B,) int64."""
         return Rows({"index": torch.as_tensor(np.asarray(to_env), dtype=torch.int64)})
 
-    def prompt(self, instruction: str) -> str:
-        """Returns the whole prompt of the cleaned instruction as text, one image placeholder in it."""
-        return self.prompts.render(self.prompts.clean(instruction))
+    def prompt(self, instruction: str, turns: np.ndarray | None = None) -> str:
+        """Returns the whole prompt of the cleaned instruction as text, a placeholder for each image in it."""
+        return self.prompts.render(self.prompts.clean(instruction), turns)
 
-    def prompt_tokens(self, instruction: str) -> list[int]:
+    def prompt_tokens(self, instruction: str, turns: np.ndarray | None = None) -> list[int]:
         """Returns the same as token ids, placeholders expanded."""
-        return list(self.prompts.encode(instruction))
+        return list(self.prompts.encode(instruction, self.prompts.past(turns)))
 
-    def messages(self, instruction: str) -> list[dict[str, Any]]:
+    def messages(self, instruction: str, turns: np.ndarray | None = None) -> list[dict[str, Any]]:
         """Returns the same as chat messages."""
-        return self.prompts.messages(self.prompts.clean(instruction))
+        return self.prompts.messages(self.prompts.clean(instruction), turns)
 
     def pretraining(self, stage: str) -> Pretraining | None:
         """Returns the architecture's own losses for a stage, see `Policy`; heads of them are new each time."""
@@ -380,21 +398,34 @@ class VLMPolicy(Policy):
 
     def _ask_library(self) -> Library:
         """What plain transformers says about the examples."""
-        texts = [self.prompts.render(instruction) for instruction in EXAMPLES]
-        return Library(self.processing, self.codec, texts, self._example_frames())
+        turns = self._example_turns()
+        texts = [self.prompts.render(text, each) for text, each in zip(EXAMPLES, turns, strict=True)]
+        return Library(self.processing, self.codec, texts, self._with_past(*self._example_frames()))
 
-    def _example_frames(self) -> np.ndarray:
-        shape = (len(EXAMPLES), *self.spec.frame_shape)  # (B, H, W, 3)
-        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    def _example_frames(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Frames (B, H, W, 3), and those before them."""
+        shape = (len(EXAMPLES), self.spec.frames, *self.spec.frame_shape)  # (B, k, H, W, 3)
+        frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        return frames[:, -1], {"past_frames": frames[:, :-1]}
+
+    def _example_turns(self) -> np.ndarray:
+        """What was done before (B, history, 2): nothing in the first example, all that is told in the last."""
+        turns = np.full((len(EXAMPLES), self.spec.history, 2), -1.0)
+        turns[-1, :, 0] = np.arange(self.spec.history) % len(self.spec.action_names)
+        turns[-1, :, 1] = -0.25 * (np.arange(self.spec.history) % 2)
+        return turns
 
     def _examples(self) -> tuple[list[Rows], Rows]:
         """The examples as rows, each alone and all of them padded."""
-        frames = self._example_frames()
+        frames, told = self._example_frames()
+        told["past_turns"] = self._example_turns()
         alone = [
-            self.prepare(frames[row : row + 1], [instruction]).to(self.device)
+            self.prepare(
+                frames[row : row + 1], [instruction], {name: value[row : row + 1] for name, value in told.items()}
+            ).to(self.device)
             for row, instruction in enumerate(EXAMPLES)
         ]
-        return alone, self.prepare(frames, EXAMPLES).to(self.device)
+        return alone, self.prepare(frames, EXAMPLES, told).to(self.device)
 
     def _select_reading(self, library: Library | None) -> Reading:
         """The reading that the architecture names where it holds here, else whole prompts."""
@@ -479,9 +510,9 @@ class VLMPolicy(Policy):
             )
 
     def _check_frames(self, images: np.ndarray) -> None:
-        if images.shape[1:] != tuple(self.spec.frame_shape):
+        if images.shape[-3:] != tuple(self.spec.frame_shape):
             raise PolicyError(
-                f"Frames of shape {images.shape[1:]} came, but this policy was built for "
+                f"Frames of shape {images.shape[-3:]} came, but this policy was built for "
                 f"{tuple(self.spec.frame_shape)}: load it again for these frames."
             )
 
@@ -494,5 +525,11 @@ class VLMPolicy(Policy):
         if len(tokens) > self.max_length:
             raise PolicyError(
                 f"The prompt with the instruction {instruction[:200]!r} has {len(tokens)} tokens, but the model reads "
-                f"at most {self.max_length}: shorten the instruction."
+                f"at most {self.max_length}: {self._shorter()}shorten the instruction."
             )
+
+    def _shorter(self) -> str:
+        """What makes prompts shorter beside the instruction, for a sentence."""
+        flags = {"--frames": self.spec.frames > 1, "--history": self.spec.history > 0}
+        given = " or ".join(flag for flag, is_given in flags.items() if is_given)
+        return f"give a smaller {given}, or " if given else ""

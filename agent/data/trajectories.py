@@ -20,6 +20,7 @@ from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
 from manako.agent.rollout import Record, Rollout, verdict
 from manako.errors import full_text
+from manako.memory import turns_before
 from manako.policies.interface import Policy
 
 FORMAT = 1
@@ -90,10 +91,12 @@ def to_dataset(
                 whole = ended and len(episode) == int(record.steps[t, slot]) + 1  # seen from its beginning
                 if whole and (quota is None or count - before < quota[slot]):
                     last = verdict(int(record.success[t, slot]))
-                    total = sum(float(rollouts[n].rewards[at, slot]) for n, at in episode)
-                    for n, at in episode:
-                        row = _row(rollouts[n], at, slot, policy, *rows_of_actions[n])
-                        row |= {"success": last, "episode_return": total, "episode": count}
+                    actions = [int(_record(rollouts[n]).to_env[at, slot]) for n, at in episode]
+                    paid = [float(rollouts[n].rewards[at, slot]) for n, at in episode]
+                    for step, (n, at) in enumerate(episode):
+                        turns = turns_before(actions, paid, step, policy.spec.history)
+                        row = _row(rollouts[n], at, slot, policy, turns, *rows_of_actions[n])
+                        row |= {"success": last, "episode_return": sum(paid), "episode": count}
                         row |= {"env_id": env_id, "policy": player}
                         for name in features:
                             columns[name].append(row[name])
@@ -131,7 +134,13 @@ def _texts(rollout: Rollout, policy: Policy) -> tuple[list[str], list[list[int]]
 
 
 def _row(
-    rollout: Rollout, t: int, slot: int, policy: Policy, answers: list[str], tokens: list[list[int]]
+    rollout: Rollout,
+    t: int,
+    slot: int,
+    policy: Policy,
+    turns: np.ndarray,
+    answers: list[str],
+    tokens: list[list[int]],
 ) -> dict[str, Any]:
     """One step, without what holds for its whole episode."""
     record, flat = _record(rollout), t * rollout.rewards.shape[1] + slot
@@ -141,7 +150,7 @@ def _row(
     return {
         "image": {"bytes": _png(record.images[flat]), "path": None},
         "instruction": record.instructions[flat],
-        "prompt": policy.prompt(record.instructions[flat]),
+        "prompt": policy.prompt(record.instructions[flat], turns),
         "action": action,
         "action_name": policy.spec.action_names[action],
         "action_tokens": tokens[flat],

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from manako.agent.errors import TrainingError
-from manako.agent.interfaces import NOT_FIXED, EvaluationEnv, Shown, ask
+from manako.agent.interfaces import NOT_FIXED, EvaluationEnv, Shown, ask, remember_for
 from manako.agent.report.figures import RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
@@ -99,6 +99,7 @@ def evaluate(
     results: list[Episode | None] = [None] * len(seeds)
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
+    remember_for(env, policy)
     fixed_by_seed, budget = env.follows_seeds(), most_steps
     # slots beyond the last seed play its episodes again, uncounted, since all slots step together
     observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
@@ -146,12 +147,13 @@ def _act(
 ) -> np.ndarray:
     if condition == "random":
         return env.random_actions(draws.next())
-    images, instructions = observations.images, observations.instructions
+    images, instructions, told = observations.images, observations.instructions, ask(env, policy.needs)
     if condition == "blank_image":
         images = np.zeros_like(images)
+        told |= {name: np.zeros_like(told[name]) for name in told if name == "past_frames"}
     elif condition == "replaced_instruction":
         instructions = env.replaced_instructions()
-    return policy.act(policy.prepare(images, instructions, ask(env, policy.needs)), draws, greedy=not sample).to_env
+    return policy.act(policy.prepare(images, instructions, told), draws, greedy=not sample).to_env
 
 
 def evaluate_all(
@@ -207,6 +209,7 @@ def expert_agreement(policy: Policy, env: EvaluationEnv, seeds: Sequence[int]) -
         EnvError: the environment has no expert.
         TrainingError: an episode that does not end.
     """
+    remember_for(env, policy)
     observations = env.reset(seeds=list(seeds))
     going = np.ones(env.num_envs, dtype=bool)
     agreed = states = 0
@@ -241,6 +244,7 @@ def record_episodes(
         max_steps: longest episode that is played.
         most_frames: kept of an episode, at least 2, beside its last one.
     """
+    remember_for(env, policy)
     observations = env.reset(seeds=list(seeds))
     slots = range(env.num_envs)
     frames = [[observations.images[slot]] for slot in slots]  # before each k-th step

@@ -29,7 +29,8 @@ class Collator:
 
     def inputs(self, rows: list[Row], answers: list[Any]) -> dict[str, Tensor]:
         """Returns the inputs of the rows' prompts and frames, each followed by its answer."""
-        frames = np.stack([np.asarray(row["images"][0].convert("RGB")) for row in rows])  # (B, H, W, 3)
+        images = np.stack([[np.asarray(image.convert("RGB")) for image in row["images"]] for row in rows])
+        frames = images[:, 0] if images.shape[1] == 1 else images  # (B, H, W, 3), or (B, k, H, W, 3)
         prompts = [with_parts(row["prompt"]) for row in rows]
         return self.policy.training_inputs(frames, prompts, [with_parts(answer) for answer in answers])
 

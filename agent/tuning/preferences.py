@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
+from manako.agent.data.pasts import NO_ROW, past_rows, past_turns, picture
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.supervised import MESSAGES, answer_messages, picture, prompt_columns, stored_frames
+from manako.agent.tuning.supervised import MESSAGES, answer_messages, prompt_columns, stored_frames
 from manako.policies.interface import Policy
 
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
@@ -48,16 +49,27 @@ def expert_pairs(trajectories: Dataset) -> list[Pair]:
     return [(row, best, taken) for row, (best, taken) in enumerate(zip(experts, actions, strict=True)) if best != taken]
 
 
-def state_pairs(trajectories: Dataset) -> list[Pair]:
+def state_pairs(trajectories: Dataset, frames: int = 1, history: int = 0) -> list[Pair]:
     """Returns the best action known in a state over the one taken, at each step that took another.
 
-    A state is a frame and an instruction, and what is allowed where the data say it. Its actions are ranked by the mean
-    of the rewards from there to the end of the episode, over all steps that took them; of equal ones the lowest is the
-    best, and they make no pair.
+    A state is what the policy is shown and told: the last frames, an instruction, what was done before, and what is
+    allowed where the data say it. Its actions are ranked by the mean of the rewards from there to the end of the
+    episode, over all steps that took them; of equal ones the lowest is the best, and they make no pair.
+
+    Args:
+        trajectories: of `agent.data.trajectories`.
+        frames: how many the policy is shown.
+        history: how many actions and rewards it is told.
     """
-    frames, texts = stored_frames(trajectories), trajectories["instruction"]
+    pngs = [frame["bytes"] for frame in stored_frames(trajectories)]
+    before, turns = past_rows(trajectories, frames - 1), past_turns(trajectories, history)
     masks = allowed_actions(trajectories) or [()] * len(trajectories)
-    states = [(frame["bytes"], text, mask) for frame, text, mask in zip(frames, texts, masks, strict=True)]
+    states = [
+        (png, text, tuple(None if row == NO_ROW else pngs[row] for row in rows), done.tobytes(), mask)
+        for png, text, rows, done, mask in zip(
+            pngs, trajectories["instruction"], before, turns, masks, strict=True
+        )
+    ]
     actions, episodes, rewards = trajectories["action"], trajectories["episode"], trajectories["reward"]
     to_go = list(rewards)
     for row in reversed(range(len(to_go) - 1)):
@@ -184,11 +196,10 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Da
             "No two actions could be told apart (all returns are equal, or player and expert agree): expected pairs, "
             "so collect with --group_size, with a weaker player, or choose other --pairs."
         )
-    rows = trajectories.select([row for row, _, _ in pairs])
     answers = answer_messages(policy)
     return Dataset.from_dict(
         {
-            **prompt_columns(rows, policy),
+            **prompt_columns(trajectories, policy, [row for row, _, _ in pairs]),
             "chosen": [answers[chosen] for _, chosen, _ in pairs],
             "rejected": [answers[rejected] for _, _, rejected in pairs],
         },

@@ -5,14 +5,14 @@ demonstration's prompt is the very one that the policy acts on, and the first to
 judged by: `check_tokens` holds what is learned against what the policy acts on.
 """
 
-import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
+from manako.agent.data.pasts import NO_ROW, black_png, past_rows, past_turns
 from manako.agent.data.trajectories import MASKS
 from manako.agent.errors import TrainingError
 from manako.policies.interface import Policy, Rows
@@ -60,7 +60,13 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
     )
 
 
-def demonstrated_actions(trajectories: Dataset, only_success: bool = False, next_frames: bool = False) -> Dataset:
+def demonstrated_actions(
+    trajectories: Dataset,
+    only_success: bool = False,
+    next_frames: bool = False,
+    frames: int = 1,
+    history: int = 0,
+) -> Dataset:
     """Returns each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
 
     Where the data say which actions were allowed, `action_mask` as well.
@@ -70,6 +76,8 @@ def demonstrated_actions(trajectories: Dataset, only_success: bool = False, next
         only_success: leave out episodes without success.
         next_frames: and `next_image` (PNG bytes), which the step returned; None behind an episode of a dataset that
             does not hold last frames.
+        frames: how many the policy is shown: `past_rows`, those of the frames before, -1 where the episode had none.
+        history: how many actions and rewards the prompt tells: `past_turns`, (history, 2).
 
     Raises:
         TrainingError: nothing is left, or a step took an action that was not allowed.
@@ -83,6 +91,10 @@ def demonstrated_actions(trajectories: Dataset, only_success: bool = False, next
                 "expected allowed actions, so collect again, or give --action_masks false."
             )
     columns = rows.select_columns(["image", "instruction", "action", *masks]).cast_column("image", Image(decode=False))
+    if frames > 1:
+        columns = columns.add_column("past_rows", past_rows(rows, frames - 1))
+    if history:
+        columns = columns.add_column("past_turns", [turns.tolist() for turns in past_turns(rows, history)])
     return columns.add_column("next_image", _next_frames(rows)) if next_frames else columns
 
 
@@ -111,23 +123,27 @@ def _successful(trajectories: Dataset, only_success: bool) -> Dataset:
     return rows
 
 
-def prompt_columns(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:
-    """Returns the columns `prompt` and `images` of these steps, as the policy is asked."""
-    prompts = {text: policy.messages(text) for text in set(rows["instruction"])}
-    return {
-        "prompt": [prompts[text] for text in rows["instruction"]],
-        "images": [[frame] for frame in stored_frames(rows)],
-    }
+def prompt_columns(trajectories: Dataset, policy: Policy, rows: Sequence[int] | None = None) -> dict[str, list[Any]]:
+    """Returns the columns `prompt` and `images` of these steps, all by default, as the policy is asked."""
+    count, history = policy.spec.frames - 1, policy.spec.history
+    chosen = range(len(trajectories)) if rows is None else rows
+    texts, frames = trajectories["instruction"], stored_frames(trajectories)
+    if history:
+        turns = past_turns(trajectories, history)
+        prompts = [policy.messages(texts[row], turns[row]) for row in chosen]
+    else:
+        each = {text: policy.messages(text) for text in {texts[row] for row in chosen}}
+        prompts = [each[texts[row]] for row in chosen]
+    if not count:
+        return {"prompt": prompts, "images": [[frames[row]] for row in chosen]}
+    before, black = past_rows(trajectories, count), black_png(trajectories)
+    images = [[*(black if past == NO_ROW else frames[past] for past in before[row]), frames[row]] for row in chosen]
+    return {"prompt": prompts, "images": images}
 
 
 def stored_frames(trajectories: Dataset) -> list[dict[str, Any]]:
     """Returns the frames as they are stored: PNG bytes, which a dataset takes without encoding them again."""
     return list(trajectories.cast_column("image", Image(decode=False))["image"])
-
-
-def picture(png: bytes) -> np.ndarray:
-    """Returns the frame (H, W, 3) uint8 of a PNG file's bytes."""
-    return np.asarray(Picture.open(io.BytesIO(png)).convert("RGB"))
 
 
 def sample_frames(trajectories: Dataset, count: int) -> list[np.ndarray]:
@@ -136,13 +152,22 @@ def sample_frames(trajectories: Dataset, count: int) -> list[np.ndarray]:
     return [np.asarray(frame.convert("RGB")) for frame in trajectories.select(rows)["image"]]
 
 
-def captions(frames: Iterable[np.ndarray], texts: Iterable[str]) -> Dataset:
-    """Returns frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model."""
-    pictures = [[Picture.fromarray(frame)] for frame in frames]
-    prompt = [{"role": "user", "content": [{"type": "text", "text": CAPTION_PROMPT}, {"type": "image"}]}]
+def captions(frames: Iterable[np.ndarray], texts: Iterable[str], images: int = 1) -> Dataset:
+    """Returns frames (H, W, 3) uint8 and what is on them, for the alignment of encoder and language model.
+
+    Args:
+        frames: of the environment.
+        texts: what is on each.
+        images: how many a prompt has; those before the frame are black, as at an episode's start.
+    """
+    pictures = [
+        [*[Picture.fromarray(np.zeros_like(frame))] * (images - 1), Picture.fromarray(frame)] for frame in frames
+    ]
+    content = [{"type": "text", "text": CAPTION_PROMPT}, *({"type": "image"} for _ in range(images))]
     answers = [assistant_message(text) for text in texts]
     return Dataset.from_dict(
-        {"prompt": [prompt] * len(answers), "completion": answers, "images": pictures}, features=FEATURES
+        {"prompt": [[{"role": "user", "content": content}]] * len(answers), "completion": answers, "images": pictures},
+        features=FEATURES,
     )
 
 

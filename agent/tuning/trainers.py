@@ -21,10 +21,10 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from manako.agent.data.pasts import NO_ROW, frames_of, picture
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
-from manako.agent.tuning.supervised import picture
 from manako.policies.interface import Policy
 
 SHARES = {
@@ -160,7 +160,12 @@ class PolicyCloningTrainer(PolicySFTTrainer):
             raise TrainingError(
                 f"The loss on actions was started by {args.world_size} processes: expected one, or --loss tokens."
             )
+        self.demonstrated = data
         super().__init__(policy, args, data, run_dir, *others, data_collator=self.collate)
+
+    def _png(self, row: int) -> bytes | None:
+        """The stored frame of a row; None where there is none."""
+        return None if row == NO_ROW else self.demonstrated[row]["image"]["bytes"]
 
     def check_loss(self, policy: Policy) -> None:
         """The loss on actions is for every policy with a closed set of them."""
@@ -171,21 +176,26 @@ class PolicyCloningTrainer(PolicySFTTrainer):
         Of the rows whose next frame is known, also what the policy keeps of it, and their actions.
         """
         places: dict[Any, int] = {}
-        frames: list[np.ndarray] = []
-        instructions: list[str] = []
-        masks: list[list[bool]] = []  # of data that say what is allowed
+        seen: list[dict[str, Any]] = []
         observation: list[int] = []
         for row in rows:
-            png = row["image"]["bytes"]
-            mask = row.get("action_mask")
-            place = places.setdefault((row["instruction"], png, *(mask or ())), len(places))
-            if place == len(frames):
-                frames.append(picture(png))
-                instructions.append(row["instruction"])
-                masks += [] if mask is None else [mask]
+            past = tuple(self._png(place) for place in row.get("past_rows", ()))
+            mask = tuple(row.get("action_mask") or ())
+            kind = row["instruction"], row["image"]["bytes"], past, str(row.get("past_turns")), mask
+            place = places.setdefault(kind, len(seen))
+            if place == len(seen):
+                seen.append(row)
             observation.append(place)
-        told = {"action_masks": np.array(masks)} if masks else None
-        inputs = self.policy.prepare(np.stack(frames), instructions, told)
+        frames = np.stack([picture(row["image"]["bytes"]) for row in seen])  # (U, H, W, 3)
+        told = {}
+        if rows[0].get("action_mask") is not None:
+            told["action_masks"] = np.array([row["action_mask"] for row in seen])  # (U, A)
+        if "past_rows" in rows[0]:
+            pasts = [[self._png(place) for place in row["past_rows"]] for row in seen]
+            told["past_frames"] = np.stack([frames_of(past, frames.shape[1:]) for past in pasts])
+        if "past_turns" in rows[0]:
+            told["past_turns"] = np.array([row["past_turns"] for row in seen])  # (U, history, 2)
+        inputs = self.policy.prepare(frames, [row["instruction"] for row in seen], told)
         action = torch.tensor([row["action"] for row in rows])
         made: dict[str, Any] = {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
         known = [at for at, row in enumerate(rows) if row.get("next_image") is not None]

@@ -29,8 +29,10 @@ class _Held:
         differs: whether it is elsewhere than the history says, since an episode did not replay.
     """
 
-    def __init__(self, env: "VectorEnv", history: History) -> None:
+    def __init__(self, env: "VectorEnv", history: History, past: tuple[int, int]) -> None:
         self.env, self.position = env, 0
+        if any(past):
+            env.remember(*past)
         state, observations = history.state, None
         if state is not None and ROUND in state:
             observations = env.start_round(state[ROUND])
@@ -73,9 +75,15 @@ class EnvWorker:
         """Returns the worker's process id, once it runs."""
         return {"pid": os.getpid()}
 
-    def observe(self, segment: Segment, history: History) -> Observed:
-        """Takes the segment over from a history without actions; episodes that do not replay are started anew."""
-        held = self._take(segment, history)
+    def observe(self, segment: Segment, history: History, past: tuple[int, int] = (0, 0)) -> Observed:
+        """Takes the segment over from a history without actions; episodes that do not replay are started anew.
+
+        Args:
+            segment: which.
+            history: how it got where it is.
+            past: how many frames and turns before the present ones are told.
+        """
+        held = self._take(segment, history, past)
         given_up = held.env.given_up if held.differs else 0
         return Observed(
             held.observations.images,
@@ -83,6 +91,8 @@ class EnvWorker:
             tuple(held.env.digests),
             given_up,
             held.env.state_dict() if given_up else None,
+            held.env.memory.past_frames() if past[0] else None,
+            held.env.memory.turns.copy(),
             held.env.action_masks,
         )
 
@@ -167,13 +177,13 @@ class EnvWorker:
             raise SegmentNotHere(f"{segment} is not here at step {position}")
         return held
 
-    def _take(self, segment: Segment, history: History) -> _Held:
+    def _take(self, segment: Segment, history: History, past: tuple[int, int] = (0, 0)) -> _Held:
         if segment in self.held and history.state is not None and ROUND in history.state:
             env = self.held.pop(segment).env  # a new round needs nothing of the last one
         else:
             self._drop(segment)
             env = self.make_segment(*segment)
-        held = self.held[segment] = _Held(env, history)
+        held = self.held[segment] = _Held(env, history, past)
         return held
 
     def _drop(self, segment: Segment) -> None:

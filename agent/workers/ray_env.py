@@ -29,6 +29,7 @@ from manako.agent.workers.segments import (
     split_state,
 )
 from manako.agent.workers.supervisor import MAX_FAILURES, Submit, Supervisor
+from manako.memory import Memory
 
 SNAPSHOT_EVERY = 64  # steps between the states that RayVectorEnv keeps
 log = logging.getLogger("manako.workers")
@@ -64,12 +65,18 @@ class RayVectorEnv:
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
         self.action_masks: np.ndarray | None = None  # (N, A) bool
+        self.memory = Memory(num_envs)
+        self._images: Any = None  # (N, H, W, 3) that are shown now
         self._histories = [History(None, ()) for _ in self.segments]
         self._holders: list[Any] = [None] * len(self.segments)  # the actor that has played the history
         self._ended = np.zeros(num_envs, bool)
         self._upcoming: Shown | None = None  # after the new episodes' start
         self._upcoming_masks: np.ndarray | None = None
         self.supervisor = Supervisor(EnvWorker, (make_segment,), options, len(self.segments))
+
+    def remember(self, frames: int = 0, turns: int = 0) -> None:
+        """Keeps so many past frames and turns of each episode; called before `reset`."""
+        self.memory = Memory(self.num_envs, frames, turns)
 
     def reset(self, seeds: Sequence[int] | None = None) -> Shown:
         """Starts an episode in every slot."""
@@ -83,6 +90,9 @@ class RayVectorEnv:
         if seeds is not None or not np.array_equal(mask, self._ended) or self._upcoming is None:
             raise TrainingError("Workers start the next episode in every slot whose episode has ended, and no other.")
         self.action_masks = self._upcoming_masks
+        self._images = self._upcoming.images
+        for slot in np.flatnonzero(mask).tolist():
+            self.memory.start(slot, self._images[slot])
         return self._upcoming
 
     def start_round(self, number: int) -> Shown:
@@ -127,6 +137,9 @@ class RayVectorEnv:
                 else History(history.state, (*history.actions, parts[segment]), part.digests)
             )
         whole = _join(played)
+        for slot, action in enumerate(actions.tolist()):
+            self.memory.step(slot, self._images[slot], action, float(whole.rewards[slot]))
+        self._images = whole.images
         self.episode_returns, self.episode_lengths = whole.returns, whole.lengths
         self.episode_seeds = whole.seeds.tolist()
         self.digests = list(whole.digests)
@@ -159,7 +172,7 @@ class RayVectorEnv:
     def _observe(self) -> Shown:
         def submit(actor: Any, segment: int, failures: int) -> Any:
             self._holders[segment] = actor
-            return actor.observe.remote(self.segments[segment], self._histories[segment])
+            return actor.observe.remote(self.segments[segment], self._histories[segment], self.memory.size)
 
         seen: list[Observed] = self._run(submit)
         for segment, part in enumerate(seen):
@@ -168,7 +181,11 @@ class RayVectorEnv:
             self._histories[segment] = History(state, (), part.digests)
         self.digests = [digest for part in seen for digest in part.digests]
         self.action_masks = _join_masks([part.masks for part in seen])
-        images = np.concatenate([part.images for part in seen])
+        self._images = images = np.concatenate([part.images for part in seen])
+        for (first, size), part in zip(self.segments, seen, strict=True):
+            for slot in range(first, first + size):
+                self.memory.start(slot, images[slot])
+            self.memory.load(slice(first, first + size), part.past_frames, part.past_turns)
         return _Shown(images, tuple(text for part in seen for text in part.instructions))
 
     def _run(self, submit: Submit) -> list[Any]:

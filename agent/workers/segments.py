@@ -59,6 +59,8 @@ class Observed(NamedTuple):
     digests: tuple[str, ...]
     given_up: int  # slots whose episode did not replay, and that have started it anew
     state: State | None  # with their new episodes, where there are such slots
+    past_frames: np.ndarray | None  # (n, frames, H, W, 3) before these, where the learner remembers some
+    past_turns: np.ndarray  # (n, turns, 2)
     masks: np.ndarray | None = None  # (n, A) bool, which actions are allowed; None where the env does not say
 
 

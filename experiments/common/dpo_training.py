@@ -1,8 +1,10 @@
 """A run of run_dpo.py: in each round trajectories, pairs, training by TRL against the policy as it was, evaluation."""
 
 import contextlib
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from datasets import Dataset
 from trl import DPOConfig, KTOConfig
 
 from manako.agent.data.trajectories import load_trajectories, without_masks
-from manako.agent.interfaces import ask
+from manako.agent.interfaces import ask, remember_for
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.preferences import (
     Pair,
@@ -101,12 +103,17 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
 
 def make_pairs(command: DPOCommand, policy: VLMPolicy, trajectories: Dataset, number: int) -> list[Pair]:
     """Returns pairs by the method that the settings name."""
-    of_trajectories = {"expert": expert_pairs, "state": state_pairs, "return": return_pairs}
+    of_trajectories: dict[str, Callable[[Dataset], list[Pair]]] = {
+        "expert": expert_pairs,
+        "state": functools.partial(state_pairs, frames=policy.spec.frames, history=policy.spec.history),
+        "return": return_pairs,
+    }
     if command.dpo.pairs in of_trajectories:
         return of_trajectories[command.dpo.pairs](trajectories)
 
     seed, num_actions = command.run.seed, len(policy.spec.action_names)
     with contextlib.closing(make_vector_env(command.environment, num_actions, seed)) as env:
+        remember_for(env, policy)
 
         def act(observations: Observations) -> np.ndarray:
             with policy.frozen_weights():

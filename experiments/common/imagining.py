@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
-from manako.agent.interfaces import NOT_FIXED, ask
+from manako.agent.interfaces import NOT_FIXED, ask, remember_for
 from manako.agent.report.imagination import Agreement, Imagined, agreement, imagination_gif
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.envs import EpisodeVectorEnv, held_out_seeds
@@ -25,6 +25,7 @@ from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import knows_expert, make_vector_env
 from manako.experiments.common.progress import episodes_in_words, plain_console
 from manako.experiments.common.settings import ImagineCommand
+from manako.memory import before, turns_before
 from manako.policies import VLMPolicy
 from manako.policies.architectures.vision_tokens.next_frame import NextFrame
 from manako.policies.features import COLUMN
@@ -40,6 +41,14 @@ class Played(NamedTuple):
     frames: list[np.ndarray]  # T + 1 of (H, W, 3) uint8
     instructions: list[str]  # T
     actions: list[int]  # T
+    rewards: list[float]  # T
+
+    def told(self, t: int, policy: Policy) -> dict[str, np.ndarray]:
+        """What the policy is told of the past before step t, without a batch dimension."""
+        return {
+            "past_frames": before(self.frames, t, policy.spec.frames - 1),
+            "past_turns": turns_before(self.actions, self.rewards, t, policy.spec.history),
+        }
 
 
 def run_imagination(command: ImagineCommand, name: str) -> int:
@@ -135,12 +144,13 @@ def play(player: Policy, env: EpisodeVectorEnv, seeds: Sequence[int], seed: int)
         seed: of the random numbers.
     """
     draws = Draws([make_rng(seed, RANDOM_ACTIONS)] * env.num_envs)
+    remember_for(env, player)
     played: list[Played] = []
     with player.frozen_weights():
         for first in range(0, len(seeds), env.num_envs):
             part = list(seeds[first : first + env.num_envs])
             seen = env.reset(seeds=part + part[-1:] * (env.num_envs - len(part)))
-            episodes = [Played([seen.images[slot].copy()], [], []) for slot in range(len(part))]
+            episodes = [Played([seen.images[slot].copy()], [], [], []) for slot in range(len(part))]
             going = set(range(len(part)))
             for _ in range(MOST_STEPS):
                 inputs = player.prepare(seen.images, seen.instructions, ask(env, player.needs))
@@ -153,6 +163,7 @@ def play(player: Policy, env: EpisodeVectorEnv, seeds: Sequence[int], seed: int)
                     episodes[slot].frames.append(seen.images[slot].copy())
                     episodes[slot].instructions.append(instructions[slot])
                     episodes[slot].actions.append(int(actions[slot]))
+                    episodes[slot].rewards.append(float(np.float32(result.rewards[slot])))
                 going -= set(np.flatnonzero(ended).tolist())
                 if not going:
                     break
@@ -171,12 +182,14 @@ def say_each(policy: VLMPolicy, episodes: Sequence[Played]) -> np.ndarray:
     """Returns the codes (F, K) that the policy says of what follows each real frame and action."""
     assert policy.next_frame is not None
     frames = [frame for episode in episodes for frame in episode.frames[:-1]]
+    past = [episode.told(t, policy) for episode in episodes for t in range(len(episode.actions))]
     texts = [text for episode in episodes for text in episode.instructions]
     actions = [action for episode in episodes for action in episode.actions]
     said = []
     for at in range(0, len(frames), BATCH):
         part = slice(at, at + BATCH)
-        inputs = policy.prepare(np.stack(frames[part]), texts[part]).to(policy.device)
+        told = {name: np.stack([each[name] for each in past[part]]) for name in policy.needs}
+        inputs = policy.prepare(np.stack(frames[part]), texts[part], told).to(policy.device)
         said.append(policy.next_frame.imagine(inputs, actions[part]).cpu().numpy())
     return np.concatenate(said)
 
@@ -184,18 +197,24 @@ def say_each(policy: VLMPolicy, episodes: Sequence[Played]) -> np.ndarray:
 def imagine_episodes(policy: VLMPolicy, episodes: Sequence[Played]) -> list[np.ndarray]:
     """Returns codes (T + 1, K) of each episode: of its first frame, then by its own codes and the real actions."""
     assert policy.next_frame is not None
-    codes = [[each] for each in policy.next_frame.codes(np.stack([episode.frames[0] for episode in episodes]))]
+    first = np.stack([episode.frames[0] for episode in episodes])
+    black = policy.next_frame.codes(np.zeros_like(first[:1]))[0]  # what the frames before the first are
+    kept = policy.spec.frames
+    codes = [[*[black] * (kept - 1), each] for each in policy.next_frame.codes(first)]
     for t in range(max(len(episode.actions) for episode in episodes)):
         going = [number for number, episode in enumerate(episodes) if t < len(episode.actions)]
         for at in range(0, len(going), BATCH):
             part = going[at : at + BATCH]
-            images = np.stack([episodes[number].frames[0] for number in part])  # whose codes are not read
-            inputs = policy.prepare(images, [episodes[number].instructions[t] for number in part])
-            now = torch.stack([codes[number][-1] for number in part])[..., None]  # (B, K, 1)
-            inputs = Rows({**inputs.columns, COLUMN: now.to(inputs[COLUMN])}, inputs.fillers).to(policy.device)
+            images = first[part]  # whose codes are not read
+            told = {"past_turns": np.stack([episodes[number].told(t, policy)["past_turns"] for number in part])}
+            inputs = policy.prepare(images, [episodes[number].instructions[t] for number in part], told)
+            now = torch.stack([torch.stack(codes[number][-kept:]) for number in part])[..., None]  # (B, k, K, 1)
+            now = (now if kept > 1 else now[:, 0]).to(inputs[COLUMN])
+            inputs = Rows({**inputs.columns, COLUMN: now}, inputs.fillers).to(policy.device)
             said = policy.next_frame.imagine(inputs, [episodes[number].actions[t] for number in part]).cpu()
             for number, each in zip(part, said, strict=True):
                 codes[number].append(each)
+    codes = [each[kept - 1 :] for each in codes]
     return [torch.stack(each).numpy() for each in codes]
 
 

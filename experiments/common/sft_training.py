@@ -166,14 +166,15 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
     sft = command.sft
     if sft.stage == "align":
         frames, texts = frames_and_captions(command, sft.captions)
-        return captions(frames, texts), frames
+        return captions(frames, texts, policy.spec.frames), frames
     spec = policy.spec
     trajectories, _ = load_trajectories(str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape)
     if not command.environment.action_masks:
         trajectories = without_masks(trajectories)
     frames = sample_frames(trajectories, FITTED_FRAMES)
     if sft.loss == "actions":
-        return demonstrated_actions(trajectories, sft.only_success, policy.next_frame_coef > 0), frames
+        predicts = policy.next_frame_coef > 0
+        return demonstrated_actions(trajectories, sft.only_success, predicts, spec.frames, spec.history), frames
     return demonstrations(trajectories, policy, sft.only_success), frames
 
 

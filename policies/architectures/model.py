@@ -40,6 +40,7 @@ class Model(NamedTuple):
     encoder_learns_alone: bool = False  # True: in a stage of its own, `trainable: encoder`, and stays frozen else
     predicts_frames: bool = False  # True: it can say the next frame's codes, see `vision_tokens.next_frame`
     one_token_answers: bool = False  # True: it answers at a mask, so it spells nothing, and is trained on no text
+    one_image: bool = False  # True: it reads one image a prompt, or does not see the order of several
     see: See | None = None  # None: its forward takes pixels alone
     pretraining: Mapping[str, MakePretraining] = {}  # by stage of run_sft.py: represent, align
     replaced: tuple[str, ...] = ()  # parts that are new, in a model whose other parts were trained with others

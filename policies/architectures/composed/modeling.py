@@ -2,8 +2,8 @@
 
 Frames become patches in `vision_tower`, visual tokens in `adapter`, and take the place of the image placeholders among
 the text embeddings; `language_model` decides. `generate`, PEFT, TRL's trainers and `save_pretrained` work on it
-unchanged. An adapter that wants text is given the prompt's before its image. Left out on purpose: several images a
-prompt, and video.
+unchanged. An adapter that wants text is given the prompt's before its images, for each of them. Left out on purpose:
+video.
 """
 
 from typing import Any, ClassVar
@@ -95,7 +95,10 @@ class ManakoModel(ManakoPreTrainedModel):
 
     def _adapt(self, features: Any, text: Text | None) -> torch.Tensor:
         """Visual tokens (B, K, D) of features (B, P, Dv); an adapter that reads no text need not take any."""
-        return self.adapter(features) if text is None else self.adapter(features, text)
+        if text is None:
+            return self.adapter(features)
+        each = len(features) // len(text.mask)  # images of a prompt, which all read its text
+        return self.adapter(features, Text(*(part.repeat_interleave(each, 0) for part in text)) if each > 1 else text)
 
     def text_for_adapter(
         self, text_input_ids: torch.Tensor | None, text_attention_mask: torch.Tensor | None

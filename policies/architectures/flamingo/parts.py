@@ -19,4 +19,5 @@ def name_parts(vlm: Any, processor: Any) -> Model:
         placeholder_id=plain(vlm).config.image_token_id,
         reading=SharedPrefix,
         image_counts=False,  # closed gates
+        one_image=True,  # a token sees the last one before it
     )

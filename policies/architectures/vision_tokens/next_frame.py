@@ -68,8 +68,9 @@ class NextFrame:
         """Returns logits (B, P, C) of the next frame's codes, each given the true ones before it (B, P)."""
         vlm = self.model.base_vlm
         given, last = self._with_actions(inputs, actions, self.num_patches)
-        now = self._features(given)  # (B, P, 1)
-        both = torch.stack([now, following[..., None].to(now.dtype)], dim=1).flatten(0, 1)  # (2 B, P, 1), in turn
+        now = self._features(given)  # (B k, P, 1)
+        now = now.unflatten(0, (len(following), -1))  # (B, k, P, 1)
+        both = torch.cat([now, following[:, None, :, None].to(now.dtype)], dim=1).flatten(0, 1)  # (B (k + 1), P, 1)
         hidden = vlm.model(**{**given, COLUMN: both}).last_hidden_state  # (B, L, D)
         places = last[:, None] + torch.arange(self.num_patches, device=last.device)  # (B, P)
         rows = torch.arange(len(last), device=last.device)[:, None]
@@ -108,7 +109,7 @@ class NextFrame:
         return given, inputs["lengths"] + lengths - codes - 1
 
     def _features(self, given: dict[str, Tensor]) -> Tensor:
-        """The frames' codes (B, P, 1), in place of their pixels."""
+        """The frames' codes (B k, P, 1), in place of their pixels; k frames a prompt."""
         if COLUMN in given:
             return given.pop(COLUMN)
         return self.model.base_vlm.model.get_vision_features(given.pop("pixel_values"))
