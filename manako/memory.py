@@ -2,7 +2,7 @@
 
     frames    before the present one, oldest first; black where the episode had not begun, for a first frame that were
               repeated would look like standing still
-    turns     actions and rewards before the present step, oldest first; no action (-1) where there was none
+    turns     actions and rewards before the present step, oldest first; NO_ACTION where there was none
 
 Nothing is copied: a past frame is the array that the step returned. An episode begins with nothing of the one before.
 Environments and Ray's learner keep one; `in_words` is how a turn stands in a prompt.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NO_ACTION = -1
+NO_ACTION = -2  # before an episode's first step; -1 is a turn in which none was taken
 
 
 class Memory:
@@ -120,8 +120,8 @@ def in_words(turns: np.ndarray | None, action_names: Sequence[str]) -> str:
         action_names: (A,).
     """
     said = [
-        action_names[int(action)] + (f" (reward {reward:.3g})" if reward else "")
+        (action_names[int(action)] if action >= 0 else "no action") + (f" (reward {reward:.3g})" if reward else "")
         for action, reward in ([] if turns is None else turns.tolist())
-        if action >= 0
+        if action != NO_ACTION
     ]
     return f"Done: {', '.join(said) or 'nothing'}."
