@@ -71,6 +71,9 @@ class VectorEnv(Protocol):
     def expert_actions(self) -> np.ndarray:
         """Returns what the env's scripted expert would do now, (N,)."""
 
+    def uncounted(self) -> np.ndarray:
+        """Returns (N,) bool, True where it is known that nobody counts a slot's episode."""
+
     def step(self, actions: np.ndarray) -> Stepped:
         """Takes one action (N, ...) in every slot."""
 
@@ -103,6 +106,7 @@ TOLD = {
     "expert_actions": lambda env: np.asarray(env.expert_actions()),  # (N,)
     "episode_seeds": lambda env: np.array(env.episode_seeds),  # (N,)
     "episode_steps": lambda env: np.array(env.episode_lengths),  # (N,) steps taken, 0 at an episode's start
+    "uncounted": lambda env: env.uncounted(),  # (N,) bool, slots that play on beyond what was asked for
 }
 
 

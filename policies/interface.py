@@ -179,7 +179,7 @@ class Policy(nn.Module, ABC):
         can_learn: False for remote, scripted, random and recorded players.
         learns_text: False for a model that says one token at a mask: losses on the tokens of a text are not for it.
         needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
-            "episode_seeds", "episode_steps".
+            "episode_seeds", "episode_steps", "uncounted".
         model: the language model with its adapters, as TRL's trainers take it; None where there is none.
         processor: its processor; None where there is none.
     """

@@ -45,9 +45,10 @@ FEATURES = Features(
         "step": Value("int64"),  # in the episode, from 0
         "policy": Value("string"),  # who played
         "last_image": Image(),  # what an episode's last step returned, in its last row
+        "outcome": Value("string"),  # of the answer, such as "unparsed"; None where there is only an action
     }
 )
-LATER = ("last_image",)  # columns that older datasets lack
+LATER = ("last_image", "outcome")  # columns that older datasets lack
 
 
 def to_dataset(
@@ -150,6 +151,7 @@ def _row(
         "seed": int(record.seeds[t, slot]),
         "step": int(record.steps[t, slot]),
         "last_image": None if last is None else {"bytes": _png(last), "path": None},
+        "outcome": None if rollout.outcomes is None else rollout.outcomes[flat],
     }
 
 
@@ -167,6 +169,13 @@ def episode_success(dataset: Dataset) -> list[bool | None]:
 def episode_returns(dataset: Dataset) -> list[float]:
     """Returns each episode's return, in order."""
     return [paid for paid, step in zip(dataset["episode_return"], dataset["step"], strict=True) if step == 0]
+
+
+def steps_with_actions(dataset: Dataset) -> list[bool]:
+    """Returns for each step whether its action was chosen: False where an answer named none and another stood in."""
+    if "outcome" not in dataset.column_names:
+        return [True] * len(dataset)
+    return [outcome in (None, "legal") for outcome in dataset["outcome"]]
 
 
 def save_trajectories(dataset: Dataset, folder: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
+from manako.agent.data.trajectories import steps_with_actions
 from manako.agent.errors import TrainingError
 from manako.policies.interface import Policy, Rows
 
@@ -38,7 +39,7 @@ def answer_messages(policy: Policy) -> list[list[dict[str, Any]]]:
 
 
 def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = False) -> Dataset:
-    """Returns each step of the trajectories as prompt and answer.
+    """Returns each step of the trajectories whose action was chosen as prompt and answer.
 
     Args:
         trajectories: of `agent.data.trajectories`.
@@ -49,6 +50,7 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
         TrainingError: nothing is left.
     """
     rows = _successful(trajectories, only_success)
+    rows = rows.select(_where_chosen(rows))
     answers = answer_messages(policy)
     return Dataset.from_dict(
         {
@@ -73,7 +75,8 @@ def demonstrated_actions(trajectories: Dataset, only_success: bool = False, next
     """
     rows = _successful(trajectories, only_success)
     columns = rows.select_columns(["image", "instruction", "action"]).cast_column("image", Image(decode=False))
-    return columns.add_column("next_image", _next_frames(rows)) if next_frames else columns
+    columns = columns.add_column("next_image", _next_frames(rows)) if next_frames else columns
+    return columns.select(_where_chosen(rows))
 
 
 def _next_frames(rows: Dataset) -> list[bytes | None]:
@@ -99,6 +102,14 @@ def _successful(trajectories: Dataset, only_success: bool) -> Dataset:
     if len(rows) == 0:
         raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
     return rows
+
+
+def _where_chosen(rows: Dataset) -> np.ndarray:
+    """The steps whose action was chosen: what stood in for an answer without one is no demonstration."""
+    chosen = np.flatnonzero(steps_with_actions(rows))
+    if not len(chosen):
+        raise TrainingError("No answer of the dataset names an action: expected a player that answers with actions.")
+    return chosen
 
 
 def prompt_columns(rows: Dataset, policy: Policy) -> dict[str, list[Any]]:

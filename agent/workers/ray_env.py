@@ -98,6 +98,10 @@ class RayVectorEnv:
 
         return np.concatenate(self._run(submit))
 
+    def uncounted(self) -> np.ndarray:
+        """Returns (N,) False: which episodes are played again is known in the workers alone."""
+        return np.zeros(self.num_envs, bool)
+
     def step(self, actions: np.ndarray) -> "_JoinedStep":
         """Takes one action (N,) in every slot."""
         parts = [actions[first : first + size] for first, size in self.segments]
