@@ -32,6 +32,7 @@ class _Step(NamedTuple):
     acted: Acted
     masks: np.ndarray | None  # (N, A) bool, what was allowed, for a record
     advice: np.ndarray | None  # (N,) what the expert would have done
+    reasons: tuple[str, ...] | None  # N, what the expert thinks
     result: Stepped
     seeds: np.ndarray  # (N,) of the episodes that the step belongs to
     numbers: np.ndarray  # (N,) of the step in its episode, from 0
@@ -131,11 +132,12 @@ class RolloutCollector:
                 advice = told.get("expert_actions") if self.ask_expert else None
                 if self.ask_expert and advice is None:
                     advice = np.asarray(env.expert_actions())
+                reasons = env.expert_thoughts() if self.record and advice is not None else None
                 masks = env.action_masks if self.record else None
                 result = env.step(acted.to_env)
                 inputs = policy.see_next(inputs, result.observations.images)
                 seeds, numbers = np.array(env.episode_seeds), np.array(env.episode_lengths, dtype=np.int64) - 1
-                steps.append(_Step(self._shown, inputs, acted, masks, advice, result, seeds, numbers))
+                steps.append(_Step(self._shown, inputs, acted, masks, advice, reasons, result, seeds, numbers))
                 self._shown = result.observations
                 ended = result.terminated | result.truncated  # (N,)
                 if ended.any():
@@ -287,8 +289,14 @@ class RolloutCollector:
         groups = order.split(sizes.tolist())
         return [rows for group in groups for rows in group.split(max(self.max_batch, self.batch_size))]
 
-    @staticmethod
-    def _record(steps: list[_Step]) -> Record:
+    def _thoughts(self, step: _Step) -> Sequence[str] | None:
+        """What was thought before each of N actions: by the policy, or by the expert whose action was taken."""
+        if not self.policy.plays_expert or step.reasons is None or step.advice is None:
+            return self.policy.thoughts(step.acted.actions)
+        taken = (step.acted.to_env == step.advice).reshape(self.num_envs, -1).all(1)
+        return [reason if same else "" for reason, same in zip(step.reasons, taken, strict=True)]
+
+    def _record(self, steps: list[_Step]) -> Record:
         advice = [step.advice for step in steps if step.advice is not None]
         masks = [step.masks for step in steps if step.masks is not None]
         return Record(
@@ -305,7 +313,13 @@ class RolloutCollector:
                 for slot in np.flatnonzero(step.result.terminated | step.result.truncated).tolist()
             },
             action_masks=torch.from_numpy(np.stack(masks)) if masks else None,
+            thoughts=_flat([self._thoughts(step) for step in steps]),
+            expert_thoughts=_flat([step.reasons for step in steps]),
         )
+
+
+def _flat(parts: Sequence[Sequence[str] | None]) -> list[str] | None:
+    return None if None in parts else [text for part in parts for text in part or ()]
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -82,6 +82,12 @@ class VectorEnv(Protocol):
     def expert_actions(self) -> np.ndarray:
         """Returns what the env's scripted expert would do now, (N,)."""
 
+    def uncounted(self) -> np.ndarray:
+        """Returns (N,) bool, True where it is known that nobody counts a slot's episode."""
+
+    def expert_thoughts(self) -> tuple[str, ...] | None:
+        """Returns why the expert acts so, N texts, asked after `expert_actions`; None where nobody says it."""
+
     def step(self, actions: np.ndarray) -> Stepped:
         """Takes one action (N, ...) in every slot."""
 
@@ -120,6 +126,7 @@ TOLD: dict[str, Callable[[VectorEnv], np.ndarray | None]] = {
     "episode_steps": lambda env: np.array(env.episode_lengths),  # (N,) steps taken, 0 at an episode's start
     "past_frames": lambda env: env.memory.past_frames(),  # (N, frames, H, W, 3), oldest first, see `manako.memory`
     "past_turns": lambda env: env.memory.turns.copy(),  # (N, turns, 2), index of the action and reward, oldest first
+    "uncounted": lambda env: env.uncounted(),  # (N,) bool, slots that play on beyond what was asked for
 }
 
 

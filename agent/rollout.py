@@ -53,6 +53,8 @@ class Record(NamedTuple):
     expert_actions: Tensor | None  # (T, N) int64, what the env's expert would have done
     last_images: Mapping[tuple[int, int], np.ndarray] = {}  # (t, slot) of a step that ended its episode -> (H, W, 3)
     action_masks: Tensor | None = None  # (T, N, A) bool, what was allowed; None where the env does not say
+    thoughts: list[str] | None = None  # T * N, what the player said it thought
+    expert_thoughts: list[str] | None = None  # T * N, what the env's expert thinks
 
 
 class Rollout(NamedTuple):
@@ -147,6 +149,12 @@ def _merge_bootstrap(fragments: Sequence[Rollout], sizes: list[int], firsts: lis
     return joined.select(torch.cat([torch.arange(total), total + in_order])), final_at[in_order]
 
 
+def _in_order(parts: Sequence[list[str] | None], rows: Tensor) -> list[str] | None:
+    """Texts of all slots in the order of (T, N); None where a part has none."""
+    said = [text for part in parts for text in part or ()]
+    return None if None in parts else [said[row] for row in rows.tolist()]
+
+
 def _merge_records(records: Sequence[Record], rows: Tensor, firsts: Sequence[int]) -> Record:
     """The records of all slots; `rows` and `firsts` as in `merge`."""
     texts = [text for record in records for text in record.instructions]
@@ -166,4 +174,6 @@ def _merge_records(records: Sequence[Record], rows: Tensor, firsts: Sequence[int
             for (t, slot), image in record.last_images.items()
         },
         action_masks=torch.cat(masks, dim=1) if masks else None,
+        thoughts=_in_order([record.thoughts for record in records], rows),
+        expert_thoughts=_in_order([record.expert_thoughts for record in records], rows),
     )

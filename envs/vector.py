@@ -427,6 +427,13 @@ class EpisodeVectorEnv:
             self._digest(slot, image, instruction, reward, terminated, truncated)
         return image, instruction
 
+    def uncounted(self) -> np.ndarray:
+        """Returns (N,) bool: slots that have played all of their `seed_lists` and begun again; none without lists."""
+        if self._seed_lists is None:
+            return np.zeros(self.num_envs, bool)
+        pairs = zip(self._episodes, self._seed_lists, strict=True)
+        return np.array([started > len(seeds) for started, seeds in pairs])
+
     def close(self) -> None:
         """Closes the environments; a second call does nothing."""
         self._vector.close()

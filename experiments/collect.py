@@ -5,6 +5,7 @@
     python experiments/collect.py --player policy --policy runs/.../final --episodes 500 --output data/own
 
     python experiments/collect.py --player recorded --recording play.jsonl --output data/human
+    python experiments/collect.py --player remote --remote_model gpt-4o-mini --episodes 50 --output data/gpt
 
 The episodes are those of seeds that are fixed beforehand, whatever --num_envs is, and each is played to its end. None
 of the seeds is a held-out episode's. With --group_size G, every G episodes have the same seed, for preferences between
@@ -29,9 +30,17 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
     del sys.path[0]
 
 from manako.agent.data.recordings import Recording, read_recordings  # noqa: E402
-from manako.experiments.common.command_line import UsageError, parse, run_main, show, show_loading  # noqa: E402
+from manako.experiments.common.command_line import (  # noqa: E402
+    UsageError,
+    read_command_line,
+    run_main,
+    show,
+    show_loading,
+)
 from manako.experiments.common.environments import ignored_seeds_of, knows_expert, make_vector_env  # noqa: E402
+from manako.experiments.common.remote import asking, check_flags  # noqa: E402
 from manako.experiments.common.settings import CollectCommand, check_workers  # noqa: E402
+from manako.policies.remote.settings import REMOTE  # noqa: E402
 
 
 def main() -> int:
@@ -45,10 +54,11 @@ def main() -> int:
         unseeded = ignored_seeds_of(env, needed_for=_needs_seeds(command))
     if unseeded is not None:
         show("seeds", unseeded)
-    show_loading()
-    from manako.experiments.common.collecting import collect  # torch and all
+    with asking(command.remote if command.run.player == REMOTE else None):
+        show_loading()
+        from manako.experiments.common.collecting import collect  # torch and all
 
-    return collect(command, recordings, has_expert, unseeded, started)
+        return collect(command, recordings, has_expert, unseeded, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CollectCommand:
@@ -57,8 +67,9 @@ def read_line(arguments: Sequence[str] | None = None) -> CollectCommand:
     Raises:
         UsageError: no output, or settings of another player.
     """
-    command = parse(CollectCommand, "Records trajectories as a Hugging Face dataset.", arguments)
-    run = command.run
+    line = read_command_line(CollectCommand, "Records trajectories as a Hugging Face dataset.", arguments)
+    command, run = line.settings, line.settings.run
+    check_flags(CollectCommand, line.given, "player", run.player)
     if not run.output:
         raise UsageError("--output is missing: give the folder of the new dataset.")
     if Path(run.output).exists():

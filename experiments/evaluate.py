@@ -2,6 +2,7 @@
 
     python experiments/evaluate.py --policy runs/.../final
     python experiments/evaluate.py --policy tiny --env FrozenLake-v1 --env_kwargs '{"is_slippery": false}'
+    python experiments/evaluate.py --policy remote --remote_model gpt-4o-mini
 
 A run's folder, or a checkpoint in it, brings its environment and settings along. Prints the table of run_ppo.py and,
 with --output, writes it as JSON; --gif draws episodes. An existing file is never overwritten.
@@ -22,7 +23,9 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
 from manako.experiments.common.command_line import CommandLine, run_main, show, show_loading  # noqa: E402
 from manako.experiments.common.played_policy import read_played, with_the_runs  # noqa: E402
+from manako.experiments.common.remote import asking, check_flags  # noqa: E402
 from manako.experiments.common.settings import EvaluateCommand  # noqa: E402
+from manako.policies.remote.settings import REMOTE  # noqa: E402
 
 
 def main() -> int:
@@ -30,20 +33,23 @@ def main() -> int:
     line = read_line()
     command = with_the_runs(line)
     show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")
-    show_loading()
-    from manako.experiments.common.evaluating import run_evaluation  # torch and all
+    with asking(command.remote if command.policy.policy == REMOTE else None):
+        show_loading()
+        from manako.experiments.common.evaluating import run_evaluation  # torch and all
 
-    return run_evaluation(command, line.settings.policy.policy)
+        return run_evaluation(command, line.settings.policy.policy)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[EvaluateCommand]:
     """Returns the settings of these words, by default of this program's command line.
 
     Raises:
-        UsageError: no policy, or files of results that exist.
+        UsageError: no policy, files of results that exist, or settings of a server that is not asked.
     """
-    expected = "a run folder, a checkpoint, a model folder, a Hub id or a preset"
-    return read_played(EvaluateCommand, "Evaluates a policy on held-out seeds, with controls.", expected, arguments)
+    expected = "a run folder, a checkpoint, a model folder, a Hub id, a preset, or remote"
+    line = read_played(EvaluateCommand, "Evaluates a policy on held-out seeds, with controls.", expected, arguments)
+    check_flags(EvaluateCommand, line.given, "policy", line.settings.policy.policy)
+    return line
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python experiments/run_dpo.py --policy runs/.../final --dataset data/goto --pairs expert
     python experiments/run_dpo.py --policy runs/.../final --rounds 3 --pairs return --method kto
+    python experiments/run_dpo.py --policy runs/.../final --pairs remote --remote_model gpt-4o-mini
 
 A round: trajectories (the dataset in the first one if given, else the policy's own, sampled), pairs, training against
 the policy as it was, evaluation. See agent/tuning/preferences.py for how pairs are made.
@@ -21,10 +22,12 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import parse, run_main, show, show_loading  # noqa: E402
+from manako.experiments.common.command_line import read_command_line, run_main, show, show_loading  # noqa: E402
+from manako.experiments.common.remote import asking, check_flags  # noqa: E402
 from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
 from manako.experiments.common.settings import DPOCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
+from manako.policies.remote.settings import REMOTE  # noqa: E402
 
 
 def main() -> int:
@@ -34,15 +37,22 @@ def main() -> int:
     run_dir = new_run_dir(command)
     show("run", str(run_dir))
     command = with_trainable(command)
-    show_loading()
-    from manako.experiments.common.dpo_training import train  # torch and all
+    with asking(command.remote if command.dpo.pairs == REMOTE else None):
+        show_loading()
+        from manako.experiments.common.dpo_training import train  # torch and all
 
-    return train(command, run_dir, started)
+        return train(command, run_dir, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> DPOCommand:
-    """Returns the settings of these words, by default of this program's command line."""
-    return parse(DPOCommand, "Preference optimisation with TRL on pairs made of trajectories.", arguments)
+    """Returns the settings of these words, by default of this program's command line.
+
+    Raises:
+        UsageError: settings of a server that is not asked.
+    """
+    line = read_command_line(DPOCommand, "Preference optimisation with TRL on pairs made of trajectories.", arguments)
+    check_flags(DPOCommand, line.given, "pairs", line.settings.dpo.pairs)
+    return line.settings
 
 
 if __name__ == "__main__":

@@ -217,10 +217,11 @@ class Policy(nn.Module, ABC):
     Attributes:
         spec: what it was made for.
         can_learn: False for remote, scripted, random and recorded players.
+        plays_expert: whether its actions are those of the env's expert, and so its thoughts are the expert's.
         learns_text: False for a model that says one token at a mask: losses on the tokens of a text are not for it.
         needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
-            "episode_seeds", "episode_steps", "past_frames", "past_turns", "action_masks"; the last comes where the
-            environments say what is allowed.
+            "episode_seeds", "episode_steps", "past_frames", "past_turns", "uncounted", "action_masks"; the last comes where
+            the environments say what is allowed.
         illegal_penalty: what an answer that names no action costs, taken off the reward that is learned from.
         model: the language model with its adapters, as TRL's trainers take it; None where there is none.
         processor: its processor; None where there is none.
@@ -228,6 +229,7 @@ class Policy(nn.Module, ABC):
 
     spec: PolicySpec
     can_learn: ClassVar[bool] = False
+    plays_expert: ClassVar[bool] = False
     learns_text: bool = True
     needs: tuple[str, ...] = ()
     illegal_penalty: float = 0.0
@@ -320,9 +322,22 @@ class Policy(nn.Module, ABC):
         """
         return []
 
-    def actions_from_env(self, to_env: np.ndarray) -> Rows:
-        """Returns what `evaluate_actions` takes for actions (B, ...) as an environment is given them."""
+    def actions_from_env(self, to_env: np.ndarray, thoughts: Sequence[str] | None = None) -> Rows:
+        """Returns what `evaluate_actions` takes for actions (B, ...) as an environment is given them.
+
+        Args:
+            to_env: the actions.
+            thoughts: what a policy that writes says before each; nothing by default.
+        """
         raise PolicyError(f"{type(self).__name__} has no actions to evaluate: expected a policy that can learn.")
+
+    def writes(self, actions: Rows) -> bool:
+        """Returns whether these actions are answers in text that it wrote itself."""
+        return False
+
+    def thoughts(self, actions: Rows) -> list[str] | None:
+        """Returns what was thought before each of B actions; None of a policy that says none."""
+        return None
 
     def prompt(self, instruction: str, turns: np.ndarray | None = None) -> str:
         """Returns the whole prompt as text, for datasets.

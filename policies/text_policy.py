@@ -22,9 +22,10 @@ from manako.policies.answers.text import CUT, LEGAL, NOT_ALLOWED, SKIP, UNPARSED
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
-from manako.policies.interface import Acted, Draws, Evaluated, PolicySpec, Rows, sample_categorical
+from manako.policies.interface import ACTION_MASK, Acted, Draws, Evaluated, PolicySpec, Rows, sample_categorical
 from manako.policies.vlm_policy import VLMPolicy
 
+Before = tuple[list[int], Sequence[bool] | None]  # an answer's tokens so far, and which actions are allowed
 TOKENS, FILLER = "tokens", -1  # of an answer, in the rows of actions
 KEPT_SHARE = 0.5  # of the answers that are still written; below it the others are left out of the forward
 
@@ -138,6 +139,7 @@ class TextPolicy(VLMPolicy):
         """Returns B answers of S tokens: sampled, or the likeliest token each time."""
         inputs = inputs.to(self.device)
         sampling = self.sampling or Sampling(self.text.temperature)
+        allowed = inputs[ACTION_MASK].tolist() if ACTION_MASK in inputs else None  # (B, A)
         count = len(inputs)
         tokens = torch.full((count, self.text.longest), FILLER)  # (B, S)
         logprobs = torch.zeros(count, self.text.longest)
@@ -149,7 +151,8 @@ class TextPolicy(VLMPolicy):
         for step in range(self.text.longest):
             token_values[live, step] = self.value_head(going.now.hidden[inside]).cpu()
             logits = going.now.logits[inside.to(self.device)].float()
-            logp = self._logprobs(logits, [tokens[row, :step].tolist() for row in live.tolist()], sampling)
+            before = [(tokens[row, :step].tolist(), allowed and allowed[row]) for row in live.tolist()]
+            logp = self._logprobs(logits, before, sampling)
             drawn = logp.argmax(-1) if greedy else sample_categorical(logp, draws.select(live.tolist()).next())
             drawn = drawn.cpu()
             tokens[live, step] = drawn
@@ -166,7 +169,7 @@ class TextPolicy(VLMPolicy):
                 inside = torch.arange(len(live))
         longest = int((tokens != FILLER).sum(-1).max())
         tokens, logprobs, token_values = tokens[:, :longest], logprobs[:, :longest], token_values[:, :longest]
-        read = [self.read(row) for row in self._trimmed(tokens)]
+        read = [self.read(row, allowed and allowed[at]) for at, row in enumerate(self._trimmed(tokens))]
         mask = tokens != FILLER
         if self.text.thought_coef is not None:
             logprobs, mask = self._weighted(logprobs, mask, self._action_tokens(tokens)), mask[:, :1]
@@ -188,9 +191,11 @@ class TextPolicy(VLMPolicy):
         mask = tokens[:, :longest] != FILLER
         said = self.reading.read_answers(inputs, tokens[:, :longest].clamp_min(0), lengths, mask)
         sampling = Sampling(self.text.temperature)  # what rollouts are played with
-        before: list[list[int]] = []
+        before: list[Before] = []
         if self.text.constrained:
-            before = [row[:at] for row in self._trimmed(tokens.cpu()) for at in range(len(row))]
+            allowed = inputs[ACTION_MASK].tolist() if ACTION_MASK in inputs else None
+            rows = enumerate(self._trimmed(tokens.cpu()))
+            before = [(row[:at], allowed and allowed[place]) for place, row in rows for at in range(len(row))]
         logp = self._logprobs(said.logits.float(), before, sampling)  # (M, V)
         taken = logp.gather(1, tokens[:, :longest][mask][:, None])[:, 0]
         spread = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # (M,)
@@ -214,11 +219,12 @@ class TextPolicy(VLMPolicy):
 
     # ---- what was said -------------------------------------------------------------------------------------------
 
-    def read(self, tokens: Sequence[int]) -> Read:
+    def read(self, tokens: Sequence[int], allowed: Sequence[bool] | None = None) -> Read:
         """Returns what an answer says.
 
         Args:
             tokens: without filler, with its end token.
+            allowed: (A,) which actions are; all by default.
         """
         ended = bool(tokens) and tokens[-1] == self.end_id
         text = self.processor.tokenizer.decode(list(tokens[:-1] if ended else tokens))
@@ -228,11 +234,23 @@ class TextPolicy(VLMPolicy):
         if parsed is None:
             return Read(UNPARSED, SKIP, "", text)
         action = action_named(parsed.action, self.spec.action_names)
-        return Read(UNPARSED if action is None else LEGAL, SKIP if action is None else action, parsed.thought, text)
+        if action is None:
+            return Read(UNPARSED, SKIP, parsed.thought, text)
+        if allowed is not None and not allowed[action]:
+            return Read(NOT_ALLOWED, SKIP, parsed.thought, text)
+        return Read(LEGAL, action, parsed.thought, text)
 
     def reads(self, actions: Rows) -> list[Read]:
         """Returns what each of B answers says."""
         return [self.read(row) for row in self._trimmed(actions[TOKENS].cpu())]
+
+    def writes(self, actions: Rows) -> bool:
+        """Returns whether these are answers that it wrote."""
+        return TOKENS in actions
+
+    def thoughts(self, actions: Rows) -> list[str] | None:
+        """Returns what was thought before each action; None where the template has no thought."""
+        return [answer.thought for answer in self.reads(actions)] if self.template.has_thought else None
 
     def answers(self, actions: Rows) -> list[str]:
         """Returns the text of each answer."""
@@ -260,7 +278,7 @@ class TextPolicy(VLMPolicy):
         for place, action in enumerate(np.asarray(to_env).tolist()):
             if action == SKIP:
                 raise PolicyError("An answer that named no action has no other words: expected its own tokens.")
-            answer = self.answer_for(action, thoughts[place] if thoughts is not None else "")
+            answer = self.answer_for(action, "" if thoughts is None else thoughts[place])
             rows.append([*self._spell(answer), self.end_id])
         longest = max(map(len, rows))
         if longest > self.text.longest:
@@ -284,17 +302,17 @@ class TextPolicy(VLMPolicy):
     def _trimmed(self, tokens: Tensor) -> list[list[int]]:
         return [[token for token in row if token != FILLER] for row in tokens.tolist()]
 
-    def _logprobs(self, logits: Tensor, before: Sequence[list[int]], sampling: Sampling) -> Tensor:
+    def _logprobs(self, logits: Tensor, before: "Sequence[Before]", sampling: Sampling) -> Tensor:
         """Log-probabilities (M, V) of what is sampled from.
 
         Args:
             logits: (M, V) of the model, float32.
-            before: for a constrained answer its tokens so far, M lists.
+            before: for a constrained answer its tokens so far, and which actions are allowed.
             sampling: temperature and nucleus.
         """
         logits = logits.masked_fill(self._banned, -torch.inf)
         if self.text.constrained:
-            allowed = [self._allowed(tokens) for tokens in before]
+            allowed = [self._allowed(*each) for each in before]
             rows = [row for row, tokens in enumerate(allowed) if tokens is not None]
             closed = torch.ones(len(rows), logits.shape[1], dtype=torch.bool)
             for row, place in enumerate(rows):
@@ -304,7 +322,7 @@ class TextPolicy(VLMPolicy):
         logp = (logits / sampling.temperature).log_softmax(-1)
         return logp if sampling.top_p >= 1 else nucleus(logp, sampling.top_p)
 
-    def _allowed(self, before: list[int]) -> list[int] | None:
+    def _allowed(self, before: list[int], actions: Sequence[bool] | None) -> list[int] | None:
         """What may follow in a constrained answer; None: anything, since there is no cue yet, or it went astray."""
         text = self.processor.tokenizer.decode(before)
         start = self.template.action_part(text)
@@ -313,7 +331,9 @@ class TextPolicy(VLMPolicy):
         written = text[start:]
         endings = tuple(
             rest[len(written) :]
-            for rest in (name + self.template.after for name in self.spec.action_names)
+            for place, name in enumerate(self.spec.action_names)
+            for rest in (name + self.template.after,)
+            if actions is None or actions[place]
             if rest.startswith(written)
         )
         if not endings:

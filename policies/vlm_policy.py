@@ -320,7 +320,7 @@ class VLMPolicy(Policy):
 
     # ---- in words ------------------------------------------------------------------------------------------------
 
-    def actions_from_env(self, to_env: np.ndarray) -> Rows:
+    def actions_from_env(self, to_env: np.ndarray, thoughts: Sequence[str] | None = None) -> Rows:
         """Returns the rows of actions (B,) int64."""
         return Rows({"index": torch.as_tensor(np.asarray(to_env), dtype=torch.int64)})
 

@@ -69,6 +69,7 @@ class ScriptedPlayer(Player):
     """
 
     needs = ("expert_actions", "action_masks")
+    plays_expert = True
 
     def __init__(self, spec: PolicySpec, error_rate: float = 0.0) -> None:
         super().__init__(spec)

@@ -29,7 +29,7 @@ FEATURES = Features(
         "image": Image(),
         "instruction": Value("string"),
         "prompt": Value("string"),
-        "action": Value("int64"),  # index of action_name
+        "action": Value("int64"),  # index of action_name; -1 where an answer named none and the env was not stepped
         "action_name": Value("string"),
         "action_tokens": List(Value("int64")),
         "logprob": Value("float32"),
@@ -46,9 +46,12 @@ FEATURES = Features(
         "step": Value("int64"),  # in the episode, from 0
         "policy": Value("string"),  # who played
         "last_image": Image(),  # what an episode's last step returned, in its last row
+        "outcome": Value("string"),  # of the answer, such as "unparsed"; None where there is only an action
+        "thought": Value("string"),  # what the player said it thought; None where it said nothing
+        "expert_thought": Value("string"),  # what the env's expert thinks, where it says it
     }
 )
-LATER = ("last_image",)  # columns that older datasets lack
+LATER = ("last_image", "outcome", "thought", "expert_thought")  # columns that older datasets lack
 MASKS = {"action_mask": List(Value("bool"))}  # of A actions, which were allowed; only of an env that says it
 
 
@@ -128,8 +131,11 @@ def _record(rollout: Rollout) -> Record:
 
 def _texts(rollout: Rollout, policy: Policy) -> tuple[list[str], list[list[int]]]:
     """What the policy says for each of the T * N actions, and the tokens of it."""
-    to_env = _record(rollout).to_env
-    actions = policy.actions_from_env(to_env.reshape(-1, *to_env.shape[2:]))
+    record = _record(rollout)
+    if rollout.outcomes is not None and policy.writes(rollout.actions):
+        actions = rollout.actions  # what it wrote itself
+    else:
+        actions = policy.actions_from_env(record.to_env.reshape(-1, *record.to_env.shape[2:]), record.thoughts)
     return policy.answers(actions), policy.answer_tokens(actions)
 
 
@@ -152,7 +158,7 @@ def _row(
         "instruction": record.instructions[flat],
         "prompt": policy.prompt(record.instructions[flat], turns),
         "action": action,
-        "action_name": policy.spec.action_names[action],
+        "action_name": policy.spec.action_names[action] if action >= 0 else "",  # the env was not stepped
         "action_tokens": tokens[flat],
         "logprob": float(rollout.logprobs[t, slot][rollout.mask[t, slot]].sum()),
         "value": float(rollout.values[t, slot]),
@@ -164,6 +170,9 @@ def _row(
         "step": int(record.steps[t, slot]),
         "last_image": None if last is None else {"bytes": _png(last), "path": None},
         "action_mask": mask,
+        "thought": None if record.thoughts is None else record.thoughts[flat],
+        "expert_thought": None if record.expert_thoughts is None else record.expert_thoughts[flat],
+        "outcome": None if rollout.outcomes is None else rollout.outcomes[flat],
     }
 
 
@@ -181,6 +190,13 @@ def episode_success(dataset: Dataset) -> list[bool | None]:
 def episode_returns(dataset: Dataset) -> list[float]:
     """Returns each episode's return, in order."""
     return [paid for paid, step in zip(dataset["episode_return"], dataset["step"], strict=True) if step == 0]
+
+
+def steps_with_actions(dataset: Dataset) -> list[bool]:
+    """Returns for each step whether its action was chosen: False where an answer named none and another stood in."""
+    if "outcome" not in dataset.column_names:
+        return [True] * len(dataset)
+    return [outcome in (None, "legal") for outcome in dataset["outcome"]]
 
 
 def save_trajectories(dataset: Dataset, folder: Path) -> None:

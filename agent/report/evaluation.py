@@ -6,8 +6,9 @@ pairs; unless the environment ignores its seeds, which is looked at first and sa
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,12 +35,14 @@ class Evaluation:
         starts: how many different first observations (frame and instruction) they have; where it is 1, a deterministic
             environment plays the same episode over and over, and an interval over episodes says little.
         fixed_by_seed: whether a seed fixes how an episode begins; else no two evaluations play the same episodes.
+        outcomes: how often each outcome of an answer came; empty for a policy whose every answer is an action.
     """
 
     episodes: list[Episode]
     starts: int
     fixed_by_seed: bool
     asked: int | None = None  # how many episodes were asked for, where a budget of steps allowed fewer
+    outcomes: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Returns success and mean return with their 95 % intervals, mean length, episodes, starts, what of seeds.
@@ -61,6 +64,7 @@ class Evaluation:
             "starts": self.starts,
             "fixed_by_seed": self.fixed_by_seed,
             **({} if self.fixed_by_seed else {"note": NOT_FIXED}),
+            **({"outcomes": self.outcomes} if self.outcomes else {}),
         }
 
 
@@ -97,6 +101,7 @@ def evaluate(
     rng, n = make_rng(seed, RANDOM_ACTIONS), env.num_envs
     draws = Draws([rng] * n)
     results: list[Episode | None] = [None] * len(seeds)
+    outcomes: Counter[str] = Counter()
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
     remember_for(env, policy)
@@ -106,7 +111,10 @@ def evaluate(
     starts = {_observation_digest(observations, slot) for slot in range(n) if playing[slot] is not None}
     with policy.frozen_weights():
         while any(index is not None for index in playing):
-            result = env.step(_act(policy, env, observations, condition, sample, draws))
+            idle = np.array([index is None for index in playing])
+            actions, said = _act(policy, env, observations, condition, sample, draws, idle)
+            outcomes.update(said[slot] for slot in np.flatnonzero(~idle).tolist() if said)
+            result = env.step(actions)
             observations = result.observations
             ended = result.terminated | result.truncated
             if (env.episode_lengths[~ended] >= MAX_EPISODE_STEPS).any():
@@ -133,7 +141,8 @@ def evaluate(
             begun = [slot for slot in np.flatnonzero(ended).tolist() if playing[slot] is not None]
             starts |= {_observation_digest(observations, slot) for slot in begun}
     played = [episode for episode in results if episode is not None]
-    return Evaluation(played, len(starts), fixed_by_seed, len(seeds) if len(played) < len(seeds) else None)
+    asked = len(seeds) if len(played) < len(seeds) else None
+    return Evaluation(played, len(starts), fixed_by_seed, asked, dict(outcomes.most_common()))
 
 
 def _observation_digest(observations: Any, slot: int) -> bytes:
@@ -143,17 +152,27 @@ def _observation_digest(observations: Any, slot: int) -> bytes:
 
 
 def _act(
-    policy: Policy, env: EvaluationEnv, observations: Shown, condition: Condition, sample: bool, draws: Draws
-) -> np.ndarray:
+    policy: Policy,
+    env: EvaluationEnv,
+    observations: Shown,
+    condition: Condition,
+    sample: bool,
+    draws: Draws,
+    idle: np.ndarray,
+) -> tuple[np.ndarray, Sequence[str]]:
+    """The actions (N,), and the outcomes of the answers, N or none; `idle` (N,) bool are slots beyond the last seed."""
     if condition == "random":
-        return env.random_actions(draws.next())
+        return env.random_actions(draws.next()), ()
     images, instructions, told = observations.images, observations.instructions, ask(env, policy.needs)
     if condition == "blank_image":
         images = np.zeros_like(images)
         told |= {name: np.zeros_like(told[name]) for name in told if name == "past_frames"}
     elif condition == "replaced_instruction":
         instructions = env.replaced_instructions()
-    return policy.act(policy.prepare(images, instructions, told), draws, greedy=not sample).to_env
+    if "uncounted" in told:
+        told["uncounted"] = idle
+    acted = policy.act(policy.prepare(images, instructions, told), draws, greedy=not sample)
+    return acted.to_env, acted.outcomes or ()
 
 
 def evaluate_all(

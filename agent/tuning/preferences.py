@@ -6,19 +6,24 @@
     return    of two episodes from the same seed: where they first part, the action of the one with the higher return
     branch    at a step, other actions are tried: the seed is played again to that step, another action taken, and the
               policy goes on from there; the action with the higher return is preferred
+    remote    at a step, a model behind an API is asked which is better, what was done or another action, in both
+              orders; where it says the same twice, that action is preferred
+
+A step whose answer named no action (see `steps_with_actions`) says nothing, whatever stood in for it.
 
 Each row: {"prompt", "chosen", "rejected", "images"}; equal returns make no pair.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from manako.agent.data.pasts import NO_ROW, past_rows, past_turns, picture
+from manako.agent.data.trajectories import steps_with_actions
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.supervised import MESSAGES, answer_messages, prompt_columns, stored_frames
 from manako.policies.interface import Policy
@@ -26,6 +31,8 @@ from manako.policies.interface import Policy
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
 UNPAIRED = Features({"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "images": List(Image())})
 Pair = tuple[int, int, int]  # row of the trajectories, chosen action, rejected action
+# frames (H, W, 3), instructions and two actions each -> the better of the two; None where that is not said
+Judge = Callable[[Sequence[np.ndarray], Sequence[str], Sequence[tuple[int, int]]], list[int | None]]
 
 
 def allowed_actions(trajectories: Dataset) -> list[tuple[bool, ...]] | None:
@@ -46,7 +53,8 @@ def expert_pairs(trajectories: Dataset) -> list[Pair]:
         raise TrainingError(
             "These trajectories know no expert: expected an environment that has one, or --pairs return."
         )
-    return [(row, best, taken) for row, (best, taken) in enumerate(zip(experts, actions, strict=True)) if best != taken]
+    steps = zip(experts, actions, steps_with_actions(trajectories), strict=True)
+    return [(row, best, taken) for row, (best, taken, chosen) in enumerate(steps) if chosen and best != taken]
 
 
 def state_pairs(trajectories: Dataset, frames: int = 1, history: int = 0) -> list[Pair]:
@@ -76,8 +84,10 @@ def state_pairs(trajectories: Dataset, frames: int = 1, history: int = 0) -> lis
         if episodes[row] == episodes[row + 1]:
             to_go[row] += to_go[row + 1]
     paid: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for state, action, value in zip(states, actions, to_go, strict=True):
-        paid[state][action].append(value)
+    known = steps_with_actions(trajectories)
+    for state, action, value, chosen in zip(states, actions, to_go, known, strict=True):
+        if chosen:
+            paid[state][action].append(value)
     means = {
         state: {action: math.fsum(values) / len(values) for action, values in sorted(of_state.items())}
         for state, of_state in paid.items()
@@ -85,8 +95,8 @@ def state_pairs(trajectories: Dataset, frames: int = 1, history: int = 0) -> lis
     best = {state: max(of_state, key=of_state.__getitem__) for state, of_state in means.items()}
     return [
         (row, best[state], taken)
-        for row, (state, taken) in enumerate(zip(states, actions, strict=True))
-        if means[state][best[state]] > means[state][taken]
+        for row, (state, taken, chosen) in enumerate(zip(states, actions, known, strict=True))
+        if chosen and means[state][best[state]] > means[state][taken]
     ]
 
 
@@ -97,7 +107,7 @@ def return_pairs(trajectories: Dataset) -> list[Pair]:
         if step == 0:
             starts[seed].append(row)
     actions, episodes, returns = trajectories["action"], trajectories["episode"], trajectories["episode_return"]
-    pairs = []
+    known, pairs = steps_with_actions(trajectories), []
     for rows in starts.values():
         for number, first in enumerate(rows):
             for second in rows[number + 1 :]:
@@ -107,7 +117,8 @@ def return_pairs(trajectories: Dataset) -> list[Pair]:
                 while _inside(episodes, first, step) and _inside(episodes, second, step):
                     if actions[first + step] != actions[second + step]:
                         better, worse = (first, second) if returns[first] > returns[second] else (second, first)
-                        pairs.append((better + step, actions[better + step], actions[worse + step]))
+                        if known[better + step] and known[worse + step]:
+                            pairs.append((better + step, actions[better + step], actions[worse + step]))
                         break
                     step += 1
     return pairs
@@ -115,6 +126,33 @@ def return_pairs(trajectories: Dataset) -> list[Pair]:
 
 def _inside(episodes: list[int], first: int, step: int) -> bool:
     return first + step < len(episodes) and episodes[first + step] == episodes[first]
+
+
+def judged_pairs(
+    trajectories: Dataset, judge: Judge, num_actions: int, steps_per_episode: int, seed: int
+) -> list[Pair]:
+    """Returns what a judge prefers at some steps of each episode, of the action taken and another one.
+
+    Args:
+        trajectories: whose frames are looked at.
+        judge: says which of two actions is better.
+        num_actions: A.
+        steps_per_episode: steps to ask about, sampled among those whose action was chosen.
+        seed: of that sample, and of the other actions.
+    """
+    generator = np.random.default_rng(seed)
+    actions, texts = trajectories["action"], trajectories["instruction"]
+    episodes, of_episode = trajectories["episode"], defaultdict(list)
+    for row in np.flatnonzero(steps_with_actions(trajectories)).tolist():
+        of_episode[episodes[row]].append(row)
+    rows: list[int] = []
+    for steps in of_episode.values():
+        rows += sorted(generator.permutation(steps)[:steps_per_episode].tolist())
+    others = [(actions[row] + 1 + int(generator.integers(num_actions - 1))) % num_actions for row in rows]
+    frames = [picture(frame["bytes"]) for frame in stored_frames(trajectories.select(rows))]
+    both = [(actions[row], other) for row, other in zip(rows, others, strict=True)]
+    better = judge(frames, [texts[row] for row in rows], both)
+    return [(row, best, sum(two) - best) for row, best, two in zip(rows, better, both, strict=True) if best is not None]
 
 
 def branch_pairs(
@@ -193,8 +231,8 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Da
         pairs = [pair for pair in pairs if masks[pair[0]][pair[1]] and masks[pair[0]][pair[2]]]
     if not pairs:
         raise TrainingError(
-            "No two actions could be told apart (all returns are equal, or player and expert agree): expected pairs, "
-            "so collect with --group_size, with a weaker player, or choose other --pairs."
+            "No two actions could be told apart (all returns are equal, player and expert agree, or the judge says "
+            "neither): expected pairs, so collect with --group_size, with a weaker player, or choose other --pairs."
         )
     answers = answer_messages(policy)
     return Dataset.from_dict(

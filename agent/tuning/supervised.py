@@ -13,10 +13,11 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
 from manako.agent.data.pasts import NO_ROW, black_png, past_rows, past_turns
-from manako.agent.data.trajectories import MASKS
+from manako.agent.data.trajectories import MASKS, steps_with_actions
 from manako.agent.errors import TrainingError
 from manako.policies.interface import Policy, Rows
 
+CHOSEN = "chosen"  # column: False where another action stood in for an answer without one, so nothing is learned of it
 CAPTION_PROMPT = "Describe the image."
 TEXT_OR_IMAGE = {"type": Value("string"), "text": Value("string")}
 MESSAGES = List({"role": Value("string"), "content": List(TEXT_OR_IMAGE)})
@@ -39,7 +40,7 @@ def answer_messages(policy: Policy) -> list[list[dict[str, Any]]]:
 
 
 def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = False) -> Dataset:
-    """Returns each step of the trajectories as prompt and answer.
+    """Returns each step of the trajectories whose action was chosen as prompt and answer.
 
     Args:
         trajectories: of `agent.data.trajectories`.
@@ -50,14 +51,35 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
         TrainingError: nothing is left.
     """
     rows = _successful(trajectories, only_success)
-    answers = answer_messages(policy)
+    chosen = _where_chosen(rows).tolist()
+    actions, thoughts = rows["action"], stored_thoughts(rows, "thought")
+    said = answers_of(policy, [actions[row] for row in chosen], [thoughts[row] for row in chosen])
     return Dataset.from_dict(
-        {
-            **prompt_columns(rows, policy),
-            "completion": [answers[action] for action in rows["action"]],
-        },
+        {**prompt_columns(rows, policy, chosen), "completion": [assistant_message(text) for text in said]},
         features=FEATURES,
     )
+
+
+def stored_thoughts(trajectories: Dataset, column: str) -> list[str]:
+    """Returns what was thought before each action, "" where nothing is known of it.
+
+    Args:
+        trajectories: of `agent.data.trajectories`.
+        column: `thought`, of the player, or `expert_thought`.
+    """
+    if column not in trajectories.column_names:
+        return [""] * len(trajectories)
+    return [thought or "" for thought in trajectories[column]]
+
+
+def answers_of(policy: Policy, actions: Sequence[int], thoughts: Sequence[str]) -> list[str]:
+    """Returns what the policy says for actions, each behind its thought where it writes some."""
+    different = list(dict.fromkeys(zip(actions, thoughts, strict=True)))
+    of_actions = policy.actions_from_env(
+        np.array([action for action, _ in different]), [thought for _, thought in different]
+    )
+    said = dict(zip(different, policy.answers(of_actions), strict=True))
+    return [said[key] for key in zip(actions, thoughts, strict=True)]
 
 
 def demonstrated_actions(
@@ -84,8 +106,10 @@ def demonstrated_actions(
     """
     rows = _successful(trajectories, only_success)
     masks = [name for name in MASKS if name in rows.column_names]
-    for row, (mask, action) in enumerate(zip(rows[masks[0]] if masks else (), rows["action"], strict=False)):
-        if not mask[action]:
+    chosen = _where_chosen(rows).tolist()
+    allowed, actions = rows[masks[0]] if masks else None, rows["action"]
+    for row in chosen if allowed is not None else ():
+        if not allowed[row][actions[row]]:
             raise TrainingError(
                 f"Row {row} of the dataset took {rows[row]['action_name']!r}, which its action_mask does not allow: "
                 "expected allowed actions, so collect again, or give --action_masks false."
@@ -95,7 +119,9 @@ def demonstrated_actions(
         columns = columns.add_column("past_rows", past_rows(rows, frames - 1))
     if history:
         columns = columns.add_column("past_turns", [turns.tolist() for turns in past_turns(rows, history)])
-    return columns.add_column("next_image", _next_frames(rows)) if next_frames else columns
+    if next_frames:
+        columns = columns.add_column("next_image", _next_frames(rows))
+    return columns if len(chosen) == len(rows) else columns.add_column(CHOSEN, steps_with_actions(rows))
 
 
 def _next_frames(rows: Dataset) -> list[bytes | None]:
@@ -121,6 +147,14 @@ def _successful(trajectories: Dataset, only_success: bool) -> Dataset:
     if len(rows) == 0:
         raise TrainingError("No episode of the dataset ended with success: expected some, or --only_success false.")
     return rows
+
+
+def _where_chosen(rows: Dataset) -> np.ndarray:
+    """The steps whose action was chosen: what stood in for an answer without one is no demonstration."""
+    chosen = np.flatnonzero(steps_with_actions(rows))
+    if not len(chosen):
+        raise TrainingError("No answer of the dataset names an action: expected a player that answers with actions.")
+    return chosen
 
 
 def prompt_columns(trajectories: Dataset, policy: Policy, rows: Sequence[int] | None = None) -> dict[str, list[Any]]:

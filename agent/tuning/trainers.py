@@ -25,6 +25,7 @@ from manako.agent.data.pasts import NO_ROW, frames_of, picture
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
+from manako.agent.tuning.supervised import CHOSEN
 from manako.policies.interface import Policy
 
 SHARES = {
@@ -161,6 +162,8 @@ class PolicyCloningTrainer(PolicySFTTrainer):
                 f"The loss on actions was started by {args.world_size} processes: expected one, or --loss tokens."
             )
         self.demonstrated = data
+        if CHOSEN in data.column_names:
+            data = data.select(np.flatnonzero(data[CHOSEN]))
         super().__init__(policy, args, data, run_dir, *others, data_collator=self.collate)
 
     def _png(self, row: int) -> bytes | None:

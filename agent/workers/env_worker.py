@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manako.agent.workers.segments import ROUND, Differs, History, Observed, Played, Segment, State
+from manako.agent.workers.segments import ROUND, Advice, Differs, History, Observed, Played, Segment, State
 from manako.errors import ManakoError
 
 if TYPE_CHECKING:
@@ -144,10 +144,10 @@ class EnvWorker:
             held.env.action_masks,
         )
 
-    def experts(self, segment: Segment, position: int, history: History | None) -> np.ndarray | Differs:
-        """Returns what the env's expert would do now, (n,); arguments and errors as of `step`."""
+    def experts(self, segment: Segment, position: int, history: History | None) -> Advice | Differs:
+        """Returns what the env's expert would do now, and why; arguments and errors as of `step`."""
         held = self._at(segment, position, history)
-        return Differs(segment) if held is None else held.env.expert_actions()
+        return Differs(segment) if held is None else Advice(held.env.expert_actions(), held.env.expert_thoughts())
 
     def state(self, segment: Segment, history: History) -> State | Differs:
         """Returns the segment's state, from which positions are counted now.

@@ -18,6 +18,7 @@ from manako.agent.workers.env_worker import EnvWorker, MakeSegment
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.segments import (
     ROUND,
+    Advice,
     Differs,
     History,
     Observed,
@@ -71,6 +72,7 @@ class RayVectorEnv:
         self._holders: list[Any] = [None] * len(self.segments)  # the actor that has played the history
         self._ended = np.zeros(num_envs, bool)
         self._upcoming: Shown | None = None  # after the new episodes' start
+        self._thoughts: tuple[str, ...] | None = None
         self._upcoming_masks: np.ndarray | None = None
         self.supervisor = Supervisor(EnvWorker, (make_segment,), options, len(self.segments))
 
@@ -109,7 +111,18 @@ class RayVectorEnv:
             self._holders[segment] = actor
             return actor.experts.remote(self.segments[segment], len(history.actions), None if known else history)
 
-        return np.concatenate(self._run(submit))
+        advice: list[Advice] = self._run(submit)
+        thoughts = [part.thoughts for part in advice]
+        self._thoughts = None if None in thoughts else tuple(text for part in thoughts for text in part or ())
+        return np.concatenate([part.actions for part in advice])
+
+    def expert_thoughts(self) -> tuple[str, ...] | None:
+        """Returns why the expert would do what `expert_actions` has just returned."""
+        return self._thoughts
+
+    def uncounted(self) -> np.ndarray:
+        """Returns (N,) False: which episodes are played again is known in the workers alone."""
+        return np.zeros(self.num_envs, bool)
 
     def step(self, actions: np.ndarray) -> "_JoinedStep":
         """Takes one action (N,) in every slot."""

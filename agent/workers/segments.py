@@ -64,6 +64,13 @@ class Observed(NamedTuple):
     masks: np.ndarray | None = None  # (n, A) bool, which actions are allowed; None where the env does not say
 
 
+class Advice(NamedTuple):
+    """What the env's expert would do in n slots."""
+
+    actions: np.ndarray  # (n, ...)
+    thoughts: tuple[str, ...] | None  # n; None where the environment does not say
+
+
 class Differs(NamedTuple):
     """The answer of a worker that replayed a segment, and came out elsewhere than the learner has been."""
 

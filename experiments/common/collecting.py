@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,9 +25,12 @@ from manako.experiments.common.building import connected, copy_maker, make_plan,
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import dead_frames, knows_expert, make_segment, make_vector_env, warn_of
 from manako.experiments.common.outcomes import outcome_in_words
+from manako.experiments.common.progress import outcomes_in_words
+from manako.experiments.common.remote import make_remote_policy, with_whole_path
 from manako.experiments.common.settings import CollectCommand, DPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Policy
+from manako.policies.remote_policy import RemotePolicy
 
 PATIENCE = 100_000  # steps to wait for an episode's end
 
@@ -64,6 +68,7 @@ def _collect(
         "policy": f"policy {command.policy.policy}",
         "random": "random",
         "recorded": f"recorded {run.recording}",
+        "remote": f"remote {command.remote.remote_model}",
     }
     kwargs = None if environment.env_kwargs is None else json.dumps(environment.env_kwargs)
     about = {"env_kwargs": kwargs, "seed": run.seed, "error_rate": run.error_rate}
@@ -80,6 +85,9 @@ def _collect(
         f"{outcome_in_words(success, episode_returns(dataset))}; written to {run.output} in "
         f"{time.perf_counter() - started:.0f} s"
     )
+    said = Counter(outcome for outcome in dataset["outcome"] if outcome is not None)
+    if said:
+        print(f"answers: {outcomes_in_words(dict(said.most_common()))}; only legal ones are learned from")
     return 0
 
 
@@ -94,6 +102,9 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple
     elif run.player == "random":
         copy = functools.partial(RandomPlayer, policy.spec)
         player = copy()
+    elif run.player == "remote":
+        player = make_remote(command, policy)
+        copy = functools.partial(RemotePolicy, player.spec, player.settings, player.ledger.file)
     seeds = training_seeds(run.episodes or 500, run.seed, run.group_size)
     equal = workers.workers * (workers.rollout_batch_size or 1)  # slots come in multiples of this
     num_envs = min(environment.num_envs, equal * math.ceil(len(seeds) / equal))
@@ -114,6 +125,16 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple
     plan = dataclasses.replace(plan, make_segment=segment)
     with contextlib.closing(make_rollouts(workers.rollout_backend, plan)) as source:
         return play_to_the_end(source, quota, environment.env), quota
+
+
+def make_remote(command: CollectCommand, policy: VLMPolicy) -> RemotePolicy:
+    """Returns the player of the server that the settings name; says what it may cost before it is asked."""
+    spec, settings = policy.spec, with_whole_path(command.remote)
+    player = make_remote_policy(command.policy, settings, command.environment, spec.action_names, spec.frame_shape)
+    for heading, text in player.describe():
+        print(f"{heading:<13}{text}")
+    print(f"estimate     a request for each step of {command.run.episodes or 500:,} episodes", flush=True)
+    return player
 
 
 def _replay(

@@ -19,6 +19,7 @@ from manako.agent.tuning.preferences import (
     Pair,
     branch_pairs,
     expert_pairs,
+    judged_pairs,
     pair_dataset,
     return_pairs,
     state_pairs,
@@ -35,6 +36,9 @@ from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import DPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Draws
+from manako.policies.remote.judge import RemoteJudge
+from manako.policies.remote.settings import REMOTE
+from manako.policies.remote_policy import budget_in_words, make_chooser, most_cost
 from manako.policies.room import check_training_room
 
 SAME_SEED = {
@@ -64,6 +68,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     unseeded = ignored_seeds(environment, run.seed, needed_for=SAME_SEED.get(dpo.pairs))
     if unseeded is not None:
         console.print(f"seeds        {unseeded}")
+    judge = make_judge(command, policy) if dpo.pairs == REMOTE else None
     reports: list[dict[str, Any]] = []
     for number in range(dpo.rounds):
         if number == 0 and dpo.dataset is not None:
@@ -73,8 +78,10 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
                 trajectories = without_masks(trajectories)
         else:
             trajectories = own_trajectories(command, policy, number)
-        pairs = pair_dataset(trajectories, make_pairs(command, policy, trajectories, number), policy)
+        pairs = pair_dataset(trajectories, make_pairs(command, policy, trajectories, number, judge), policy)
         console.print(f"round {number + 1}: {len(trajectories):,} steps, {len(pairs):,} pairs by {dpo.pairs}")
+        if judge is not None:
+            console.print(f"judged       {judge.in_words()}; {judge.chooser.client.ledger.in_words()}")
         if number == 0:  # what can be refused has been
             run_dir.mkdir(parents=True, exist_ok=True)
             write_description(run_dir, command)
@@ -101,8 +108,26 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     return 0
 
 
-def make_pairs(command: DPOCommand, policy: VLMPolicy, trajectories: Dataset, number: int) -> list[Pair]:
+def make_judge(command: DPOCommand, policy: VLMPolicy) -> RemoteJudge:
+    """Returns the judge that the settings name; says what it may cost before it is asked."""
+    dpo, spec, console = command.dpo, policy.spec, plain_console()
+    chooser, _ = make_chooser(command.remote)
+    judge = RemoteJudge(chooser, spec.action_names)
+    most = most_cost(chooser, judge.question(np.zeros(spec.frame_shape, np.uint8), "x" * 200, (0, 1)))
+    episodes = "each episode of the dataset" if dpo.dataset is not None else f"each of {dpo.episodes:,} episodes"
+    console.print(f"judge        {command.remote.remote_model} at {command.remote.remote_url}")
+    console.print(f"budget       {budget_in_words(chooser, most)}")
+    console.print(f"estimate     two requests for each of {dpo.branch_steps} steps of {episodes}, in each round")
+    return judge
+
+
+def make_pairs(
+    command: DPOCommand, policy: VLMPolicy, trajectories: Dataset, number: int, judge: RemoteJudge | None = None
+) -> list[Pair]:
     """Returns pairs by the method that the settings name."""
+    if judge is not None:
+        num_actions = len(policy.spec.action_names)
+        return judged_pairs(trajectories, judge, num_actions, command.dpo.branch_steps, command.run.seed + number)
     of_trajectories: dict[str, Callable[[Dataset], list[Pair]]] = {
         "expert": expert_pairs,
         "state": functools.partial(state_pairs, frames=policy.spec.frames, history=policy.spec.history),

@@ -4,13 +4,17 @@ import contextlib
 import json
 from pathlib import Path
 
-from manako.agent.report.evaluation import evaluate_all
+from manako.agent.report.evaluation import CONDITIONS, evaluate_all
 from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.environments import dead_frames, make_vector_env, sights, warn_of
 from manako.experiments.common.progress import RowsDone, plain_console, print_table
+from manako.experiments.common.remote import make_remote_policy
 from manako.experiments.common.results import write_gif
 from manako.experiments.common.settings import EvaluateCommand
+from manako.policies.remote.ledger import DOLLAR
+from manako.policies.remote.settings import REMOTE
+from manako.policies.remote_policy import RemotePolicy
 
 
 def run_evaluation(command: EvaluateCommand, name: str) -> int:
@@ -24,7 +28,8 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
         The exit code.
     """
     environment, run, console = command.environment, command.run, plain_console()
-    policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    remote = make_remote(command) if command.policy.policy == REMOTE else None
+    policy = remote or policy_of_run(environment, command.policy, run.seed, run.torch_threads)[0]
     warn_of(dead_frames(environment.env, *sights(environment, run.seed)))
     count = min(environment.num_envs, run.episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
@@ -42,4 +47,24 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
         Path(run.output).write_text(json.dumps(summary, indent=2))
     if run.gif:
         write_gif(environment, policy, run.seed, run.gif_episodes, Path(run.gif))
+    if remote is not None:
+        console.print(f"asked        {remote.ledger.in_words()}")
     return 0
+
+
+def make_remote(command: EvaluateCommand) -> RemotePolicy:
+    """Returns the policy of the server that the settings name; says what it may cost before it is asked."""
+    environment, run, console = command.environment, command.run, plain_console()
+    with contextlib.closing(make_vector_env(environment, 1, run.seed, held_out=True)) as env:
+        policy = make_remote_policy(command.policy, command.remote, environment, env.action_names, env.frame_shape)
+    for heading, text in policy.describe():
+        console.print(f"{heading:<13}{text}")
+    asking = [row for row in CONDITIONS if row != "random"]
+    most = run.eval_steps // len(CONDITIONS) * len(asking)
+    cost = policy.most_cost() * most / DOLLAR
+    console.print(
+        f"estimate     {len(asking)} rows ask, once for each step that shows something new: {most:,} requests at most"
+        + (f", ${cost:,.2f} at most" if cost else "")
+        + "; fewer --episodes or --eval_steps ask less"
+    )
+    return policy

@@ -17,6 +17,7 @@ from manako.experiments.common.command_line import (
 from manako.experiments.common.run_folder import is_run, policy_folder
 from manako.experiments.common.settings import OF_PRESETS, EvaluateCommand, ImagineCommand, PPOCommand
 from manako.policies import PolicySource
+from manako.policies.remote.settings import REMOTE
 
 Played = TypeVar("Played", EvaluateCommand, ImagineCommand)  # settings to which a run's are added
 
@@ -46,13 +47,15 @@ def read_played(
 def with_the_runs(line: CommandLine[Played]) -> Played:
     """Returns the settings, with those of the run in which the policy lies where none were given."""
     given, command = line.given, line.settings
+    if command.policy.policy == REMOTE:
+        return command
     folder, policy = Path(command.policy.policy), policy_folder(command.policy.policy)
     run = next((place for place in (folder, folder.parent, folder.parent.parent) if is_run(place)), None)
     if not folder.is_dir() or run is None:
         return command
     file = run / "config.yaml"
     written = read_yaml(file)
-    shared = {part: values for part, values in written.items() if part not in ("sft", "dpo", "run")}
+    shared = {part: values for part, values in written.items() if part not in ("sft", "dpo", "run", REMOTE)}
     sections = checked_sections(PPOCommand, shared, str(file))
     played, source = sections.get("environment", {}), sections.get("policy", {})
     if "env" in given and command.environment.env != played.get("env"):

@@ -224,6 +224,15 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
         console.print(f"{NOT_FIXED}: no two rows are of the same ones, and none is held out")
     for warning in warnings_of(summary):
         console.print(warning)
+    for name, row in summary.items():
+        if "outcomes" in row:
+            console.print(f"answers of {name.replace('_', ' ')}: {outcomes_in_words(row['outcomes'])}")
+
+
+def outcomes_in_words(outcomes: Mapping[str, int]) -> str:
+    """Returns how many answers there were, and the share of each outcome."""
+    total = sum(outcomes.values())
+    return f"{total:,}, " + ", ".join(f"{name} {count / total:.1%}" for name, count in outcomes.items())
 
 
 def episodes_in_words(episodes: int, starts: int) -> str:

@@ -14,6 +14,7 @@ from manako.experiments.common.progress import RowsDone, plain_console
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import TrainCommand
 from manako.policies import VLMPolicy, save_policy
+from manako.policies.interface import Policy
 
 
 def write_final(policy: VLMPolicy, run_dir: Path) -> None:
@@ -54,7 +55,7 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     return {name: result.summary() for name, result in rows.items()}
 
 
-def write_gif(environment: EnvSettings, policy: VLMPolicy, seed: int, episodes: int, path: Path) -> None:
+def write_gif(environment: EnvSettings, policy: Policy, seed: int, episodes: int, path: Path) -> None:
     """Plays the first held-out episodes greedily into a GIF; no file for none."""
     if episodes:
         with contextlib.closing(make_vector_env(environment, episodes, seed, held_out=True)) as env:

@@ -13,6 +13,7 @@ import yaml
 
 from manako.experiments.common.command_line import UsageError, as_sections
 from manako.experiments.common.settings import TrainCommand
+from manako.policies.remote.settings import REMOTE
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow", "ray")
@@ -89,8 +90,14 @@ def policy_folder(name: str) -> str:
     """Returns what `--policy` means: of a run its final policy, anything else as it is.
 
     Raises:
-        UsageError: the run has none yet.
+        UsageError: the run has none yet, or the name stands for a server.
     """
+    if name == REMOTE:
+        raise UsageError(
+            "--policy remote is a model behind a chat API, which cannot learn and has no weights here: expected a "
+            "policy with a model, such as tiny; evaluate.py --policy remote plays it, collect.py --player remote "
+            "records it, run_dpo.py --pairs remote asks it which action is better."
+        )
     folder = Path(name)
     if not is_run(folder):
         return name

@@ -16,6 +16,7 @@ from manako.experiments.common.command_line import UsageError, section
 from manako.policies import PolicySource
 from manako.policies.architectures.presets import PRESETS
 from manako.policies.default_trainable import AUTO
+from manako.policies.remote.settings import RemoteSettings
 from manako.settings import setting
 
 GOTO = Path(__file__).resolve().parents[1] / "configs" / "goto.yaml"  # what run_ppo.py trains where nothing is named
@@ -23,6 +24,7 @@ GOTO = Path(__file__).resolve().parents[1] / "configs" / "goto.yaml"  # what run
 SEED = ("seed",)  # the run's
 PREDICTION = ("next_frame_coef",)
 OF_LEARNING = ("trainable", "lora_rank", "lora_alpha", *PREDICTION)
+OF_ACTING_REMOTELY = ("remote_temperature", "illegal_action")
 OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has them
 
 
@@ -68,8 +70,10 @@ class SFTRunSettings(RunSettings):
 class CollectSettings:
     """What collect.py records."""
 
-    player: Literal["expert", "policy", "random", "recorded"] = setting(
-        "expert", "who plays: the env's scripted expert, a policy that samples its actions, chance, or a recording"
+    player: Literal["expert", "policy", "random", "recorded", "remote"] = setting(
+        "expert",
+        "who plays: the env's scripted expert, a policy that samples its actions, chance, a recording, or a model "
+        "behind a chat API, sampled",
     )
     recording: str | None = setting(None, "file or dataset folder that --player recorded plays again, all of it")
     error_rate: float = setting(0.0, "how often the expert does something else", ge=0, le=1)
@@ -170,11 +174,15 @@ class DPOSettings(TuningSettings):
     batch_size: int = setting(32, "pairs of an optimizer step", ge=2)
     learning_rate: float = setting(5e-5, "initial learning rate of AdamW", gt=0)
     method: Literal["dpo", "kto"] = setting("dpo", "kto takes the same answers one by one")
-    pairs: Literal["expert", "state", "return", "branch"] = setting("expert", "how pairs are made")
+    pairs: Literal["expert", "state", "return", "branch", "remote"] = setting(
+        "expert", "how pairs are made; remote: a model behind a chat API says which of two actions is better"
+    )
     rounds: int = setting(1, "rounds of collecting, pairing, training and evaluating", ge=1)
     episodes: int = setting(256, "episodes of the policy's own in a round", ge=1)
     group_size: int = setting(4, "of them from the same seed, for pairs by return", ge=1)
-    branch_steps: int = setting(1, "steps of an episode at which other actions are tried, for branch", ge=1)
+    branch_steps: int = setting(
+        1, "steps of an episode at which other actions are tried, for branch, or judged, for remote", ge=1
+    )
     num_steps: int = setting(32, "env steps of a rollout", ge=1)
     beta: float = setting(0.1, "how much leaving the reference costs", gt=0)
 
@@ -201,6 +209,7 @@ class CollectCommand:
     policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *OF_LEARNING))
     workers: WorkerSettings = section(WorkerSettings, "rollout workers", without=("async_rollouts",))
     run: CollectSettings = section(CollectSettings, "recording")
+    remote: RemoteSettings = section(RemoteSettings, "model behind a chat API, for --player remote")
 
 
 @dataclass(frozen=True)
@@ -221,6 +230,9 @@ class DPOCommand:
     policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *PREDICTION), trainable="auto")
     dpo: DPOSettings = section(DPOSettings, "preference optimisation")
     run: RunSettings = section(RunSettings, "run", eval_episodes=200)
+    remote: RemoteSettings = section(
+        RemoteSettings, "model behind a chat API, for --pairs remote", without=OF_ACTING_REMOTELY
+    )
 
 
 @dataclass(frozen=True)
@@ -230,6 +242,7 @@ class EvaluateCommand:
     environment: EnvSettings = section(EnvSettings, "environment")
     policy: PolicySource = section(PolicySource, "policy", without=(*SEED, *OF_LEARNING, *OF_PRESETS))
     run: EvaluateSettings = section(EvaluateSettings, "evaluation")
+    remote: RemoteSettings = section(RemoteSettings, "model behind a chat API, for --policy remote")
 
 
 @dataclass(frozen=True)
