@@ -1,6 +1,6 @@
 """Environments as a vision-language policy sees them: an image, an instruction, and actions with names.
 
-Importing this package registers `manako/ColorMatch-v0`, `manako/GoTo-v0`, `manako/Touch-v0` and `manako/Track-v0`, and
+Importing this package registers `manako/ColorMatch-v0`, `GoTo`, `Relay`, `Touch` and `Track`, and
 settles two things with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow
 the signal that stops a run), and on a machine without a screen it does not look for one. Nothing here imports torch.
 """
@@ -34,6 +34,7 @@ from manako.envs.vector import (
 for _id, _entry_point in (
     ("manako/ColorMatch-v0", "manako.envs.color_match:ColorMatch"),
     ("manako/GoTo-v0", "manako.envs.goto:GoTo"),
+    ("manako/Relay-v0", "manako.envs.relay:Relay"),
     ("manako/Touch-v0", "manako.envs.touch:Touch"),
     ("manako/Track-v0", "manako.envs.track:Track"),
 ):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from manako.policies.answers.illegal import LEGAL, in_place_of, no_op
+from manako.policies.answers.illegal import LEGAL, SKIP, stands_in
 from manako.policies.errors import PolicyError
 from manako.policies.interface import (
     Acted,
@@ -43,6 +43,7 @@ class RemotePolicy(Policy):
         spec: actions, frame shape and system text.
         settings: of the server.
         account: file of the run's budget, which another process has begun; None begins one.
+        illegal_action: action for an answer that names none; by default the environment is not stepped then.
 
     Raises:
         PolicyError: settings that cannot be used.
@@ -54,10 +55,16 @@ class RemotePolicy(Policy):
 
     needs = ("uncounted",)
 
-    def __init__(self, spec: PolicySpec, settings: RemoteSettings, account: Path | None = None) -> None:
+    def __init__(
+        self,
+        spec: PolicySpec,
+        settings: RemoteSettings,
+        account: Path | None = None,
+        illegal_action: str | None = None,
+    ) -> None:
         super().__init__()
         self.spec, self.settings = spec, settings
-        self.stands_in = no_op(spec.action_names, settings.illegal_action)
+        self.stands_in = stands_in(spec.action_names, illegal_action)
         self.chooser, self.ledger = make_chooser(settings, account)
 
     def prepare(
@@ -87,7 +94,7 @@ class RemotePolicy(Policy):
         """Returns the actions that the server names, each with its outcome; see `answers/illegal.py` for the others.
 
         Raises:
-            PolicyError: the budget is used up, the server gives no answers, or an illegal one that nothing stands for.
+            PolicyError: the budget is used up, or the server gives no answers.
         """
         uniforms = np.zeros(len(inputs)) if greedy else draws.next()  # (B,)
         greedy = greedy or self.settings.remote_temperature == 0
@@ -115,7 +122,7 @@ class RemotePolicy(Policy):
     def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
         """Returns what was said when these actions were taken, for figures; nothing is asked, and nothing learns."""
         logprobs = actions["logprobs"]
-        taken = logprobs.gather(1, actions["index"][:, None])
+        taken = logprobs.gather(1, actions["index"][:, None].clamp_min(0))
         return Evaluated(taken, entropy(logprobs)[:, None], torch.zeros(len(inputs)), logprobs)
 
     def describe(self) -> list[tuple[str, str]]:
@@ -148,11 +155,11 @@ class RemotePolicy(Policy):
                 return int(logprobs.argmax()), logprobs
             logprobs = (logprobs / self.settings.remote_temperature).log_softmax(-1)
             return int(sample_categorical(logprobs[None], np.array([uniform]))[0]), logprobs
-        names = self.spec.action_names
-        index = chosen.choice
-        if index is None:
-            index = in_place_of(chosen.outcome, chosen.text, names, self.stands_in)
-        return index, torch.nn.functional.one_hot(torch.tensor(index), len(names)).float().log()
+        index = self.stands_in if chosen.choice is None else chosen.choice
+        count = len(self.spec.action_names)
+        if index == SKIP:  # nothing is known of any action
+            return SKIP, torch.zeros(count).log_softmax(-1)
+        return index, torch.nn.functional.one_hot(torch.tensor(index), count).float().log()
 
 
 def make_chooser(settings: RemoteSettings, account: Path | None = None) -> tuple[Chooser, Ledger]:

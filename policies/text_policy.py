@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manako.policies.answers.illegal import CUT, LEGAL, NOT_ALLOWED, SKIP, UNPARSED, stands_in
 from manako.policies.answers.template import action_named
-from manako.policies.answers.text import CUT, LEGAL, NOT_ALLOWED, SKIP, UNPARSED, TextAnswers
+from manako.policies.answers.text import TextAnswers
 from manako.policies.architectures.composed.processing import special_vocabulary
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
@@ -295,9 +296,9 @@ class TextPolicy(VLMPolicy):
         return self.prompts.go_on_once(answer)
 
     def _to_env(self, answer: Read) -> int:
-        if answer.action != SKIP or self.text.illegal_action is None:
+        if answer.outcome == LEGAL:
             return answer.action
-        return self.spec.action_names.index(self.text.illegal_action)
+        return stands_in(self.spec.action_names, self.text.illegal_action)
 
     def _trimmed(self, tokens: Tensor) -> list[list[int]]:
         return [[token for token in row if token != FILLER] for row in tokens.tolist()]

@@ -83,4 +83,5 @@ def make_remote_policy(
     text = environment.instruction
     if text is not None and as_plain_text(text, []) != text:
         raise UsageError(f"--instruction {text!r} holds control characters: expected plain text.")
-    return RemotePolicy(PolicySpec(action_names, frame_shape, system=source.system), settings)
+    spec = PolicySpec(action_names, frame_shape, system=source.system)
+    return RemotePolicy(spec, settings, illegal_action=source.illegal_action)

@@ -24,7 +24,7 @@ GOTO = Path(__file__).resolve().parents[1] / "configs" / "goto.yaml"  # what run
 SEED = ("seed",)  # the run's
 PREDICTION = ("next_frame_coef",)
 OF_LEARNING = ("trainable", "lora_rank", "lora_alpha", *PREDICTION)
-OF_ACTING_REMOTELY = ("remote_temperature", "illegal_action")
+OF_ACTING_REMOTELY = ("remote_temperature",)
 OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patch_size")  # a folder has them
 
 

@@ -1,17 +1,12 @@
-"""Settings of answers in text, and the names of what becomes of them. Light: no torch here.
-
-An answer that names no action is never made into one: the environment is not stepped, or gets the action that is
-stated for that (`illegal_action`), and what is stated is paid (`illegal_penalty`).
-"""
+"""Settings of answers in text; see `template` for their form and `illegal` for those without an action. Light: no torch."""
 
 from dataclasses import dataclass
 
+from manako.policies.answers.illegal import stands_in
 from manako.policies.answers.template import Template
 from manako.policies.errors import PolicyError
 
 FORMAT = "text"  # of `--action_format`
-LEGAL, UNPARSED, NOT_ALLOWED, CUT = OUTCOMES = ("legal", "unparsed", "not allowed", "cut")
-SKIP = -1  # in place of an action: the environment is not stepped
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,7 @@ class TextAnswers:
         Raises:
             PolicyError: a setting that does not fit the others or the actions.
         """
-        if self.illegal_action is not None and self.illegal_action not in action_names:
-            raise PolicyError(
-                f"illegal_action is {self.illegal_action!r}: expected one of {', '.join(action_names)}, or none."
-            )
+        stands_in(action_names, self.illegal_action)
         template = Template(self.template)
         if self.thought_coef is not None and not template.has_thought:
             raise PolicyError(

@@ -32,7 +32,3 @@ class RemoteSettings:
     remote_timeout: float = setting(60.0, "seconds after which a request counts as lost", gt=0)
     remote_retries: int = setting(4, "how often a request is sent again after a fault that may pass", ge=0)
     remote_cache: str = setting("runs/remote-cache", "folder of answers, one file each: what is there costs nothing")
-    illegal_action: str | None = setting(
-        None,
-        "action for an answer that names none; by default the env's own noop, stay, wait or nothing",
-    )
