@@ -251,8 +251,8 @@ def _fill_in(
     if source.action_format == "auto" and list(action_names) == description["action_names"]:
         source = replace(source, action_format=description["action_format"])
     if source.action_format == TEXT:
-        saved = {name: description["source"].get(name) for name in TEXT_FIELDS if getattr(source, name) is None}
-        source = replace(source, **saved)
+        given = {name for name in TEXT_FIELDS if getattr(source, name) is not None}
+        source = replace(source, **{name: getattr(saved, name) for name in TEXT_FIELDS if name not in given})
     for name in ("frames", "history"):
         default, learned, asked = getattr(PolicySource(), name), getattr(saved, name), getattr(source, name)
         if asked not in (default, learned) and learned != default:

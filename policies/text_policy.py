@@ -73,18 +73,23 @@ class TextPolicy(VLMPolicy):
         assert spec.text is not None, "put_policy_around gives it"
         self.text: TextAnswers = spec.text
         self.template = self.text.check(spec.action_names)
+        if model.one_token_answers:
+            raise PolicyError(
+                f"{type(model.base_vlm).__name__} answers with one token at a mask, so it writes no text: expected "
+                "another action_format, or a causal model such as the preset tiny."
+            )
+        held = [token for token in special_vocabulary(model.processor.tokenizer) if token in self.template.text]
+        if held:
+            raise PolicyError(
+                f"The answer template {self.template.text!r} holds the special token {held[0]!r}, which no answer can: "
+                "expected plain text."
+            )
         super().__init__(model, spec, check)
         self.sampling: Sampling | None = None
         tokenizer = self.processor.tokenizer
         if self.codec.end_id is None:
             raise PolicyError("The tokenizer has no end token, so an answer in text would never end: use another model.")
         self.end_id = int(self.codec.end_id)
-        held = [token for token in special_vocabulary(tokenizer) if token in self.template.text]
-        if held:
-            raise PolicyError(
-                f"The answer template {self.template.text!r} holds the special token {held[0]!r}, which no answer can: "
-                "expected plain text."
-            )
         size = self.base_vlm.get_output_embeddings().weight.shape[0]
         banned = torch.zeros(size, dtype=torch.bool)  # (V,)
         banned[len(tokenizer) :] = True  # rows of the head that no token has

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from manako.policies.answers.closed_set import ActionCodec
-from manako.policies.errors import PolicyError
 from manako.policies.interface import Rows
 from manako.policies.reading.going_on import GoingOn, SaidAll
 
@@ -55,17 +54,11 @@ class Reading(ABC):
     def read_hidden(self, inputs: Rows) -> Tensor:
         """Returns the hidden states (B, D) of `read` alone."""
 
+    @abstractmethod
     def go_on(self, inputs: Rows) -> GoingOn:
-        """Returns the prompts, behind which tokens can be said one by one.
+        """Returns the prompts, behind which tokens can be said one by one."""
 
-        Raises:
-            PolicyError: a model that says one token at a mask.
-        """
-        raise PolicyError(
-            f"{type(self.vlm).__name__} answers with one token at a mask, so it writes no text: expected another "
-            "action_format, or a causal model such as the preset tiny."
-        )
-
+    @abstractmethod
     def read_answers(self, inputs: Rows, answers: Tensor, lengths: Tensor, asked: Tensor) -> SaidAll:
         """Returns what the model says of whole answers; gradients flow where they are enabled.
 
@@ -74,11 +67,7 @@ class Reading(ABC):
             answers: (B, S) int64, padded on the right with any token.
             lengths: (B,) of the answers.
             asked: (B, S) bool, whose logits are returned.
-
-        Raises:
-            PolicyError: see `go_on`.
         """
-        raise PolicyError(f"{type(self.vlm).__name__} writes no text: expected a causal model.")
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
         """Returns whether it can read a prompt with these tokens."""
