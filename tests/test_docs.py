@@ -218,6 +218,9 @@ READ_ONLY = {
     "python experiments/submit_ray_job.py": "a cluster's; tests/agent/workers submits to one of its own",
     "python /path/to/experiments/submit_ray_job.py": "likewise",
     "python experiments/run_ppo.py --rollout_backend ray-replica --output_dir /shared/": "the entrypoint of a job",
+    "python experiments/evaluate.py --policy remote": "a server's; tests/experiments/test_remote.py has its own",
+    "python experiments/collect.py --player remote": "likewise",
+    "python experiments/run_dpo.py --policy runs/.../final --pairs remote": "likewise",
     "python experiments/check_model.py families/": "tests/experiments/test_check_model.py compares what it writes",
 }
 NOT_OURS = {
@@ -231,6 +234,7 @@ NOT_OURS = {
     "bash .ci/run": "runs this",
     "pre-commit install": "changes the git repository",
     "export RAY_AUTH_MODE": "of a cluster",
+    "export OPENAI_API_KEY": "of a server",
     "ray ": "a cluster of several machines",
     "ssh ": "another machine",
 }

@@ -2,18 +2,18 @@
 
 Each is a `Policy`: what it must be told beside frame and instruction stands in `needs`, and `act` draws with the run's
 random numbers. Environments refuse what their action mask does not allow: a player of such ones needs "action_masks".
-One of your own, here one that asks a service, frame by frame:
+A model behind a chat API is `manako.policies.remote_policy`. One of your own, here a rule of the frame:
 
-    class Remote(Player):
+    class Brightest(Player):
         def prepare(self, images, instructions, told=None):
-            asked = [ask(image, text, self.spec.action_names) for image, text in zip(images, instructions)]
-            return Rows({"index": torch.tensor([self.spec.action_names.index(name) for name in asked])})
+            columns = images.sum((1, 3)).reshape(len(images), len(self.spec.action_names), -1)
+            return Rows({"index": torch.from_numpy(columns.sum(-1).argmax(1))})
 
         def act(self, inputs, draws, greedy=False):
             return self.deterministic(inputs["index"])
 
-    collector = RolloutCollector(env, Remote(policy.spec), num_steps, seed, record=True)
-    to_dataset([collector.collect(0)], policy, env_id, "remote", {})
+    collector = RolloutCollector(env, Brightest(policy.spec), num_steps, seed, record=True)
+    to_dataset([collector.collect(0)], policy, env_id, "brightest", {})
 
 Locally and with ray-env there is one, which is asked for all slots before each of their steps, in order. With
 ray-replica every worker has its own copy (it must pickle) and may repeat a rollout: keep no state there.

@@ -30,7 +30,9 @@ def parse_action(text: str, names: Sequence[str]) -> int | None:
         text: the answer.
         names: the A actions; the first 52 have the letters A to Z, a to z.
     """
-    text = _THOUGHT.sub("", text)
+    text = _THOUGHT.sub("", text).strip()
+    if text.startswith("<think>"):  # it was never closed: no answer behind it
+        return None
     fenced = _FENCE.match(text)
     text = (fenced[1] if fenced else text).strip()
     if text.startswith("{"):
@@ -82,10 +84,11 @@ def _of_letter(letter: str, names: Sequence[str]) -> int | None:
 
 def _names_in(text: str, names: Sequence[str]) -> set[int]:
     """The actions whose names stand in a text as whole words; a name inside a longer one does not count."""
-    found = set()
-    for index in sorted(range(len(names)), key=lambda index: len(names[index]), reverse=True):
-        pattern = rf"(?<!\w){re.escape(names[index])}(?!\w)"
+    folded = [name.casefold() for name in names]
+    found: set[int] = set()
+    for name in sorted(set(folded), key=len, reverse=True):
+        pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
         if re.search(pattern, text, re.I):
-            found.add(index)
+            found |= {index for index, other in enumerate(folded) if other == name}
             text = re.sub(pattern, "\0", text, flags=re.I)
     return found

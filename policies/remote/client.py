@@ -356,7 +356,7 @@ def check_settings(settings: RemoteSettings) -> None:
             "in that variable, never on a command line."
         )
     parts = urlsplit(settings.remote_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in settings.remote_url:
         raise RemoteError(
             "--remote_url is no plain address: expected http or https, a host and a path, without a name, password or "
             "query, such as http://localhost:8000/v1."

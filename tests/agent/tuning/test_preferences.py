@@ -44,6 +44,15 @@ def test_the_experts_action_is_preferred_where_the_player_did_another():
         expert_pairs(episodes((7, [0], [-1], 1.0)))
 
 
+def test_a_step_whose_answer_named_no_action_says_nothing():
+    """Whatever stood in for it: an unparsed step is no pair's row, nor the side that is worse."""
+    data = episodes((7, [0, 1, 2], [0, 3, 2], 1.0), (7, [0, 2, 1], [1, 0, 2], 0.0))
+    assert expert_pairs(data) and return_pairs(data) == [(1, 1, 2)]
+    said = data.add_column("outcome", ["legal", "cut", "legal", "legal", "legal", "refused"])
+    assert expert_pairs(said) == [(3, 1, 0), (4, 0, 2)] and return_pairs(said) == []
+    assert return_pairs(data.add_column("outcome", [None] * 4 + ["unparsed", None])) == []
+
+
 def test_the_better_of_two_episodes_is_preferred_where_they_first_part():
     data = episodes(
         (7, [0, 1, 2], [0, 0, 0], 1.0),  # rows 0 to 2
@@ -75,6 +84,8 @@ def test_at_the_same_sight_the_action_that_paid_more_on_average_is_preferred():
     }
     data = Dataset.from_dict(columns).cast_column("image", Image())
     assert state_pairs(data) == [(0, 1, 0), (2, 1, 0)]
+    assert state_pairs(data.add_column("outcome", ["legal"] * 2 + ["cut"] + ["legal"] * 3)) == [(0, 1, 0)]
+    assert state_pairs(data.add_column("outcome", ["legal"] * 3 + ["cut"] + ["legal"] * 2)) == []
 
 
 def png(frame):
