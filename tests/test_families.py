@@ -41,6 +41,11 @@ REFUSED = {
 NO_ADAPTER = {"chameleon", "emu3", "ovis2"}  # the image goes into the vocabulary, no module stands between
 NO_ANSWERS_OF_SEVERAL_TOKENS = {"janus": "is not computed here as transformers computes it"}  # its generate differs
 NO_SHARED_PREFIX = {"qwen3_5"}  # layers with a state instead of keys
+# that read one image a prompt
+ONE_IMAGE = {"flamingo", "preset_kosmos2", "uniter", "vilbert", "paligemma", "blip2", "blip2_t5", "instructblip"}
+ONE_IMAGE |= {"instructblip_t5", "kosmos2", "idefics", "git", "florence2"}
+ONE_IMAGE_SAYS = "reads one image a prompt: expected --frames 1, or a model that reads several, such as the preset tiny"
+ONE_PLACE = "does not hold a system text, an instruction and 3 images .it gives 1 places for an image"  # PaliGemma's
 ACTING = [*OWN_ROWS, *(family for family in FAMILIES if family not in REFUSED)]
 ONE_SIZE = {*MORE, *OWN_ROWS}  # of frames; a preset's encoder is made for one
 CONTRACT = [pytest.param(family, marks=[pytest.mark.slow] if family in MORE else []) for family in ACTING]
@@ -68,22 +73,24 @@ def load(folder, names=NAMES, shape=(64, 64, 3), trainable="full", **source):
 # ---- computed as it is -------------------------------------------------------------------------------------------
 
 
-def of_the_library(folder, policy, image, instruction):
-    """What the library's processor makes of this chat: by its own chat template, or of plain text where it has none."""
+def of_the_library(folder, policy, image, instruction, turns=None):
+    """What the library's processor makes of this chat: by its own chat template, or of plain text where it has none.
+
+    Of several images, (k, H, W, 3), in their order.
+    """
     processor = load_processor(folder, load_config(folder))
-    picture = Image.fromarray(image)
-    messages = policy.messages(instruction)
+    pictures = [Image.fromarray(frame) for frame in (image if image.ndim == 4 else image[None])]
+    messages = policy.messages(instruction, turns)
     if processor.chat_template:
-        for message in messages:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = picture
+        parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        for part, picture in zip(parts, pictures, strict=True):
+            part["image"] = picture
         return processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-    text = policy.prompt(instruction)
+    text = policy.prompt(instruction, turns)
     own = {"add_special_tokens": False} if text.startswith("[CLS]") else {}  # GIT
-    return processor(text=[text], images=[picture], return_tensors="pt", **own)
+    return processor(text=[text], images=pictures, return_tensors="pt", **own)
 
 
 @torch.no_grad()
@@ -112,6 +119,43 @@ def test_a_policy_computes_what_plain_transformers_computes(family, folders):
         assert torch.equal(policy.distribution(inputs)[0], together)  # nothing is kept from call to call
         others = policy.distribution(policy.prepare(images[::-1], INSTRUCTIONS))[0]
         assert (others - together).abs().max() > 1e-3  # the image counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ACTING)
+def test_several_frames_and_what_was_done_are_read_as_plain_transformers_reads_them(family, folders):
+    """Three images and two turns a prompt; a family that reads one image a prompt says so in a sentence."""
+    folder, count = folders[family], 3
+    if family in ONE_IMAGE:
+        with pytest.raises(PolicyError, match=f"--frames 3 came, but \\w+ {ONE_IMAGE_SAYS}|{ONE_PLACE}"):
+            load(folder, frames=count)
+        return
+    policy = load(folder, frames=count, history=2)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    images = np.stack([frames(count, (64, 64, 3), seed=seed) for seed in (3, 4)])  # (2, k, H, W, 3)
+    turns = np.array([[[-1, 0.0], [1, -0.25]], [[0, 1.0], [2, 0.0]]])  # (2, turns, 2)
+    rows = torch.tensor(policy.codec.token_ids)[:, 0]
+    expected = []
+    for each, instruction, done in zip(images, INSTRUCTIONS, turns, strict=True):
+        given = of_the_library(folder, policy, each, instruction, done)
+        expected.append(model(**given).logits[0, -1, rows].log_softmax(-1))
+        assert given["input_ids"][0].tolist() == policy.prompt_tokens(instruction, done)
+        said = ", ".join([f"{NAMES[1]} (reward -0.25)"] if done[0, 0] < 0 else [f"{NAMES[0]} (reward 1)", NAMES[2]])
+        assert f"{instruction}\nDone: {said}." in policy.prompt(instruction, done)
+
+    def ask(images, turns):
+        told = {"past_frames": images[:, :-1], "past_turns": turns}
+        return policy.distribution(policy.prepare(images[:, -1], INSTRUCTIONS, told))[0]
+
+    logprobs = ask(images, turns)
+    for row, right in enumerate(expected):
+        assert (logprobs[row] - right).abs().max() <= 1e-5 * right.abs().max(), row
+    for number in range(count):  # each image counts, and so does what was done
+        others = images.copy()
+        others[:, number] = 255 - others[:, number]
+        assert (ask(others, turns) - logprobs).abs().max() > 1e-3, number
+    assert (ask(images, turns[::-1]) - logprobs).abs().max() > 1e-3
+    assert (ask(images[:, [1, 0, 2]], turns) - logprobs).abs().max() > 1e-3  # and so does their order
 
 
 def with_an_answer(folder, policy, answer):

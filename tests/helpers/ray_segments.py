@@ -79,7 +79,7 @@ def env_maker(env_id: str = "tests/Corridor-v0", seed: int = 3, **kwargs: Any) -
     return functools.partial(make_env, env_id, {**SETTINGS, **kwargs}, seed)
 
 
-def make_policy(trainable: str = "full", dtype: str = "float32") -> Any:
+def make_policy(trainable: str = "full", dtype: str = "float32", frames: int = 1, history: int = 0) -> Any:
     """The tiny policy for Corridor, with a value head that is not zero."""
     import torch
 
@@ -87,8 +87,8 @@ def make_policy(trainable: str = "full", dtype: str = "float32") -> Any:
 
     torch.set_num_threads(1)
     register()
-    policy = tiny_policy(make_env("tests/Corridor-v0", SETTINGS, 3, 0, 1), trainable=trainable, dtype=dtype)
-    return policy
+    told = {"frames": frames, "history": history}
+    return tiny_policy(make_env("tests/Corridor-v0", SETTINGS, 3, 0, 1), trainable=trainable, dtype=dtype, **told)
 
 
 def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any = None) -> Any:

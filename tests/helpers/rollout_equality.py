@@ -12,7 +12,10 @@ from manako.policies.interface import Rows
 def same_rows(one: Rows, other: Rows, name: str = "rows") -> None:
     """Asserts that two sets of rows hold the same columns, padded the same."""
     assert one.columns.keys() == other.columns.keys() and one.fillers == other.fillers, name
-    for column in one.columns:
+    assert (one.shared is None) == (other.shared is None), name
+    shared = () if one.shared is None or other.shared is None else one.shared.pool
+    assert not shared or one.shared.pool.keys() == other.shared.pool.keys(), name
+    for column in (*one.columns, *shared):
         same_tensor(one[column], other[column], f"{name}: {column}")
 
 

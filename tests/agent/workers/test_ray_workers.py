@@ -99,6 +99,7 @@ def central(policy, num_workers=2, batch_size=2, maker=None, **given):
         yield rollouts
 
 
+PAST = {"frames": 3, "history": 2}
 BACKENDS = {"ray-env": central, "ray-replica": replica}
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 # where the supervisor does the same for both, and starting copies of the policy takes the time
@@ -124,6 +125,18 @@ def test_every_field_of_every_rollout_is_the_local_one(backend, num_workers, pol
         theirs, mine = rollouts.state_dict(), plain.state_dict()
         assert {**theirs, "instructions": 0} == {**mine, "instructions": 0}
         assert set(theirs["instructions"]) == set(mine["instructions"])
+
+
+@backends
+def test_the_past_that_a_policy_is_told_is_the_local_one(backend):
+    """Frames and turns before the present, also where a worker was lost and another played its segment again."""
+    policy = make_policy(**PAST)
+    plain = local(NUM_ENVS, policy, batch_size=2)
+    with backend(policy, 2, **(PAST if backend is replica else {})) as rollouts:
+        for iteration in range(3):
+            if iteration == 2:
+                kill(supervisor_of(rollouts).pids()[1])
+            same_bits(rollouts.collect(iteration), plain.collect(iteration))
 
 
 @pytest.mark.slow
@@ -157,10 +170,12 @@ def test_every_backend_records_the_same_trajectories(name):
 
 
 @backends
-def test_a_state_goes_from_any_backend_to_any_other(backend, policy):
+@pytest.mark.parametrize("past", [{}, PAST], ids=["present", "past"])
+def test_a_state_goes_from_any_backend_to_any_other(backend, past, policy):
+    policy = make_policy(**past) if past else policy
     plain = local(NUM_ENVS, policy, batch_size=1)
     first = plain.collect(0)
-    with backend(policy, 2, batch_size=1) as rollouts:
+    with backend(policy, 2, batch_size=1, **(past if backend is replica else {})) as rollouts:
         rollouts.load_state_dict(plain.state_dict(), {})
         second = rollouts.collect(1)
         state = rollouts.state_dict()
