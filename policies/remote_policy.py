@@ -18,6 +18,7 @@ import torch
 from manako.policies.answers.illegal import LEGAL, SKIP, stands_in
 from manako.policies.errors import PolicyError
 from manako.policies.interface import (
+    ACTION_MASK,
     Acted,
     Draws,
     Evaluated,
@@ -53,7 +54,7 @@ class RemotePolicy(Policy):
         chooser: asks the server.
     """
 
-    needs = ("uncounted",)
+    needs = ("uncounted", "action_masks")
 
     def __init__(
         self,
@@ -88,6 +89,8 @@ class RemotePolicy(Policy):
             "text": torch.from_numpy(text.reshape(len(texts), longest).copy()),
             "asked": torch.from_numpy(asked),
         }
+        if told is not None and "action_masks" in told:
+            columns[ACTION_MASK] = torch.from_numpy(np.array(told["action_masks"], bool))  # (B, A)
         return Rows(columns, {"text": 0})
 
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
@@ -107,7 +110,7 @@ class RemotePolicy(Policy):
         outcomes = [LEGAL] * len(inputs)
         for row, chosen in zip(asked, self.chooser.choose(questions), strict=True):
             outcomes[row] = chosen.outcome
-            index[row], logprobs[row] = self._action(chosen, uniforms[row], greedy)
+            index[row], logprobs[row] = self._action(chosen, self._allowed(inputs, row), uniforms[row], greedy)
             if chosen.logprobs is not None:
                 taken[row], mask[row] = logprobs[row, index[row]], True
         return Acted(
@@ -145,21 +148,31 @@ class RemotePolicy(Policy):
     def _question(self, inputs: Rows, row: int, seed: int | None) -> Question:
         text = bytes(inputs["text"][row].tolist()).rstrip(b"\0").decode()
         frame = inputs["frames"][row].numpy()
-        return Question(self.spec.system, frame, text, self.spec.action_names, seed)
+        names = np.array(self.spec.action_names, object)
+        return Question(self.spec.system, frame, text, tuple(names[self._allowed(inputs, row)]), seed)
 
-    def _action(self, chosen: Chosen, uniform: float, greedy: bool) -> tuple[int, torch.Tensor]:
+    def _allowed(self, inputs: Rows, row: int) -> np.ndarray:
+        """The actions that are offered, (n,) int64."""
+        if ACTION_MASK not in inputs:
+            return np.arange(len(self.spec.action_names))
+        return np.flatnonzero(inputs[ACTION_MASK][row].numpy())
+
+    def _action(
+        self, chosen: Chosen, allowed: np.ndarray, uniform: float, greedy: bool
+    ) -> tuple[int, torch.Tensor]:
         """The action for the environment, and log-probabilities (A,): of its letters, else all on the action."""
+        logprobs = torch.full((len(self.spec.action_names),), -torch.inf)  # (A,)
         if chosen.logprobs is not None:
-            logprobs = torch.from_numpy(chosen.logprobs).float()
+            logprobs[allowed] = torch.from_numpy(chosen.logprobs).float()
             if greedy:
                 return int(logprobs.argmax()), logprobs
             logprobs = (logprobs / self.settings.remote_temperature).log_softmax(-1)
             return int(sample_categorical(logprobs[None], np.array([uniform]))[0]), logprobs
-        index = self.stands_in if chosen.choice is None else chosen.choice
-        count = len(self.spec.action_names)
+        index = self.stands_in if chosen.choice is None else int(allowed[chosen.choice])
         if index == SKIP:  # nothing is known of any action
-            return SKIP, torch.zeros(count).log_softmax(-1)
-        return index, torch.nn.functional.one_hot(torch.tensor(index), count).float().log()
+            return SKIP, torch.zeros_like(logprobs).log_softmax(-1)
+        logprobs[index] = 0.0
+        return index, logprobs
 
 
 def make_chooser(settings: RemoteSettings, account: Path | None = None) -> tuple[Chooser, Ledger]:

@@ -104,7 +104,9 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple
         player = copy()
     elif run.player == "remote":
         player = make_remote(command, policy)
-        copy = functools.partial(RemotePolicy, player.spec, player.settings, player.ledger.file)
+        copy = functools.partial(
+            RemotePolicy, player.spec, player.settings, player.ledger.file, command.policy.illegal_action
+        )
     seeds = training_seeds(run.episodes or 500, run.seed, run.group_size)
     equal = workers.workers * (workers.rollout_batch_size or 1)  # slots come in multiples of this
     num_envs = min(environment.num_envs, equal * math.ceil(len(seeds) / equal))

@@ -77,11 +77,15 @@ def make_remote_policy(
         UsageError: a replaced instruction that would be changed.
         PolicyError: settings that cannot be used.
     """
+    from manako.policies import PolicySource
     from manako.policies.interface import PolicySpec
     from manako.policies.remote_policy import RemotePolicy
 
     text = environment.instruction
     if text is not None and as_plain_text(text, []) != text:
         raise UsageError(f"--instruction {text!r} holds control characters: expected plain text.")
+    for name in ("frames", "history"):
+        if getattr(source, name) != getattr(PolicySource(), name):
+            raise UsageError(f"--{name} came, but a model behind a chat API is shown the present frame alone: leave it out.")
     spec = PolicySpec(action_names, frame_shape, system=source.system)
     return RemotePolicy(spec, settings, illegal_action=source.illegal_action)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from manako.policies.answers.illegal import in_place_of, no_op
+from manako.policies.answers.illegal import SKIP, stands_in
 from manako.policies.answers.parsing import parse_action
 from manako.policies.errors import PolicyError
 
@@ -71,11 +71,7 @@ def test_names_go_before_letters_and_spelling_before_case():
     assert parse_action("go 1", many) == 1 and parse_action("I say go 12", many) == 12
 
 
-def test_what_stands_for_doing_nothing():
-    assert no_op(("up", "Do-Nothing")) == 1 and no_op(("NOOP", "FIRE")) == 0 and no_op(("up", "down")) is None
-    assert no_op(("stay", "up"), stated="up") == 1
-    with pytest.raises(PolicyError, match="--illegal_action is 'fly': expected one of up, down"):
-        no_op(("up", "down"), stated="fly")
-    assert in_place_of("cut", "u", ("up", "stay"), 1) == 1
-    with pytest.raises(PolicyError, match="names no action .unparsed: 'fly'.* give --illegal_action"):
-        in_place_of("unparsed", "fly", ("up", "down"), None)
+def test_what_stands_in_for_an_action():
+    assert stands_in(("up", "stay"), None) == SKIP and stands_in(("stay", "up"), "up") == 1
+    with pytest.raises(PolicyError, match="--illegal_action is 'fly': expected one of up, down, or leave it out"):
+        stands_in(("up", "down"), "fly")

@@ -11,6 +11,7 @@ from manako.agent.errors import TrainingError
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.evaluation import evaluate
 from manako.envs import EpisodeVectorEnv
+from manako.policies.answers.illegal import SKIP
 from manako.policies.errors import PolicyError
 from manako.policies.interface import Draws, PolicySpec, Rows
 from manako.policies.remote.choosing import letter_logprobs
@@ -30,9 +31,9 @@ HAND = {"A": math.log(0.5), " A": math.log(0.1), "B": math.log(0.2), "The": math
 def made(tmp_path):
     """Makes policies of a server, with the cache in the test's folder."""
 
-    def make(server, spec=SPEC, **settings):
+    def make(server, spec=SPEC, illegal_action=None, **settings):
         options = {"remote_model": "m", "remote_cache": str(tmp_path / "cache"), **settings}
-        return RemotePolicy(spec, RemoteSettings(remote_url=server.url, **options))
+        return RemotePolicy(spec, RemoteSettings(remote_url=server.url, **options), illegal_action=illegal_action)
 
     return make
 
@@ -140,14 +141,25 @@ def test_an_illegal_answer_becomes_what_the_environment_has_for_it(made):
         asking = {"remote_answers": "text", "remote_concurrency": 1}
         acted = act(made(server, illegal_action="left", **asking), frames(4), instructions=list("abcd"))
         assert acted.to_env.tolist() == [0, 2, 2, 2] and acted.outcomes == ["legal", "unparsed", "cut", "refused"]
-        waiting = PolicySpec(("up", "Stay"), SPEC.frame_shape)
-        assert act(made(server, waiting, **asking), frames(2), instructions=["a", "b"]).to_env.tolist() == [0, 1]
-        with pytest.raises(
-            PolicyError, match=r"names no action \(unparsed: 'fly'\), and none of up, down, left stands"
-        ):
-            act(made(server, **asking), frames(1), instructions=["b"])
+        skipping = act(made(server, **asking), frames(2), instructions=["a", "b"])
+        assert skipping.to_env.tolist() == [0, SKIP] and skipping.outcomes == ["legal", "unparsed"]
         with pytest.raises(PolicyError, match="--illegal_action is 'fly'"):
             made(server, illegal_action="fly")
+
+
+@pytest.mark.parametrize("answers", ["letters", "text"])
+def test_what_is_not_allowed_is_not_offered(made, answers):
+    def answer(body):
+        assert "down" not in system_of(body) or "up" in system_of(body)
+        return letters({"A": -3.0, "B": -0.1}) if "logprobs" in body else "left"
+
+    masks = np.array([[True, False, True], [True, True, True]])
+    with ChatServer(answer) as server:
+        acted = act(made(server, remote_answers=answers), frames(2), action_masks=masks)
+        assert acted.to_env.tolist() == ([2, 1] if answers == "letters" else [2, 2])  # B is left, then down
+        offered = [system_of(body) for body in server.bodies]
+        assert sum("down" in text for text in offered) == 1
+        assert acted.actions["logprobs"][0, 1] == -math.inf
 
 
 def test_a_letter_that_is_none_of_them_is_no_action(made):

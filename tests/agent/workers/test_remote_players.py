@@ -41,9 +41,10 @@ def answer(body):
 
 def rollouts(backend, server, folder, **settings):
     env = EpisodeVectorEnv(ENVIRONMENT.env, 1)
-    options = {"remote_model": "m", "remote_cache": str(folder), "illegal_action": "up", **settings}
-    policy = RemotePolicy(PolicySpec(env.action_names, env.frame_shape), RemoteSettings(server.url, **options))
-    copy = functools.partial(RemotePolicy, policy.spec, policy.settings, policy.ledger.file)
+    options = {"remote_model": "m", "remote_cache": str(folder), **settings}
+    spec, remote = PolicySpec(env.action_names, env.frame_shape), RemoteSettings(server.url, **options)
+    policy = RemotePolicy(spec, remote, illegal_action="up")
+    copy = functools.partial(RemotePolicy, spec, remote, policy.ledger.file, "up")
     workers = WorkerSettings() if backend == "local" else WorkerSettings(rollout_backend=backend, num_workers=2)
     environment = dataclasses.replace(ENVIRONMENT)
     plan = make_plan(environment, workers, policy, copy, num_steps=6, num_iterations=2, seed=3, record=True)
