@@ -60,7 +60,7 @@ def test_taxi_allows_what_its_own_info_says():
         env.step(action)
         info = plain.step(action)[-1]
     refused = int(np.flatnonzero(info["action_mask"] == 0)[0])
-    with pytest.raises(EnvError, match=r"Taxi-v4 got an action that its action_mask does not allow: expected '.*seed 3"):
+    with pytest.raises(EnvError, match=r"Taxi-v4 got an action that its action_mask does not allow: expect.*seed 3"):
         env.step(refused)
 
 
@@ -160,7 +160,7 @@ def test_a_replay_with_other_masks_is_another_episode():
 def test_an_expert_that_wants_what_is_not_allowed():
     env = EpisodeVectorEnv(GATES, 1, seed=5, env_kwargs={"jumpy": True})
     env.reset()
-    with pytest.raises(EnvError, match=r"has an expert that wants 'jump', which its action_mask does not allow: expect"):
+    with pytest.raises(EnvError, match=r"has an expert that wants 'jump', which its action_mask does not allow"):
         env.expert_actions()
     free = EpisodeVectorEnv(GATES, 1, env_kwargs={"jumpy": True}, action_masks=False)
     free.reset()
