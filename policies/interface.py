@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from manako.policies.errors import PolicyError
-from manako.policies.source import SYSTEM, ActionFormat
+from manako.policies.source import BINS, SYSTEM, ActionFormat, BinSpacing
 
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
 
@@ -148,6 +148,7 @@ class Evaluated(NamedTuple):
     values: Tensor  # (B,) float32
     distribution: Tensor | None = None  # (B, A) log-probabilities where the set is closed
     losses: Mapping[str, Tensor] = {}  # a policy's own, (), such as the next frame's: the trainer adds and logs them
+    is_joint: bool = False  # True: the tokens are the entries of one action, which has one ratio
 
 
 @dataclass(frozen=True)
@@ -155,21 +156,27 @@ class PolicySpec:
     """What a policy is made for, and its prompt; saved as policy.json.
 
     Args:
-        action_names: the A actions, in the env's order.
+        action_names: the A actions, in the env's order; of vectors (d,) the entries.
         frame_shape: (H, W, 3) of the env's frames.
         action_format: see `manako.policies.answers.closed_set`.
         system: the prompt's system text; `{actions}` stands for the list of actions.
+        vectors: the space of action vectors, `MultiDiscrete` or `Box`; None: an action is one of the A.
+        bins: how many an entry of a `Box` has.
+        bin_spacing: see `manako.policies.answers.bins`.
     """
 
     action_names: tuple[str, ...]
     frame_shape: tuple[int, int, int]
     action_format: ActionFormat = "auto"
     system: str = SYSTEM
+    vectors: gym.Space | None = None
+    bins: int = BINS
+    bin_spacing: BinSpacing = "linear"
 
     @property
     def action_space(self) -> gym.Space:
         """The env's action space."""
-        return gym.spaces.Discrete(len(self.action_names))
+        return gym.spaces.Discrete(len(self.action_names)) if self.vectors is None else self.vectors
 
 
 class Policy(nn.Module, ABC):

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed.build import swap_parts
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.presets import PRESETS
+from manako.policies.bins_policy import BinsPolicy
 from manako.policies.default_trainable import IS_RANDOM, POLICY_FILE, began_random, with_default
 from manako.policies.encoders import ENCODERS
 from manako.policies.errors import PolicyError
@@ -40,6 +42,7 @@ from manako.policies.saving import (
 from manako.policies.source import SYSTEM, PolicySource
 from manako.policies.trainable import parts_of, set_trainable
 from manako.policies.vlm_policy import VLMPolicy
+from manako.spaces import is_vector
 
 OF_PRESETS = (
     "vision_encoder",
@@ -59,7 +62,12 @@ class Loaded(NamedTuple):
     base_sha256: str | None = None  # of the base that its LoRA belongs to; None: what learns is not marked yet
 
 
-def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> VLMPolicy:
+def load_policy(
+    source: PolicySource,
+    action_names: Sequence[str],
+    frame_shape: tuple[int, int, int],
+    action_space: gym.Space | None = None,
+) -> VLMPolicy:
     """Loads the policy of a preset, a folder or a Hub id, for these actions and frames.
 
     A folder of `save_policy` also brings its value head, and its system text and action format where the source leaves
@@ -67,8 +75,9 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
 
     Args:
         source: where it comes from and what of it learns.
-        action_names: the A actions, in the env's order.
+        action_names: the A actions, in the env's order, or the entries of its action vectors.
         frame_shape: (H, W, 3) of the env's frames.
+        action_space: the env's, where its actions may be vectors; None: one of the A.
 
     Returns:
         The policy, with what learns marked.
@@ -79,7 +88,7 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     source, is_random = with_default(source), began_random(source)
     parts = parts_of(source.trainable)
     model, source, head, base_sha = load_model(source, action_names, frame_shape)
-    policy = put_policy_around(model, source, action_names, frame_shape)
+    policy = put_policy_around(model, source, action_names, frame_shape, action_space)
     if head is not None:
         fill(policy.value_head, head, Path(source.policy))
     policy.value_head.requires_grad_("value_head" in parts)
@@ -103,7 +112,11 @@ def load_model(source: PolicySource, action_names: Sequence[str], frame_shape: t
 
 
 def put_policy_around(
-    model: Model, source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]
+    model: Model,
+    source: PolicySource,
+    action_names: Sequence[str],
+    frame_shape: tuple[int, int, int],
+    action_space: gym.Space | None = None,
 ) -> VLMPolicy:
     """Returns the policy of a loaded model, for these actions and frames: the half that checks what it computes.
 
@@ -111,13 +124,18 @@ def put_policy_around(
         PolicyError: the model cannot serve these actions or frames, or its numbers are not the library's.
     """
     height, width, channels = frame_shape
-    spec = PolicySpec(tuple(action_names), (height, width, channels), source.action_format, source.system)
+    vectors = None if action_space is None or not is_vector(action_space) else action_space
+    shape = (height, width, channels)
+    spec = PolicySpec(
+        tuple(action_names), shape, source.action_format, source.system, vectors, source.bins, source.bin_spacing
+    )
     with quietly():
-        policy = VLMPolicy(model, spec)
+        policy = VLMPolicy(model, spec) if vectors is None else BinsPolicy(model, spec)
     if source.next_frame_coef and policy.next_frame is None:
         raise PolicyError(
             f"--next_frame_coef is {source.next_frame_coef}, but {type(policy.base_vlm).__name__} of --policy "
-            f"{source.policy} predicts no frames: expected 0, or a policy of vision tokens."
+            f"{source.policy} predicts no frames"
+            f"{'' if vectors is None else ' of action vectors'}: expected 0, or a policy of vision tokens."
         )
     policy.next_frame_coef = source.next_frame_coef
     return policy
@@ -157,6 +175,8 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         saved,
         system=source.system,
         action_format=source.action_format,
+        bins=source.bins,
+        bin_spacing=source.bin_spacing,
         trainable=source.trainable,
         next_frame_coef=source.next_frame_coef,
     )
@@ -231,6 +251,10 @@ def _fill_in(source: PolicySource, action_names: Sequence[str], description: dic
         source = replace(source, system=description["system"])
     if source.action_format == "auto" and list(action_names) == description["action_names"]:
         source = replace(source, action_format=description["action_format"])
+    given = PolicySource()
+    for name in ("bins", "bin_spacing"):
+        if getattr(source, name) == getattr(given, name) and name in description["source"]:
+            source = replace(source, **{name: description["source"][name]})
     return source
 
 

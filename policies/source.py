@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 else:  # a line in the table is a choice of --action_format
     ActionFormat = Literal[("auto", *KINDS)]
 Dtype = Literal["float32", "bfloat16"]
+BinSpacing = Literal["linear", "symlog"]
+BINS = 11
 SYSTEM = "Follow the instruction. Actions: {actions}."
 
 
@@ -48,6 +50,8 @@ class PolicySource:
     )
     dtype: Dtype = setting("float32", "of the weights")
     action_format: ActionFormat = setting("auto", "how actions are named")
+    bins: int = setting(BINS, "bins of each entry of a continuous action, both bounds among them", ge=2)
+    bin_spacing: BinSpacing = setting("linear", "symlog puts them closer together around the middle")
     system: str = setting(
         SYSTEM, "system text of the prompt; {actions} stands for the list of actions", only_in_file=True
     )

@@ -19,6 +19,7 @@ from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.agent.rollout import Episode, success_rate, verdict
 from manako.policies.interface import Draws, Policy
+from manako.spaces import is_vector, shares
 
 Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
 CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
@@ -145,7 +146,7 @@ def _act(
     policy: Policy, env: EvaluationEnv, observations: Shown, condition: Condition, sample: bool, draws: Draws
 ) -> np.ndarray:
     if condition == "random":
-        return env.random_actions(draws.next())
+        return env.random_actions(draws.next)
     images, instructions = observations.images, observations.instructions
     if condition == "blank_image":
         images = np.zeros_like(images)
@@ -215,7 +216,7 @@ def expert_agreement(policy: Policy, env: EvaluationEnv, seeds: Sequence[int]) -
             expert = np.asarray(env.expert_actions())
             inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
             chosen = policy.act(inputs, Draws([]), greedy=True).to_env
-            agreed += int((chosen == expert)[going].sum())
+            agreed += int(_same_actions(policy, chosen, expert)[going].sum())
             states += int(going.sum())
             result = env.step(expert)
             ended = result.terminated | result.truncated
@@ -224,6 +225,14 @@ def expert_agreement(policy: Policy, env: EvaluationEnv, seeds: Sequence[int]) -
                 return Agreement(agreed, states)
             observations = env.reset_done(ended) if ended.any() else result.observations
     raise TrainingError(f"The expert has not ended an episode in {MAX_EPISODE_STEPS:,} steps: set a limit of steps.")
+
+
+def _same_actions(policy: Policy, chosen: np.ndarray, expert: np.ndarray) -> np.ndarray:
+    """(N,) bool; vectors are the same where they fall into the same bins."""
+    if chosen.ndim == 1:
+        return chosen == expert
+    one, other = (policy.actions_from_env(actions).columns for actions in (chosen, expert))
+    return np.all([(one[name] == other[name]).numpy().all(1) for name in one], axis=0)
 
 
 def record_episodes(
@@ -248,7 +257,7 @@ def record_episodes(
     every = [1] * env.num_envs
     instructions = [[observations.instructions[slot]] for slot in slots]
     probabilities: list[list[np.ndarray]] = [[] for _ in slots]
-    actions: list[list[int]] = [[] for _ in slots]
+    actions: list[list[Any]] = [[] for _ in slots]
     rewards: list[list[float]] = [[] for _ in slots]
     success: list[bool | None] = [False] * env.num_envs
     going = set(slots)
@@ -257,16 +266,20 @@ def record_episodes(
         for _ in range(max_steps):
             inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
             acted = policy.act(inputs, draws, greedy=True)
-            said = policy.evaluate_actions(inputs.to(policy.device), acted.actions.to(policy.device)).distribution
-            assert said is not None, "the bars of a GIF are those of a closed set"
+            if is_vector(env.action_space):
+                bars = shares(env.action_space, acted.to_env)
+            else:
+                said = policy.evaluate_actions(inputs.to(policy.device), acted.actions.to(policy.device)).distribution
+                assert said is not None, "the bars of a GIF are those of a closed set"
+                bars = said.exp().cpu().numpy()
             result = env.step(acted.to_env)
             observations = result.observations
             ended = result.terminated | result.truncated
             for slot in sorted(going):
                 last[slot] = observations.images[slot]
                 instructions[slot].append(observations.instructions[slot])
-                probabilities[slot].append(said[slot].exp().cpu().numpy())
-                actions[slot].append(int(acted.to_env[slot]))
+                probabilities[slot].append(bars[slot])
+                actions[slot].append(acted.to_env[slot].tolist())
                 rewards[slot].append(float(result.rewards[slot]))
                 if ended[slot]:
                     success[slot] = verdict(result.success[slot])

@@ -50,11 +50,11 @@ def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = F
         TrainingError: nothing is left.
     """
     rows = _successful(trajectories, only_success)
-    answers = answer_messages(policy)
+    said = policy.answers(policy.actions_from_env(np.array(rows["action"])))
     return Dataset.from_dict(
         {
             **prompt_columns(rows, policy),
-            "completion": [answers[action] for action in rows["action"]],
+            "completion": [assistant_message(answer) for answer in said],
         },
         features=FEATURES,
     )

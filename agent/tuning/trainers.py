@@ -186,7 +186,7 @@ class PolicyCloningTrainer(PolicySFTTrainer):
             observation.append(place)
         told = {"action_masks": np.array(masks)} if masks else None
         inputs = self.policy.prepare(np.stack(frames), instructions, told)
-        action = torch.tensor([row["action"] for row in rows])
+        action = torch.tensor([row["action"] for row in rows])  # (B,), or vectors (B, d)
         made: dict[str, Any] = {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
         known = [at for at, row in enumerate(rows) if row.get("next_image") is not None]
         if known:
@@ -199,6 +199,8 @@ class PolicyCloningTrainer(PolicySFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Returns the mean of -log pi(a | s) over the batch."""
+        if inputs["action"].ndim > 1:
+            return self._loss_of_vectors(inputs, return_outputs)
         # every action of an observation is read by one forward, so it is asked for any one of them
         first = self.policy.actions_from_env(np.zeros(len(inputs["inputs"]), dtype=np.int64)).to(self.policy.device)
         with self.accelerator.autocast():
@@ -215,6 +217,16 @@ class PolicyCloningTrainer(PolicySFTTrainer):
             for name, own in losses.items():
                 self._metrics["train" if self.model.training else "eval"][name].append(own.item())
                 loss = loss + own
+        return (loss, output) if return_outputs else loss
+
+    def _loss_of_vectors(self, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """The mean of -log pi(a | s) of vectors: of each entry's nearest bin, given those before it, summed."""
+        policy = self.policy
+        actions = policy.actions_from_env(inputs["action"].numpy()).to(policy.device)
+        with self.accelerator.autocast():
+            rows = inputs["inputs"].select(inputs["observation"]).to(policy.device)
+            output = policy.evaluate_actions(rows, actions)
+        loss = -output.logprobs.sum(-1).mean()
         return (loss, output) if return_outputs else loss
 
 

@@ -168,7 +168,9 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
         frames, texts = frames_and_captions(command, sft.captions)
         return captions(frames, texts), frames
     spec = policy.spec
-    trajectories, _ = load_trajectories(str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape)
+    trajectories, _ = load_trajectories(
+        str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape, spec.action_space
+    )
     if not command.environment.action_masks:
         trajectories = without_masks(trajectories)
     frames = sample_frames(trajectories, FITTED_FRAMES)

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.interface import Rows
-from manako.policies.reading.reading import Read, Reading
+from manako.policies.reading.reading import Choose, Read, Reading, behind
 from manako.policies.reading.whole_prompt import WholePrompt
 
 if TYPE_CHECKING:  # architectures name their reading
+    from manako.policies.answers.bins import BinCodec
+    from manako.policies.answers.closed_set import ActionCodec
     from manako.policies.architectures.model import Model
     from manako.policies.processing import Processing
 
@@ -63,7 +64,9 @@ class SharedPrefix(Reading):
         prefix_ids: (P,) of `find_prefix`.
     """
 
-    def __init__(self, model: "Model", codec: ActionCodec, processing: "Processing", prefix_ids: Tensor) -> None:
+    def __init__(
+        self, model: "Model", codec: "ActionCodec | BinCodec", processing: "Processing", prefix_ids: Tensor
+    ) -> None:
         super().__init__(model, codec, processing)
         self.prefix_ids = prefix_ids
         self._prefix = tuple(prefix_ids.tolist())
@@ -83,6 +86,26 @@ class SharedPrefix(Reading):
             return self._whole_prompt.read(inputs)
         hidden, cache, last = self._run_rest(inputs)
         return Read(hidden, self._branch_logits(hidden, cache, inputs["lengths"], last))
+
+    def read_answers(self, inputs: Rows, answers: Tensor) -> Read:
+        """Returns hidden states and logits, by one pass over what follows the prefix, answers among it."""
+        if self.is_beyond_window(inputs):
+            return self._whole_prompt.read_answers(inputs, answers)
+        hidden = self._run_rest(inputs, answers)[0]  # (B, 1 + K, D)
+        head = self._head()
+        return Read(hidden[:, 0], [head(entry, hidden[:, entry]) for entry in range(hidden.shape[1])])
+
+    def say(self, inputs: Rows, choose: Choose) -> Tensor:
+        """Has an answer said token by token, on the prompt's cache."""
+        if self.is_beyond_window(inputs):
+            return self._whole_prompt.say(inputs, choose)
+        hidden, cache, last = self._run_rest(inputs)
+        head, at, said = self._head(), hidden, []
+        for entry in range(len(self.codec.branches)):
+            said.append(choose(entry, head(entry, at)))
+            if entry + 1 < len(self.codec.branches):
+                at = self._run_path(torch.stack(said, 1), cache, inputs["lengths"], last)[:, -1]
+        return hidden
 
     def read_hidden(self, inputs: Rows) -> Tensor:
         """Returns the hidden states (B, D) at the prompts' last tokens."""
@@ -122,12 +145,15 @@ class SharedPrefix(Reading):
         self.vlm.model(input_ids=self.prefix_ids.to(self.vlm.device)[None], past_key_values=cache, use_cache=True)
         return cache
 
-    def _run_rest(self, inputs: Rows) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Hidden states (B, D) at the last token, keys and values of whole prompts, position (..., B) of that token."""
+    def _run_rest(self, inputs: Rows, answers: Tensor | None = None) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Hidden states (B, D) at the last token, keys and values of whole prompts, position (..., B) of that token.
+
+        With answers (B, K) behind the prompts, the hidden states are (B, 1 + K, D), from that token on.
+        """
         prefix = self._kept if self._kept is not None else self.run_prefix()
         lengths, shared = inputs["lengths"], len(self.prefix_ids)
         rows = torch.arange(len(lengths), device=lengths.device)
-        given = self.processing.model_inputs(inputs)
+        given = self.processing.model_inputs(inputs, () if answers is None else answers)
         cache = self._expand(prefix, len(lengths))
         positions = None if self.model.positions is None else self.model.positions(self.vlm, given)  # (..., B, L)
         cut = [name for name in self.processing.of_tokens if name not in self.model.by_place]
@@ -137,7 +163,11 @@ class SharedPrefix(Reading):
             others["position_ids"] = positions[..., shared:]
         hidden = self.vlm.model(**rest, **others, past_key_values=cache, use_cache=True).last_hidden_state
         last = lengths - 1 if positions is None else positions[..., rows, lengths - 1]
-        return hidden[rows, lengths - shared - 1], cache, last
+        place = lengths - shared - 1  # (B,)
+        if answers is None:
+            return hidden[rows, place], cache, last
+        places = place[:, None] + torch.arange(answers.shape[1] + 1, device=lengths.device)
+        return hidden[rows[:, None], places], cache, last
 
     def _expand(self, prefix: DynamicCache, batch: int) -> DynamicCache:
         """A cache whose layers are views of the prefix's, repeated over the batch; gradients add up in the one copy."""
@@ -157,35 +187,39 @@ class SharedPrefix(Reading):
             below = self._run_path(path, cache, lengths, last)  # (B, path, D)
             for depth in range(1, len(path) + 1):
                 at_node[path[:depth]] = below[:, depth - 1]
+        head = self._head()
+        return [head(number, at_node[branch.path]) for number, branch in enumerate(self.codec.branches)]
+
+    def _head(self) -> Callable[[int, Tensor], Tensor]:
+        """The LM head's rows of the branches: number of a branch, hidden states (B, D) -> logits (B, children)."""
         head = self.vlm.get_output_embeddings()
         rows = self._rows.to(head.weight.device)
         weight = head.weight[rows]  # (children of all branches, D)
         bias = None if head.bias is None else head.bias[rows]
-        logits, start = [], 0
-        for branch in self.codec.branches:
-            stop = start + len(branch.children)
-            logits.append(
-                F.linear(at_node[branch.path], weight[start:stop], None if bias is None else bias[start:stop])
-            )
-            start = stop
-        return logits
+        ends = list(itertools.accumulate(len(branch.children) for branch in self.codec.branches))
 
-    def _run_path(self, path: tuple[int, ...], cache: DynamicCache, lengths: Tensor, last: Tensor) -> Tensor:
-        """Hidden states (B, path, D) of a path's tokens behind the prompts."""
-        batch, seen = len(lengths), cache.get_seq_length()
+        def of_branch(number: int, hidden: Tensor) -> Tensor:
+            own = slice(ends[number] - len(self.codec.branches[number].children), ends[number])
+            return F.linear(hidden, weight[own], None if bias is None else bias[own])
+
+        return of_branch
+
+    def _run_path(self, tokens: tuple[int, ...] | Tensor, cache: DynamicCache, lengths: Tensor, last: Tensor) -> Tensor:
+        """Hidden states (B, path, D) of a path's tokens behind the prompts, the same for all or (B, path)."""
+        batch, seen, path = len(lengths), cache.get_seq_length(), behind(tokens, lengths)
         attended = torch.cat(
             [
                 torch.arange(seen, device=lengths.device) < lengths[:, None],
-                torch.ones(batch, len(path), dtype=torch.bool, device=lengths.device),
+                torch.ones(batch, path.shape[1], dtype=torch.bool, device=lengths.device),
             ],
             dim=1,
         )  # (B, seen + path)
         branch_cache = copy.copy(cache)  # with what a model keeps beside keys and values, such as the images seen
         branch_cache.layers = [copy.copy(layer) for layer in cache.layers]  # they make new tensors of the old
         return self.vlm.model(
-            input_ids=torch.tensor(path, device=lengths.device).expand(batch, -1),
+            input_ids=path,
             attention_mask=attended.long(),
-            position_ids=last[..., None] + 1 + torch.arange(len(path), device=lengths.device),
+            position_ids=last[..., None] + 1 + torch.arange(path.shape[1], device=lengths.device),
             past_key_values=branch_cache,
             use_cache=True,
         ).last_hidden_state
