@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import gymnasium as gym
 import numpy as np
 
 from manako.memory import Memory
@@ -56,6 +57,7 @@ class VectorEnv(Protocol):
     num_envs: int
     first_slot: int
     action_names: tuple[str, ...]
+    action_space: gym.Space  # Discrete, or of vectors (d,): MultiDiscrete, Box of float32
     episode_returns: np.ndarray  # (N,)
     episode_lengths: np.ndarray  # (N,)
     episode_seeds: list[int]  # N
@@ -114,8 +116,8 @@ class EvaluationEnv(VectorEnv, Protocol):
     def replaced_instructions(self) -> tuple[str, ...]:
         """Returns for each slot a valid instruction other than its own."""
 
-    def random_actions(self, uniforms: np.ndarray) -> np.ndarray:
-        """Returns an action for each slot, of those allowed each alike, by numbers (N,) in [0, 1)."""
+    def random_actions(self, draw: Callable[[], np.ndarray]) -> np.ndarray:
+        """Returns an action for each slot, of those allowed each alike; `draw` gives (N,) numbers in [0, 1)."""
 
 
 # What an environment tells beside frame and instruction, by the name that `Policy.needs` asks for it.

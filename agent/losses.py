@@ -39,21 +39,18 @@ def ppo_loss(
     Returns:
         The loss, (); its parts and diagnostics by name, (); the ratio of the sampled tokens, flat.
     """
-    actor, ratio = policy_loss(
-        evaluated.logprobs,
-        samples.logprobs,
-        samples.mask,
-        samples.advantages,
-        settings.clip_range,
-        samples.importance,
-    )
-    bonus = step_means(evaluated.entropy, samples.mask).mean()
+    new, old, entropies, mask = evaluated.logprobs, samples.logprobs, evaluated.entropy, samples.mask
+    if evaluated.is_joint:  # one action: its log-probability and entropy are the sums over its entries, (B, 1)
+        new, old, entropies = (of_sampled(each, mask).sum(-1, keepdim=True) for each in (new, old, entropies))
+        mask = mask.any(-1, keepdim=True)
+    actor, ratio = policy_loss(new, old, mask, samples.advantages, settings.clip_range, samples.importance)
+    bonus = step_means(entropies, mask).mean()
     loss = actor - settings.ent_coef * bonus
-    sampled = ratio[samples.mask]
+    sampled = ratio[mask]
     parts = {
         "policy_loss": actor,
         "entropy": bonus,
-        "approx_kl": approx_kl(evaluated.logprobs, samples.logprobs, samples.mask),
+        "approx_kl": approx_kl(new, old, mask),
         "clip_fraction": clip_fraction(sampled, settings.clip_range),
     }
     if settings.advantage == "gae":

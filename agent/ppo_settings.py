@@ -37,8 +37,8 @@ class PPOSettings:
     gae_lambda: float = setting(0.95, "lambda of GAE", ge=0, le=1)
     token_credit: TokenCredit = setting(
         "step",
-        "advantage of the tokens of an answer in text, with gae: step (one for all, as VL-DAC), token (one row of tokens) "
-        "or bilevel (of steps, then inside each answer, as VAGEN)",
+        "advantage of the tokens of an answer in text, with gae: step (one for all, as VL-DAC), token (an episode is a "
+        "row of tokens) or bilevel (of steps, then inside each answer, as VAGEN)",
     )
     scale_returns: bool = setting(
         True, "rewards are divided by a running deviation of the discounted return: their unit does not matter"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manako.agent.advantages import bilevel_gae, gae, normalize, token_gae
+from manako.agent.errors import TrainingError
 from manako.agent.group_advantages import group_advantages
 from manako.agent.rollout import Rollout
 from manako.policies.interface import Policy, Rows

@@ -1,8 +1,8 @@
 """Environments as a vision-language policy sees them: an image, an instruction, and actions with names.
 
-Importing this package registers `manako/ColorMatch-v0`, `GoTo`, `Relay`, `Touch` and `Track`, and
-settles two things with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow
-the signal that stops a run), and on a machine without a screen it does not look for one. Nothing here imports torch.
+Importing this package registers `manako/ColorMatch-v0`, `GoTo`, `Pendulum`, `Relay`, `Touch` and `Track`, and settles
+two things with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow the signal
+that stops a run), and on a machine without a screen it does not look for one. Nothing here imports torch.
 """
 
 import os
@@ -31,15 +31,16 @@ from manako.envs.vector import (
     training_seeds,
 )
 
-for _id, _entry_point in (
-    ("manako/ColorMatch-v0", "manako.envs.color_match:ColorMatch"),
-    ("manako/GoTo-v0", "manako.envs.goto:GoTo"),
-    ("manako/Relay-v0", "manako.envs.relay:Relay"),
-    ("manako/Touch-v0", "manako.envs.touch:Touch"),
-    ("manako/Track-v0", "manako.envs.track:Track"),
+for _id, _entry_point, _limit in (
+    ("manako/ColorMatch-v0", "manako.envs.color_match:ColorMatch", None),
+    ("manako/GoTo-v0", "manako.envs.goto:GoTo", None),
+    ("manako/Pendulum-v0", "manako.envs.pendulum:Pendulum", 200),
+    ("manako/Relay-v0", "manako.envs.relay:Relay", None),
+    ("manako/Touch-v0", "manako.envs.touch:Touch", None),
+    ("manako/Track-v0", "manako.envs.track:Track", None),
 ):
     if _id not in gymnasium.registry:
-        gymnasium.register(_id, entry_point=_entry_point)
+        gymnasium.register(_id, entry_point=_entry_point, max_episode_steps=_limit)
 
 __all__ = [
     "HELD_OUT",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
+from manako.envs.action_vectors import FlatActions
 from manako.envs.errors import EnvError
 from manako.envs.making import find_spec, make_raw_env, make_vlm_env
 from manako.envs.masks import KEY, random_actions, read_mask
@@ -34,9 +35,11 @@ from manako.envs.observation import (
 )
 from manako.errors import type_and_text
 from manako.plain import holds_control_characters
+from manako.spaces import is_vector, random_vectors, ranges, vector_in_words
 
 WARNING = "warning: "
 LONG_INSTRUCTION = 4_000  # characters
+VECTORS = 6  # drawn, of actions that are vectors
 
 
 def check_vlm_env(
@@ -95,7 +98,7 @@ def check_vlm_env(
             )
             with contextlib.closing(made):
                 made.reset(seed=0)
-                made.step(int(made.action_mask.argmax()))
+                made.step(made.action_space.sample() if is_vector(made.action_space) else made.action_mask.argmax())
         except EnvError as error:
             faults.sentences.append(str(error))
     return faults.sentences
@@ -122,13 +125,16 @@ def measure_speed(env: VLMObservation, seconds: float = 1.0, most_steps: int = 5
         most_steps: after which it stops as well.
     """
     draw, inner = np.random.default_rng(0), env.env
-    count, start = len(env.action_names), int(inner.action_space.start)  # type: ignore[attr-defined]
+    count = len(env.action_names)
     observation, info = inner.reset(seed=0)
     stepping = drawing = 0.0
     steps = 0
     while steps < most_steps and stepping + drawing < seconds:
-        mask = read_mask(info[KEY], count)[None] if env.gives_masks and info.get(KEY) is not None else None
-        action = int(random_actions(draw.random(1), count, mask)[0]) + start
+        if is_vector(env.action_space):
+            action = env.own_action(random_vectors(env.action_space, lambda: draw.random(1))[0])
+        else:
+            mask = read_mask(info[KEY], count)[None] if env.gives_masks and info.get(KEY) is not None else None
+            action = env.own_action(random_actions(draw.random(1), count, mask)[0])
         begun = time.perf_counter()
         observation, _, terminated, truncated, info = inner.step(action)
         stepped = time.perf_counter()
@@ -185,13 +191,13 @@ class _Player:
     def __init__(
         self,
         names: Sequence[str],
-        start: int,
+        values: Sequence[Any],
         image_from: str | None,
         instruction: Callable[[gym.Env, Any], object] | None,
         faults: _Faults,
         action_masks: bool = False,
     ) -> None:
-        self._names, self._start = names, start
+        self._names, self._values = names, values  # as the environment's own step() takes them
         self._obeys, self._is_masked = action_masks, False
         self._mask: np.ndarray | None = None
         self._image_from, self._instruction = image_from, instruction
@@ -263,9 +269,9 @@ class _Player:
     def _take(self, env: gym.Env, action: int) -> tuple[Any, object, bool, bool] | None:
         name = self._names[action]
         try:
-            result: Any = env.step(action + self._start)
+            result: Any = env.step(self._values[action])
         except Exception as error:
-            raw = _raw_step(env, action + self._start)
+            raw = _raw_step(env, self._values[action])
             if raw is not None and (not isinstance(raw, tuple) or len(raw) != 5):
                 result = raw  # a wrapper of Gymnasium's stumbled over it
             else:
@@ -369,16 +375,23 @@ def _prepare(
     faults: _Faults,
 ) -> _Player | None:
     """Finds the actions, the image and the instruction; None where the environment cannot even be played."""
-    names, start, image_from = None, 0, None
+    names: Sequence[str] | None = None
+    values: Sequence[Any] = ()
+    image_from = None
     try:
-        names, start, _ = resolve_actions(env, name, action_names)
+        names, flat, _ = resolve_actions(env, name, action_names)
+        if is_vector(flat.space):
+            names, values = _vectors(flat)
+        else:
+            values = [flat.to_env(number) for number in range(len(names))]
     except Exception as error:
         faults.sentences.append(_sentence(name, "its action names", error))
     if names is None and isinstance(env.action_space, gym.spaces.Discrete):
         start = int(env.action_space.start)
-        names = tuple(str(number) for number in range(start, start + int(env.action_space.n)))
+        values = range(start, start + int(env.action_space.n))
+        names = tuple(map(str, values))
 
-    probe = _Player((), 0, None, None, faults)
+    probe = _Player((), (), None, None, faults)
     observation = probe.reset(env, 0)
     try:
         image_from = resolve_image(env, name, image_source, observation)
@@ -399,9 +412,17 @@ def _prepare(
         read = None
     if names is None:
         # Without actions there is still a first frame and a first instruction to look at.
-        _Player((), 0, image_from, read, faults)._moment(env, 0, 0, observation)
+        _Player((), (), image_from, read, faults)._moment(env, 0, 0, observation)
         return None
-    return _Player(names, start, image_from, read, faults, action_masks)
+    return _Player(names, values, image_from, read, faults, action_masks)
+
+
+def _vectors(flat: FlatActions) -> tuple[list[str], list[Any]]:
+    """Action vectors to play, in words and as the environment takes them: both ends, and some in between."""
+    draw = np.random.default_rng(0)
+    ends = np.array(ranges(flat.space)).T  # (2, d)
+    made = [*ends, *random_vectors(flat.space, lambda: draw.random(VECTORS))]
+    return [vector_in_words(action) for action in made], [flat.to_env(action) for action in made]
 
 
 def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:
@@ -457,7 +478,7 @@ def _same_view(old: _Moment, new: _Moment) -> bool:
     return _same_frame(old.frame, new.frame) and old.text == new.text
 
 
-def _raw_step(env: gym.Env, action: int) -> Any:
+def _raw_step(env: gym.Env, action: Any) -> Any:
     """Returns what the unwrapped environment's step returns after a reset, or None if it raises too."""
     try:
         env.unwrapped.reset(seed=0)

@@ -16,7 +16,7 @@ from manako.envs.attributes import owner_of
 from manako.envs.errors import EnvError
 from manako.errors import type_and_text
 
-Expert = Callable[[int | None], int]  # the action before, in the env's own numbering, None at the start -> the next
+Expert = Callable[[Any], Any]  # the action before, as the env's own step() takes it, None at the start -> the next
 GAMMA, TOLERANCE = 0.99, 1e-9
 
 
@@ -35,7 +35,7 @@ def make_expert(env: gym.Env, env_id: str) -> Expert:
     if found is not None:
         expert = found[0]
         _check_same_actions(env, expert, env_id)
-        return lambda _: int(expert.expert_action())
+        return lambda _: expert.expert_action()
     _check_same_actions(env, raw, env_id)
     if isinstance(getattr(raw, "P", None), dict) and hasattr(raw, "s"):
         policy = _solve(_frozen_table(raw.P))

@@ -17,8 +17,11 @@ action names  the `action_names` argument; an `action_names` attribute; `get_act
 action mask   `info["action_mask"]` of reset and step, (A,) of bool or of 0 and 1, unless `action_masks` is False: what
               it does not allow is not done. A first reset without one means that the environment gives none.
 
-Left out: action spaces other than `Discrete` (policies choose from a closed set of names), several pictures in one
-observation, and channel-first pictures (use `image_source="render"`, or transpose them in a wrapper of yours).
+Actions that are no single choice are vectors, laid flat (`action_vectors.py`): their names are those of the entries,
+`action 1`, `action 2` ... where nobody names them.
+
+Left out: several pictures in one observation, and channel-first pictures (use `image_source="render"`, or transpose
+them in a wrapper of yours).
 """
 
 import enum
@@ -31,6 +34,7 @@ from typing import Any, Literal, NoReturn
 import gymnasium as gym
 import numpy as np
 
+from manako.envs.action_vectors import FlatActions
 from manako.envs.attributes import attribute_of, owner_of
 from manako.envs.captions import caption_of
 from manako.envs.errors import EnvError
@@ -39,6 +43,7 @@ from manako.envs.masks import KEY, read_mask
 from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
 from manako.plain import holds_control_characters, written_out
+from manako.spaces import action_shape, is_vector, vector_in_words
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
@@ -90,8 +95,8 @@ def missing_package(error: Exception) -> str:
 
 def resolve_actions(
     env: gym.Env, env_id: str, action_names: Sequence[str] | None = None
-) -> tuple[tuple[str, ...], int, str]:
-    """Finds the names of a discrete environment's actions.
+) -> tuple[tuple[str, ...], FlatActions, str]:
+    """Finds the names of an environment's actions, or of the entries of its action vectors.
 
     Args:
         env: The environment; it need not have been reset.
@@ -99,17 +104,15 @@ def resolve_actions(
         action_names: The caller's names, which go first.
 
     Returns:
-        The names, the number of the first action (`Discrete(n, start=k)` starts at k) and where the names came from.
+        The names, the actions laid flat, and where the names came from.
 
     Raises:
-        EnvError: The action space is not `Discrete`, there are no names, not one an action, or two alike.
+        EnvError: The actions cannot be laid flat, there are no names, not one an action, or two alike.
     """
-    space = env.action_space
+    space, flat = env.action_space, FlatActions(env.action_space, env_id)
     if not isinstance(space, gym.spaces.Discrete):
-        raise EnvError(
-            f"{env_id} has the action space {space}, and only Discrete spaces can be played: "
-            "wrap the environment so that it offers a closed set of actions"
-        )
+        entries, source = _entry_names(env, env_id, action_shape(flat.space)[0], action_names)
+        return entries, flat, source
     n, start = int(space.n), int(space.start)
     task = TASKS.get(env_id)
     attribute, meanings = attribute_of(env, "action_names"), attribute_of(env, "get_action_meanings")
@@ -137,6 +140,24 @@ def resolve_actions(
             f"{env_id} does not name its {n} actions: give them on the command line (action_names), or give the "
             "environment an 'action_names' attribute"
         )
+    return _checked(names, n, source, env_id), flat, source
+
+
+def _entry_names(env: gym.Env, env_id: str, count: int, argument: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
+    """The names of a vector's entries, and where they came from."""
+    task, attribute = TASKS.get(env_id), attribute_of(env, "action_names")
+    of_task = None if task is None else task.action_names
+    for names, source in (
+        (argument, "the action_names argument"),
+        (attribute, "the 'action_names' attribute"),
+        (of_task, "the task description"),
+    ):
+        if names is not None:
+            return _checked(names, count, source, env_id), source
+    return ("action",) if count == 1 else tuple(f"action {entry}" for entry in range(1, count + 1)), "their numbers"
+
+
+def _checked(names: Iterable[Any], n: int, source: str, env_id: str) -> tuple[str, ...]:
     names = names if isinstance(names, str) else tuple(names)
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise EnvError(f"{env_id}: {source} is {names!r}, expected a sequence of {n} strings")
@@ -145,7 +166,7 @@ def resolve_actions(
         raise EnvError(f"{env_id} has {n} actions, and {source} gives {len(names)} names {names}: give one an action")
     if len(set(names)) != n or "" in names:
         raise EnvError(f"{env_id}: {source} gives {names}, and each action needs a name of its own that is not empty")
-    return names, start, source
+    return names
 
 
 def is_picture(space: gym.Space) -> bool:
@@ -294,13 +315,15 @@ def _read_attribute(env: gym.Env, name: str, _: Any) -> object:
 class VLMObservation(gym.Wrapper):
     """Observes `Dict(image=Box uint8 (H, W, 3), instruction=InstructionText)`, acts with `Discrete(A)` from 0.
 
+    Other actions than a single choice are vectors (d,): a `MultiDiscrete` from 0 on, or a `Box` of float32.
+
     The constructor resets the environment once, without a seed, to learn the size of its frames. Frames are always
     fresh arrays. Whatever the environment raises, and every frame, text or reward that breaks the contract, becomes
     an `EnvError` that names the environment, the episode's seed, the step and the action.
 
     Attributes:
         env_id: The registered id.
-        action_names: One name an action, (A,).
+        action_names: One name an action, (A,), or an entry of a vector, (d,).
         frame_shape: (H, W, 3).
         success_return: The lowest return of a successful episode, or None (see `success`).
         success: The rule that judges an episode at its end.
@@ -331,12 +354,12 @@ class VLMObservation(gym.Wrapper):
         self.slot: int | None = None
         self._seed: int | None = None
         self._step = 0
-        self._action: int | None = None
+        self._action: Any = None
         self._skipped = 0
         self._last: tuple[dict[str, Any], dict[str, Any]] | None = None  # what was shown, and its info
 
-        self.action_names, self._first_action, self.action_names_from = resolve_actions(env, self.env_id, action_names)
-        self.action_space = gym.spaces.Discrete(len(self.action_names))
+        self.action_names, self._flat, self.action_names_from = resolve_actions(env, self.env_id, action_names)
+        self.action_space = self._flat.space
         task = task_of(self.env_id)
         self.success = success_rule(task, spec.reward_threshold if spec is not None else None, success_return)
         self.success_return = self.success.threshold
@@ -367,27 +390,20 @@ class VLMObservation(gym.Wrapper):
         return self._last
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Takes one of the actions 0 to A - 1, or with `SKIP` none: the environment is not stepped then.
+        """Takes one of the actions 0 to A - 1, or a vector (d,), or with `SKIP` none.
 
-        A turn without an action shows the same again and pays nothing. The last of `MOST_SKIPPED` of them truncates the
-        episode, which is no success then.
+        The environment is not stepped then: a turn without an action shows the same again and pays nothing. The last
+        of `MOST_SKIPPED` of them truncates the episode, which is no success then.
         """
-        number = int(action)
-        if number == SKIP and self._last is not None:
+        skips = not is_vector(self.action_space) and int(action) == SKIP
+        if skips and self._last is not None:
             self._skipped += 1
             (shown, info), over = self._last, self._skipped == MOST_SKIPPED
             return shown, 0.0, False, over, {**info, "is_success": False} if over else info
         self._step += 1
-        self._action = number
-        if not 0 <= number < len(self.action_names):
-            self._fail(f"got the action {number}, expected 0 to {len(self.action_names) - 1}")
-        if not self.action_mask[number]:
-            self._fail(
-                f"got an action that its action_mask does not allow: expected {' or '.join(self._allowed_names())}, or "
-                "action_masks false, which plays without masks"
-            )
+        taken = self._checked_vector(action) if is_vector(self.action_space) else self._checked_choice(int(action))
         try:
-            observation, reward, terminated, truncated, info = self.env.step(number + self._first_action)
+            observation, reward, terminated, truncated, info = self.env.step(self._flat.to_env(taken))
             value = float(reward)
         except Exception as error:
             self._broke("step()", error)
@@ -397,19 +413,46 @@ class VLMObservation(gym.Wrapper):
         self._last = self._observe(observation), info
         return self._last[0], value, bool(terminated), bool(truncated), info
 
-    def expert(self) -> Callable[[int | None], int]:
+    def _checked_vector(self, action: Any) -> np.ndarray:
+        """An action (d,), a copy."""
+        taken = np.array(action, dtype=self.action_space.dtype)
+        self._action = taken
+        if not self.action_space.contains(taken):
+            self._fail(f"got an action that is not in {self.action_space}: expected one within it")
+        return taken
+
+    def _checked_choice(self, number: int) -> int:
+        self._action = number
+        if not 0 <= number < len(self.action_names):
+            self._fail(f"got the action {number}, expected 0 to {len(self.action_names) - 1}")
+        if not self.action_mask[number]:
+            self._fail(
+                f"got an action that its action_mask does not allow: expected {' or '.join(self._allowed_names())}, or "
+                "action_masks false, which plays without masks"
+            )
+        return number
+
+    def own_action(self, action: Any) -> Any:
+        """Returns what the environment's own step() takes for an action, as it is."""
+        return self._flat.to_env(action)
+
+    def expert(self) -> Callable[[Any], Any]:
         """Returns a scripted expert from here to the episode's end: last action (None at first) -> action, from 0 on.
 
         Raises:
             EnvError: The environment has none.
         """
-        expert, first = make_expert(self.env, self.env_id), self._first_action
+        expert, flat = make_expert(self.env, self.env_id), self._flat
 
-        def act(before: int | None) -> int:
+        def act(before: Any) -> Any:
             try:
-                action = expert(None if before is None else before + first) - first
+                action = flat.from_env(expert(None if before is None else flat.to_env(before)))
             except Exception as error:
                 self._broke("its expert", error)
+            if not isinstance(action, int):
+                if not self.action_space.contains(action):
+                    self._fail(f"has an expert that wants {vector_in_words(action)}, expected {self.action_space}")
+                return action
             if 0 <= action < len(self.action_names) and not self.action_mask[action]:
                 self._fail(
                     f"has an expert that wants {self.action_names[action]!r}, which its action_mask does not allow: "
@@ -474,6 +517,11 @@ class VLMObservation(gym.Wrapper):
         self.action_mask = np.ones(len(self.action_names), bool)
         if info.get(KEY) is None:
             return
+        if is_vector(self.action_space):
+            self._fail(
+                f"gave info['{KEY}'], which can be obeyed where the action is one choice, and here it is a vector: "
+                "expected none, or action_masks false"
+            )
         if not self.gives_masks:
             self._fail(
                 f"gave info['{KEY}'] after a first reset() without one: expected one from the first reset() on, or "
@@ -528,7 +576,9 @@ class VLMObservation(gym.Wrapper):
     def _fail(self, what: str, cause: Exception | None = None) -> NoReturn:
         place = [] if self.slot is None else [f"slot {self.slot}"]
         place += ["unseeded episode" if self._seed is None else f"episode seed {self._seed}", f"step {self._step}"]
-        if self._action is not None:
+        if isinstance(self._action, np.ndarray):
+            place.append(f"action {vector_in_words(self._action)}")
+        elif self._action is not None:
             named = 0 <= self._action < len(self.action_names)
             place.append(f"action {self.action_names[self._action]!r}" if named else f"action {self._action}")
         raise EnvError(f"{self.env_id} {what} ({', '.join(place)})") from cause

@@ -33,6 +33,7 @@ from manako.envs.making import make_vlm_env
 from manako.envs.masks import random_actions
 from manako.envs.observation import SKIP, ImageSource, VLMObservation
 from manako.memory import Memory
+from manako.spaces import action_dtype, action_shape, is_vector, random_vectors
 
 TRAINING, HELD_OUT = 0, 1  # splits
 
@@ -79,7 +80,8 @@ class EpisodeVectorEnv:
 
     Attributes:
         num_envs: N.
-        action_names: One name an action, (A,).
+        action_space: `Discrete(A)`, or of vectors: `MultiDiscrete` from 0 on or `Box` of float32, both (d,).
+        action_names: One name an action, (A,), or an entry of a vector, (d,).
         frame_shape: (H, W, 3).
         success_rule: How an episode's success is judged, in words.
         gives_masks: Whether the environment says which actions are allowed, and is obeyed.
@@ -174,7 +176,7 @@ class EpisodeVectorEnv:
             ) from error
 
         first = self._envs[0]
-        self.action_names = first.action_names
+        self.action_names, self.action_space = first.action_names, first.action_space
         self.frame_shape = first.frame_shape
         self.success_rule = first.success.sentence
         self.gives_masks = any(env.gives_masks for env in self._envs)
@@ -185,7 +187,7 @@ class EpisodeVectorEnv:
         self.episode_seeds: list[int] = [0] * num_envs
         self._seed_lists = seed_lists
         self._episodes = [0] * num_envs  # episodes started
-        self._actions: list[list[int]] = [[] for _ in range(num_envs)]  # of the current episodes
+        self._actions: list[list[Any]] = [[] for _ in range(num_envs)]  # of the current episodes, as JSON holds them
         self._ended = np.zeros(num_envs, bool)
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
@@ -193,7 +195,7 @@ class EpisodeVectorEnv:
         self.memory = Memory(num_envs)
         self._known: dict[str, None] = {}  # instructions seen, oldest first
         self._replacements: list[str | None] = [None] * num_envs
-        self._experts: list[Callable[[int | None], int] | None] = [None] * num_envs
+        self._experts: list[Callable[[Any], Any] | None] = [None] * num_envs
 
     def remember(self, frames: int = 0, turns: int = 0) -> None:
         """Keeps so much of each episode's past in `memory`, or more where it was asked for before.
@@ -243,16 +245,20 @@ class EpisodeVectorEnv:
         return self._start(mask, seeds)
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Takes one action (N,) of 0 to A - 1 in every slot, or none where it is `SKIP`.
+        """Takes one action in every slot: (N,) of 0 to A - 1, or none where it is `SKIP`; or vectors (N, d).
 
         Raises:
             EnvError: An action is out of range, an episode has ended and was not restarted, or an environment broke.
         """
         actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
+        shape = (self.num_envs, *action_shape(self.action_space))
+        floats = isinstance(self.action_space, gym.spaces.Box)
+        if actions.shape != shape or not np.issubdtype(actions.dtype, np.floating if floats else np.integer):
             raise EnvError(
-                f"got actions of shape {actions.shape} and dtype {actions.dtype}, expected ({self.num_envs},) integers"
+                f"got actions of shape {actions.shape} and dtype {actions.dtype}, expected {shape} "
+                f"{'floats' if floats else 'integers'}"
             )
+        actions = actions.astype(action_dtype(self.action_space))
         if self.observations is None:
             raise EnvError("step came before any episode was started: call reset first")
         if self._ended.any():
@@ -280,12 +286,18 @@ class EpisodeVectorEnv:
             return None
         return np.stack([env.action_mask for env in self._envs])
 
-    def random_actions(self, uniforms: np.ndarray) -> np.ndarray:
-        """Returns an action for each slot, (N,) int64, of those allowed each alike, by numbers (N,) in [0, 1)."""
-        return random_actions(uniforms, len(self.action_names), self.action_masks)
+    def random_actions(self, draw: Callable[[], np.ndarray]) -> np.ndarray:
+        """Returns an action for each slot, of those allowed each alike; of a vector each entry, over its whole range.
+
+        Args:
+            draw: gives (N,) numbers in [0, 1), as often as there are entries.
+        """
+        if is_vector(self.action_space):
+            return random_vectors(self.action_space, draw)
+        return random_actions(draw(), len(self.action_names), self.action_masks)
 
     def expert_actions(self) -> np.ndarray:
-        """Returns for each slot the scripted expert's action now, (N,) int64.
+        """Returns for each slot the scripted expert's action now, (N,) int64 or vectors (N, d).
 
         Raises:
             EnvError: The environment has no expert, or one that wants what the action mask does not allow.
@@ -299,7 +311,7 @@ class EpisodeVectorEnv:
                 expert, before = env.expert(), None
                 self._experts[slot] = expert
             actions.append(expert(before))
-        return np.array(actions, np.int64)
+        return np.array(actions, action_dtype(self.action_space))
 
     def expert_thoughts(self) -> tuple[str, ...] | None:
         """Returns for each slot what the expert thinks before it acts now; None where the environment does not say."""
@@ -391,7 +403,7 @@ class EpisodeVectorEnv:
         assert self.observations is not None
         images, instructions = self.observations.images.copy(), list(self.observations.instructions)
         for index, slot in enumerate(state["slots"]):
-            images[index], instructions[index] = self._replay(index, [int(action) for action in slot["actions"]])
+            images[index], instructions[index] = self._replay(index, slot["actions"])
         self.observations = Observations(images, tuple(instructions))
         self._known = dict.fromkeys(state["instructions"])
         self._replacements = list(state["replacements"])
@@ -405,7 +417,7 @@ class EpisodeVectorEnv:
             )
         return self.observations
 
-    def _replay(self, slot: int, actions: list[int]) -> tuple[np.ndarray, str]:
+    def _replay(self, slot: int, actions: list[Any]) -> tuple[np.ndarray, str]:
         """Plays the actions of an episode that has just begun, as far as they go; returns what the slot shows then."""
         assert self.observations is not None
         image, instruction = self.observations.images[slot], self.observations.instructions[slot]

@@ -27,6 +27,7 @@ from manako.envs.observation import VLMObservation  # noqa: E402
 from manako.envs.settings import EnvSettings  # noqa: E402
 from manako.errors import type_and_text  # noqa: E402
 from manako.experiments.common.command_line import parse, run_main, section  # noqa: E402
+from manako.spaces import actions_in_words, is_vector  # noqa: E402
 
 SLOW_PICTURE = 0.001  # seconds; a quicker one is not worth a word
 
@@ -71,7 +72,9 @@ def describe(settings: EnvSettings) -> None:
     observation, _ = env.reset(seed=0)
     print(f"image         {env.frame_shape} uint8, from {env.image_from}")
     print(f"instruction   {observation['instruction']!r}, from {env.instruction_from}")
-    print(f"action names  {', '.join(env.action_names)} ({len(env.action_names)}), from {env.action_names_from}")
+    actions = actions_in_words(env.action_space, env.action_names)
+    count = "" if is_vector(env.action_space) else f" ({len(env.action_names)})"
+    print(f"action names  {actions}{count}, from {env.action_names_from}")
     allowed = f"info['action_mask'], obeyed: {env.action_mask.sum()} of {len(env.action_mask)} actions at the start"
     print(f"action masks  {allowed if env.gives_masks else 'none'}")
     print(f"success       {env.success.sentence}")

@@ -29,6 +29,8 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+import gymnasium as gym  # noqa: E402
+
 from manako.agent.data.recordings import Recording, read_recordings  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     UsageError,
@@ -49,7 +51,9 @@ def main() -> int:
     command = read_line()
     show("recording", f"{command.run.player} on {command.environment.env}, to {command.run.output}")
     with contextlib.closing(make_vector_env(command.environment, 1, command.run.seed, held_out=True)) as env:
-        recordings = read_again(command, env.action_names)  # a fault in them shows before torch is loaded
+        recordings = read_again(
+            command, env.action_names, env.action_space
+        )  # a fault in them shows before torch is loaded
         has_expert = knows_expert(env, needed=command.run.player == "expert")
         unseeded = ignored_seeds_of(env, needed_for=_needs_seeds(command))
     if unseeded is not None:
@@ -108,12 +112,14 @@ def _needs_seeds(command: CollectCommand) -> str | None:
     return None
 
 
-def read_again(command: CollectCommand, action_names: tuple[str, ...]) -> list[Recording]:
+def read_again(
+    command: CollectCommand, action_names: tuple[str, ...], action_space: gym.Space | None = None
+) -> list[Recording]:
     """Returns the episodes to play again, none for the other players; odd seeds are pointed out."""
     played, recording = command.environment, command.run.recording
     if recording is None:
         return []
-    recordings = read_recordings(recording, played.env, action_names, played.env_kwargs)
+    recordings = read_recordings(recording, played.env, action_names, played.env_kwargs, action_space)
     odd = sum(recording.seed % 2 for recording in recordings)
     if odd:
         print(

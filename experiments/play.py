@@ -37,6 +37,7 @@ from manako.envs.settings import EnvSettings  # noqa: E402
 from manako.experiments.common.command_line import UsageError, parse, run_main, section, show  # noqa: E402
 from manako.experiments.common.environments import ignored_seeds_of, make_vector_env  # noqa: E402
 from manako.settings import setting  # noqa: E402
+from manako.spaces import actions_in_words, is_vector  # noqa: E402
 
 KEYS = "123456789abcdefghijklmnopqrstuvwxyz"
 ARROWS = ("up", "down", "left", "right")
@@ -71,6 +72,11 @@ class Window:
     def __init__(self, env: EpisodeVectorEnv) -> None:
         self.pygame = pygame = _pygame()
         names = env.action_names
+        if is_vector(env.action_space):
+            raise UsageError(
+                f"{env.env_id} has actions that are vectors, {actions_in_words(env.action_space, names)}: expected "
+                "an env of Discrete actions, one a key."
+            )
         if len(names) > len(KEYS):
             raise UsageError(f"{env.env_id} has {len(names)} actions: expected {len(KEYS)} at most, one a key.")
         self.keys = {ord(key): action for action, key in enumerate(KEYS[: len(names)])}

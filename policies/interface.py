@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from manako.policies.answers.text import TextAnswers
 from manako.policies.errors import PolicyError
 from manako.policies.shared_frames import SharedFrames
-from manako.policies.source import SYSTEM, ActionFormat
+from manako.policies.source import BINS, SYSTEM, ActionFormat, BinSpacing
 
 Messages = list[dict[str, Any]]  # a chat: {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
 
@@ -181,6 +181,7 @@ class Evaluated(NamedTuple):
     distribution: Tensor | None = None  # (B, A) log-probabilities where the set is closed
     losses: Mapping[str, Tensor] = {}  # a policy's own, (), such as the next frame's: the trainer adds and logs them
     token_values: Tensor | None = None  # (B, S) float32, see `Acted`
+    is_joint: bool = False  # True: the tokens are the entries of one action, which has one ratio
 
 
 @dataclass(frozen=True)
@@ -188,13 +189,16 @@ class PolicySpec:
     """What a policy is made for, and its prompt; saved as policy.json.
 
     Args:
-        action_names: the A actions, in the env's order.
+        action_names: the A actions, in the env's order; of vectors (d,) the entries.
         frame_shape: (H, W, 3) of the env's frames.
         action_format: see `manako.policies.answers.closed_set`.
         system: the prompt's system text; `{actions}` stands for the list of actions.
         text: of answers in text, else None.
         frames: how many of the episode's last frames it is shown, the present one among them.
         history: how many of the episode's last actions and rewards the prompt tells.
+        vectors: the space of action vectors, `MultiDiscrete` or `Box`; None: an action is one of the A.
+        bins: how many an entry of a `Box` has.
+        bin_spacing: see `manako.policies.answers.bins`.
     """
 
     action_names: tuple[str, ...]
@@ -204,11 +208,14 @@ class PolicySpec:
     text: TextAnswers | None = None
     frames: int = 1
     history: int = 0
+    vectors: gym.Space | None = None
+    bins: int = BINS
+    bin_spacing: BinSpacing = "linear"
 
     @property
     def action_space(self) -> gym.Space:
         """The env's action space."""
-        return gym.spaces.Discrete(len(self.action_names))
+        return gym.spaces.Discrete(len(self.action_names)) if self.vectors is None else self.vectors
 
 
 class Policy(nn.Module, ABC):
@@ -220,8 +227,8 @@ class Policy(nn.Module, ABC):
         plays_expert: whether its actions are those of the env's expert, and so its thoughts are the expert's.
         learns_text: False for a model that says one token at a mask: losses on the tokens of a text are not for it.
         needs: names of what the environments tell beside frame and instruction, for `prepare`: "expert_actions",
-            "episode_seeds", "episode_steps", "past_frames", "past_turns", "uncounted", "action_masks"; the last comes where
-            the environments say what is allowed.
+            "episode_seeds", "episode_steps", "past_frames", "past_turns", "uncounted", "action_masks"; the last comes
+            where the environments say what is allowed.
         illegal_penalty: what an answer that names no action costs, taken off the reward that is learned from.
         model: the language model with its adapters, as TRL's trainers take it; None where there is none.
         processor: its processor; None where there is none.

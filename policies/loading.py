@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed.build import swap_parts
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.presets import PRESETS
+from manako.policies.bins_policy import BinsPolicy
 from manako.policies.default_trainable import IS_RANDOM, POLICY_FILE, began_random, with_default
 from manako.policies.encoders import ENCODERS
 from manako.policies.errors import PolicyError
@@ -42,6 +44,7 @@ from manako.policies.source import SYSTEM, TEXT_FIELDS, PolicySource
 from manako.policies.text_policy import TextPolicy
 from manako.policies.trainable import parts_of, set_trainable
 from manako.policies.vlm_policy import VLMPolicy
+from manako.spaces import is_vector
 
 OF_PRESETS = (
     "vision_encoder",
@@ -61,7 +64,12 @@ class Loaded(NamedTuple):
     base_sha256: str | None = None  # of the base that its LoRA belongs to; None: what learns is not marked yet
 
 
-def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> VLMPolicy:
+def load_policy(
+    source: PolicySource,
+    action_names: Sequence[str],
+    frame_shape: tuple[int, int, int],
+    action_space: gym.Space | None = None,
+) -> VLMPolicy:
     """Loads the policy of a preset, a folder or a Hub id, for these actions and frames.
 
     A folder of `save_policy` also brings its value head, and its system text and action format where the source leaves
@@ -69,8 +77,9 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
 
     Args:
         source: where it comes from and what of it learns.
-        action_names: the A actions, in the env's order.
+        action_names: the A actions, in the env's order, or the entries of its action vectors.
         frame_shape: (H, W, 3) of the env's frames.
+        action_space: the env's, where its actions may be vectors; None: one of the A.
 
     Returns:
         The policy, with what learns marked.
@@ -81,7 +90,7 @@ def load_policy(source: PolicySource, action_names: Sequence[str], frame_shape: 
     source, is_random = with_default(source), began_random(source)
     parts = parts_of(source.trainable)
     model, source, head, base_sha = load_model(source, action_names, frame_shape)
-    policy = put_policy_around(model, source, action_names, frame_shape)
+    policy = put_policy_around(model, source, action_names, frame_shape, action_space)
     if head is not None:
         fill(policy.value_head, head, Path(source.policy))
     policy.value_head.requires_grad_("value_head" in parts)
@@ -105,7 +114,11 @@ def load_model(source: PolicySource, action_names: Sequence[str], frame_shape: t
 
 
 def put_policy_around(
-    model: Model, source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]
+    model: Model,
+    source: PolicySource,
+    action_names: Sequence[str],
+    frame_shape: tuple[int, int, int],
+    action_space: gym.Space | None = None,
 ) -> VLMPolicy:
     """Returns the policy of a loaded model, for these actions and frames: the half that checks what it computes.
 
@@ -113,24 +126,50 @@ def put_policy_around(
         PolicyError: the model cannot serve these actions or frames, or its numbers are not the library's.
     """
     height, width, channels = frame_shape
+    vectors = None if action_space is None or not is_vector(action_space) else action_space
     spec = PolicySpec(
         tuple(action_names),
         (height, width, channels),
         source.action_format,
         source.system,
-        source.text,
-        source.frames,
-        source.history,
+        text=source.text,
+        frames=source.frames,
+        history=source.history,
+        vectors=vectors,
+        bins=source.bins,
+        bin_spacing=source.bin_spacing,
     )
+    if vectors is not None and source.history:
+        raise PolicyError(
+            f"--history {source.history} came for the actions {vectors}, which have no names to tell: leave it out."
+        )
+    if vectors is not None and spec.text is not None:
+        raise PolicyError(
+            f"--action_format text came for the actions {vectors}: expected actions with names; leave it out."
+        )
+    given = [name for name in TEXT_FIELDS if getattr(source, name) is not None]
+    if spec.text is None and given:
+        raise PolicyError(
+            f"--{given[0]} {getattr(source, given[0])} came, which is of answers in text: expected --action_format "
+            "text with it, or leave it out."
+        )
     with quietly():
-        policy = VLMPolicy(model, spec) if spec.text is None else TextPolicy(model, spec)
+        policy = _kind_of(spec)(model, spec)
     if source.next_frame_coef and policy.next_frame is None:
         raise PolicyError(
             f"--next_frame_coef is {source.next_frame_coef}, but {type(policy.base_vlm).__name__} of --policy "
-            f"{source.policy} predicts no frames: expected 0, or a policy of vision tokens."
+            f"{source.policy} predicts no frames"
+            f"{'' if vectors is None else ' of action vectors'}: expected 0, or a policy of vision tokens."
         )
     policy.next_frame_coef = source.next_frame_coef
     return policy
+
+
+def _kind_of(spec: PolicySpec) -> type[VLMPolicy]:
+    """What plays: by how its actions are said."""
+    if spec.vectors is not None:
+        return BinsPolicy
+    return VLMPolicy if spec.text is None else TextPolicy
 
 
 def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> Loaded:
@@ -167,6 +206,8 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         saved,
         system=source.system,
         action_format=source.action_format,
+        bins=source.bins,
+        bin_spacing=source.bin_spacing,
         trainable=source.trainable,
         next_frame_coef=source.next_frame_coef,
         **{name: getattr(source, name) for name in TEXT_FIELDS},
@@ -261,6 +302,9 @@ def _fill_in(
                 "from a policy that learned without."
             )
         source = replace(source, **{name: learned if asked == default else asked})
+    for name in ("bins", "bin_spacing"):
+        if getattr(source, name) == getattr(PolicySource(), name):
+            source = replace(source, **{name: getattr(saved, name)})
     return source
 
 

@@ -24,6 +24,7 @@ from manako.policies.architectures.model import Model
 from manako.policies.features import COLUMN, FrozenFeatures
 from manako.policies.interface import Rows
 from manako.policies.pixels import PixelPipeline
+from manako.policies.reading.reading import behind
 from manako.policies.shared_frames import SharedFrames
 
 NOT_READ = ("labels",)  # for a loss, not for what the model says
@@ -154,19 +155,19 @@ class Processing:
         index = torch.tensor([numbers[key] for key in keys]).view(images.shape[:2])  # (B, k)
         return SharedFrames(list(places), {"frames": [self._lately[key] for key in places]}, index)
 
-    def model_inputs(self, inputs: Rows, answer: Sequence[int] = ()) -> dict[str, Tensor]:
+    def model_inputs(self, inputs: Rows, answer: Sequence[int] | Tensor = ()) -> dict[str, Tensor]:
         """Returns the keyword arguments of the model's forward: prompts on the left, the answer's tokens behind each.
 
         Args:
             inputs: B rows of `rows`, on the model's device.
-            answer: tokens that follow every prompt.
+            answer: tokens that follow every prompt, or (B, K) those of each.
 
         Returns:
             `input_ids` and `attention_mask` (B, L + answer), and all else that the processor makes.
         """
         lengths = inputs["lengths"]
-        answers = torch.tensor(tuple(answer), dtype=torch.int64, device=lengths.device).expand(len(lengths), -1)
-        return self.with_answers(inputs, answers, torch.full_like(lengths, len(answer)))
+        answers = behind(answer, lengths)
+        return self.with_answers(inputs, answers, torch.full_like(lengths, answers.shape[1]))
 
     def with_answers(self, inputs: Rows, answers: Tensor, answer_lengths: Tensor) -> dict[str, Tensor]:
         """Returns the same with an answer of its own for each prompt.

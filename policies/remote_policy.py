@@ -157,9 +157,7 @@ class RemotePolicy(Policy):
             return np.arange(len(self.spec.action_names))
         return np.flatnonzero(inputs[ACTION_MASK][row].numpy())
 
-    def _action(
-        self, chosen: Chosen, allowed: np.ndarray, uniform: float, greedy: bool
-    ) -> tuple[int, torch.Tensor]:
+    def _action(self, chosen: Chosen, allowed: np.ndarray, uniform: float, greedy: bool) -> tuple[int, torch.Tensor]:
         """The action for the environment, and log-probabilities (A,): of its letters, else all on the action."""
         logprobs = torch.full((len(self.spec.action_names),), -torch.inf)  # (A,)
         if chosen.logprobs is not None:

@@ -21,6 +21,7 @@ from manako.policies.default_trainable import POLICY_FILE
 from manako.policies.errors import PolicyError
 from manako.policies.pretrained import quietly
 from manako.policies.source import PolicySource
+from manako.spaces import space_to_json
 
 if TYPE_CHECKING:
     from manako.policies.vlm_policy import VLMPolicy
@@ -53,7 +54,8 @@ def save_policy(policy: "VLMPolicy", folder: Path) -> None:
         "format": FORMAT,
         "action_names": list(policy.spec.action_names),
         "frame_shape": list(policy.spec.frame_shape),
-        "action_format": policy.format,
+        "action_format": policy.format if policy.spec.vectors is None else "auto",
+        "action_space": space_to_json(policy.spec.action_space),
         "system": policy.spec.system,
         "learned_sha256": digest(learned(policy)),
         **policy.origin,

@@ -24,6 +24,8 @@ TEXT_FIELDS = {  # of PolicySource -> of TextAnswers
     "illegal_penalty": "illegal_penalty",
     "temperature": "temperature",
 }
+BinSpacing = Literal["linear", "symlog"]
+BINS = 11
 SYSTEM = "Follow the instruction. Actions: {actions}."
 
 
@@ -67,9 +69,7 @@ class PolicySource:
         f"form of answers in text: {', '.join(TEMPLATES)}, or a text with {{action}}, and {{thought}} before it "
         f"(default {TextAnswers.template})",
     )
-    answer_tokens: int | None = setting(
-        None, f"most tokens of an answer in text (default {TextAnswers.longest})", ge=2
-    )
+    answer_tokens: int | None = setting(None, f"most tokens of an answer in text (default {TextAnswers.longest})", ge=2)
     constrain_actions: bool | None = setting(
         None, "in an answer in text sample nothing but allowed actions behind the template's cue (default false)"
     )
@@ -92,6 +92,8 @@ class PolicySource:
         le=16,
     )
     history: int = setting(0, "how many of the episode's last actions and rewards the prompt tells", ge=0, le=64)
+    bins: int = setting(BINS, "bins of each entry of a continuous action, both bounds among them", ge=2)
+    bin_spacing: BinSpacing = setting("linear", "symlog puts them closer together around the middle")
     system: str = setting(
         SYSTEM, "system text of the prompt; {actions} stands for the list of actions", only_in_file=True
     )

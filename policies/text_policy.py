@@ -11,7 +11,7 @@ temperature, behind the cue of a constrained answer over what can go on to an al
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,10 +85,13 @@ class TextPolicy(VLMPolicy):
                 "expected plain text."
             )
         super().__init__(model, spec, check)
+        self.illegal_penalty = self.text.illegal_penalty
         self.sampling: Sampling | None = None
         tokenizer = self.processor.tokenizer
         if self.codec.end_id is None:
-            raise PolicyError("The tokenizer has no end token, so an answer in text would never end: use another model.")
+            raise PolicyError(
+                "The tokenizer has no end token, so an answer in text would never end: use another model."
+            )
         self.end_id = int(self.codec.end_id)
         size = self.base_vlm.get_output_embeddings().weight.shape[0]
         banned = torch.zeros(size, dtype=torch.bool)  # (V,)
@@ -98,6 +101,7 @@ class TextPolicy(VLMPolicy):
         if model.placeholder_id is not None and model.placeholder_id < size:
             banned[model.placeholder_id] = True
         self.register_buffer("_banned", banned, persistent=False)
+        self._banned: Tensor
         self._tries: dict[tuple[str, ...], list[int]] = {}
         self._spelled: dict[str, list[int]] | None = None
 
@@ -121,11 +125,6 @@ class TextPolicy(VLMPolicy):
     def legend(self) -> str:
         """How the prompt lists the actions, and what form it asks for."""
         return f"{', '.join(self.spec.action_names)}; answer in the form {self.template.form}"
-
-    @property
-    def illegal_penalty(self) -> float:
-        """Taken off the reward for an answer that names no action."""
-        return self.text.illegal_penalty
 
     def describe(self) -> list[tuple[str, str]]:
         """Returns the lines of the header."""
@@ -289,8 +288,8 @@ class TextPolicy(VLMPolicy):
         longest = max(map(len, rows))
         if longest > self.text.longest:
             raise PolicyError(
-                f"An answer takes {longest} tokens, and at most {self.text.longest} are written: expected answer_tokens "
-                f"of {longest} or more."
+                f"An answer takes {longest} tokens, and at most {self.text.longest} are written: expected "
+                f"answer_tokens of {longest} or more."
             )
         tokens = torch.tensor([row + [FILLER] * (longest - len(row)) for row in rows])
         return Rows({TOKENS: tokens}, {TOKENS: FILLER})

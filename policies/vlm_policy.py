@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from manako.errors import first_line
 from manako.policies.adapters import Adapter
 from manako.policies.answers.closed_set import ActionCodec
-from manako.policies.answers.text import FORMAT as TEXT
 from manako.policies.architectures.model import Model
 from manako.policies.architectures.pretraining import Pretraining
 from manako.policies.architectures.vision_tokens.next_frame import NextFrame
@@ -101,10 +100,10 @@ class VLMPolicy(Policy):
         self.processing = self.prompts.processing
         tokenizer = self.processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(self.prompts.end_token) if self.prompts.end_token else None
-        action_format = "auto" if spec.action_format == TEXT else spec.action_format
-        self.codec = ActionCodec(tokenizer, spec.action_names, action_format, self.prompts.go_on, end)
+        self.codec = self._make_codec(end)
         self._check_answers()
-        self.next_frame = NextFrame(model, self.processing, self.codec) if model.predicts_frames else None
+        closed = isinstance(self.codec, ActionCodec)
+        self.next_frame = NextFrame(model, self.processing, self.codec) if model.predicts_frames and closed else None
         self.next_frame_coef = 0.0
         self.prompts.legend = self.legend()
         self.learns_text = not model.one_token_answers
@@ -500,6 +499,12 @@ class VLMPolicy(Policy):
                 "numbers would be wrong, use another model."
             )
         return found
+
+    def _make_codec(self, end_id: int | None) -> ActionCodec:
+        """How actions are said; `end_id` is the token that ends an answer."""
+        spec = self.spec
+        action_format = "auto" if spec.text is not None else spec.action_format
+        return ActionCodec(self.processor.tokenizer, spec.action_names, action_format, self.prompts.go_on, end_id)
 
     def _check_answers(self) -> None:
         longest = max(zip(map(len, self.codec.token_ids), self.codec.answers, strict=True))

@@ -20,7 +20,9 @@ ray-replica every worker has its own copy (it must pickle) and may repeat a roll
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch import Tensor
 from manako.agent.data.recordings import Recording
 from manako.agent.errors import TrainingError
 from manako.policies.interface import Acted, Draws, Policy, PolicySpec, Rows, act_categorical
+from manako.spaces import action_dtype, is_vector, random_vectors, ranges
 
 
 class Player(Policy):
@@ -53,14 +56,30 @@ class Player(Policy):
         return act_categorical(probabilities.log(), torch.zeros(len(probabilities)), draws, greedy)
 
     def deterministic(self, actions: Tensor) -> Acted:
-        """Returns these actions (B,) int64, at log-probability 0."""
+        """Returns these actions, (B,) int64 or vectors (B, d), at log-probability 0."""
+        if actions.ndim > 1:
+            return self.vectors(actions.numpy(), torch.zeros(actions.shape))
         one = torch.nn.functional.one_hot(actions, len(self.spec.action_names)).float()  # (B, A)
         return self.sample_from(one, Draws([]), greedy=True)
+
+    def vectors(self, vectors: np.ndarray, logprobs: Tensor) -> Acted:
+        """Returns action vectors (B, d) with log-probabilities (B, d), densities where they are continuous."""
+        taken = vectors.astype(action_dtype(self.spec.action_space))
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+        return Acted(Rows({"vectors": torch.from_numpy(taken)}), taken, logprobs.float(), mask, torch.zeros(len(taken)))
+
+    def chance(self, draws: Draws) -> tuple[np.ndarray, Tensor]:
+        """Returns vectors (B, d) uniform over all, and their log-probabilities (B, d)."""
+        space = self.spec.action_space
+        wide = np.array([high - low for low, high in ranges(space)]) + isinstance(space, gym.spaces.MultiDiscrete)
+        logprobs = -np.log(np.where(wide > 0, wide, 1))  # of 1 / values, or of the density
+        return random_vectors(space, draws.next), torch.from_numpy(logprobs).expand(len(draws), -1)
 
 
 class ScriptedPlayer(Player):
     """The env's scripted expert, wrong with a given probability: then any other allowed action, each alike.
 
+    Of vectors, wrong is any one in the space.
     Where nothing but the expert's action is allowed, it is right.
 
     Args:
@@ -80,6 +99,16 @@ class ScriptedPlayer(Player):
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
         """Returns the expert's actions, or with `error_rate` others."""
         experts, count = inputs["expert_actions"], len(self.spec.action_names)
+        if is_vector(self.spec.action_space):
+            if not self.error_rate or greedy:
+                return self.deterministic(experts)
+            wrong = draws.next() < self.error_rate  # (B,)
+            others, logprobs = self.chance(draws)
+            taken = np.where(wrong[:, None], others, experts.numpy())
+            right = torch.zeros_like(logprobs)
+            logprobs = torch.where(torch.from_numpy(wrong)[:, None], logprobs, right)
+            chosen = np.log(np.where(wrong, self.error_rate, 1 - self.error_rate)) / taken.shape[1]  # of which it was
+            return self.vectors(taken, logprobs + torch.from_numpy(chosen)[:, None])
         if "action_masks" in inputs.columns:
             others = inputs["action_masks"].scatter(1, experts[:, None], False).float()  # (B, A)
             left = others.sum(1, keepdim=True)  # (B, 1)
@@ -99,6 +128,8 @@ class RandomPlayer(Player):
 
     def act(self, inputs: Rows, draws: Draws, greedy: bool = False) -> Acted:
         """Returns uniform actions; there is no greedy one, so `greedy` samples as well."""
+        if is_vector(self.spec.action_space):
+            return self.vectors(*self.chance(draws))
         if "action_masks" in inputs.columns:
             allowed = inputs["action_masks"].float()
             return self.sample_from(allowed / allowed.sum(1, keepdim=True), draws)
@@ -144,7 +175,7 @@ class RecordedPlayer(Player):
         actions = [self._next(slot, *now) for slot, now in enumerate(zip(steps, seeds, strict=True))]
         return self.deterministic(torch.tensor(actions))
 
-    def _next(self, slot: int, step: int, seed: int) -> int:
+    def _next(self, slot: int, step: int, seed: int) -> Any:
         if step == 0:
             if self._started[slot] and self._played[slot] < len(self._current(slot).actions):
                 recording, last = self._current(slot), self._played[slot] - 1

@@ -12,7 +12,8 @@ LeRobot and without a video encoder: the frames are PNGs inside the parquet file
 
     LeRobot's feature                           ours
     observation.image                           image
-    action          float32 (A,)                action, one-hot; `names` are the A action names
+    action          float32 (A,)                action, one-hot; `names` are the A action names. A vector (d,) is as it
+                                                is, and has no manako.action
     next.reward                                 reward
     next.done                                   terminated or truncated
     next.truncated                              truncated
@@ -256,22 +257,25 @@ def _columns(
     def column(name: str, kind: type) -> np.ndarray:
         return np.array(dataset[name][:], kind)[:, None]
 
-    actions, ended = column("action", np.int64), _ended(dataset)[:, None]
+    vectors, ended = "action_space" in about, _ended(dataset)[:, None]
+    actions = np.array(dataset["action"][:], np.float32) if vectors else column("action", np.int64)
+    advice = dataset["expert_action"][:]
+    experts = None if None in advice else np.array(advice, actions.dtype).reshape(len(dataset), -1)
     tokens = dataset["action_tokens"][:]
     width = max(map(len, tokens))
     frame_index = np.concatenate([np.arange(len(rows)) for rows in episodes])[:, None]
     number = {task: index for index, task in enumerate(tasks)}
     return {
-        "action": np.eye(len(about["action_names"]), dtype=np.float32)[actions[:, 0]],
+        "action": actions if vectors else np.eye(len(about["action_names"]), dtype=np.float32)[actions[:, 0]],
         "next.reward": column("reward", np.float32),
         "next.done": ended,
         "next.truncated": column("truncated", np.bool_),
         **({} if None in dataset["success"][:] else {"next.success": column("success", np.bool_) & ended}),
-        "manako.action": actions,
+        **({} if vectors else {"manako.action": actions}),
         "manako.action_tokens": np.array([[*row, *[-1] * (width - len(row))] for row in tokens], np.int64),
         "manako.logprob": column("logprob", np.float32),
         "manako.value": column("value", np.float32),
-        "manako.expert_action": column("expert_action", np.int64),
+        **({} if experts is None else {"manako.expert_action": experts}),
         "manako.seed": column("seed", np.int64),
         **({"manako.allowed": np.array(dataset["action_mask"][:])} if "action_mask" in dataset.column_names else {}),
         "timestamp": (frame_index / fps).astype(np.float32),

@@ -7,9 +7,9 @@ A recording is a text file of JSON lines. A line may say what was played from th
     {"seed": 12, "actions": ["left", "up", 2]}
 
 `seed` is what the env is reset with, a whole number from 0 to 2147483647; several lines may have the same. `actions`
-are all actions from there to the episode's end, each by its name or by its number from 0 on. `env_id` and `env_kwargs`
-(either may be left out) must be those that the recording is read for; joined files have such a line more than once.
-There are no other keys, and empty lines count for nothing.
+are all actions from there to the episode's end, each by its name or by its number from 0 on; a vector is a list of
+numbers. `env_id` and `env_kwargs` (either may be left out) must be those that the recording is read for; joined files
+have such a line more than once. There are no other keys, and empty lines count for nothing.
 
 The frames are not stored: they come from playing the episodes again, which is also the proof that the recording is one
 of this env. A folder of trajectories (`agent.data.trajectories`) is a recording too, by its seeds and actions. No torch
@@ -24,7 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import gymnasium as gym
+import numpy as np
+
 from manako.agent.errors import TrainingError
+from manako.spaces import action_dtype, is_vector, ranges
 
 SEEDS = 2**31  # some environments take no larger ones
 EXAMPLE = '{"seed": 12, "actions": ["up", "left"]}'
@@ -36,17 +40,21 @@ class Recording:
 
     Args:
         seed: what the env is reset with.
-        actions: indices, to the end of the episode.
+        actions: indices, or vectors (d,) of numbers, to the end of the episode.
         place: where it is written, in words.
     """
 
     seed: int
-    actions: tuple[int, ...]
+    actions: tuple[Any, ...]
     place: str
 
 
 def read_recordings(
-    path: str, env_id: str, action_names: Sequence[str], env_kwargs: Mapping[str, Any] | None = None
+    path: str,
+    env_id: str,
+    action_names: Sequence[str],
+    env_kwargs: Mapping[str, Any] | None = None,
+    action_space: gym.Space | None = None,
 ) -> list[Recording]:
     """Returns the episodes of a file of JSON lines, or of a folder of trajectories, in their order.
 
@@ -55,12 +63,13 @@ def read_recordings(
         env_id: the environment that they must be of, where the recording says so.
         action_names: its actions, (A,).
         env_kwargs: likewise the arguments of its constructor.
+        action_space: its actions, where they may be vectors.
 
     Raises:
         TrainingError: it cannot be read, holds no episode, is of something else, or a line is wrong; the first fault.
     """
     if Path(path).is_dir():
-        return _from_trajectories(path, env_id, action_names, env_kwargs)
+        return _from_trajectories(path, env_id, action_names, env_kwargs, action_space)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -77,7 +86,7 @@ def read_recordings(
             _check_keys(values, ("env_id", "env_kwargs"), place)
             _check_env(values, env_id, env_kwargs, f"The recording {path!r}")
         else:
-            recordings.append(_episode(values, action_names, place))
+            recordings.append(_episode(values, action_names, place, action_space))
     if not recordings:
         raise TrainingError(f"The recording {path!r} holds no episode: expected lines such as {EXAMPLE}.")
     return recordings
@@ -116,17 +125,21 @@ def split_over_slots(recordings: Sequence[Recording], num_slots: int) -> list[Se
 
 
 def _from_trajectories(
-    folder: str, env_id: str, action_names: Sequence[str], env_kwargs: Mapping[str, Any] | None
+    folder: str,
+    env_id: str,
+    action_names: Sequence[str],
+    env_kwargs: Mapping[str, Any] | None,
+    action_space: gym.Space | None,
 ) -> list[Recording]:
     from manako.agent.data.trajectories import load_trajectories
 
-    rows, about = load_trajectories(folder, env_id, action_names)
+    rows, about = load_trajectories(folder, env_id, action_names, action_space=action_space)
     arguments = about.get("env_kwargs")  # as on the command line
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     _check_env({"env_kwargs": arguments}, env_id, env_kwargs, f"The dataset {folder!r}")
     seeds: dict[int, int] = {}
-    actions: dict[int, list[int]] = {}
+    actions: dict[int, list[Any]] = {}
     for episode, seed, action in zip(rows["episode"], rows["seed"], rows["action"], strict=True):
         seeds[episode] = seed
         actions.setdefault(episode, []).append(action)
@@ -167,7 +180,9 @@ def _check_env(values: Mapping[str, Any], env_id: str, env_kwargs: Mapping[str, 
         )
 
 
-def _episode(values: Mapping[str, Any], action_names: Sequence[str], place: str) -> Recording:
+def _episode(
+    values: Mapping[str, Any], action_names: Sequence[str], place: str, action_space: gym.Space | None
+) -> Recording:
     _check_keys(values, ("seed", "actions"), place)
     seed: Any = values.get("seed")
     actions: Any = values.get("actions")
@@ -176,12 +191,25 @@ def _episode(values: Mapping[str, Any], action_names: Sequence[str], place: str)
     if not isinstance(actions, list) or not actions:
         raise TrainingError(f"The actions in {place} are {reprlib.repr(actions)}: expected a list, as in {EXAMPLE}.")
     names = list(action_names)
+    if action_space is not None and is_vector(action_space):
+        return Recording(seed, _vectors(actions, action_space, f"{place} (seed {seed})"), place)
     for step, action in enumerate(actions):
         if action not in names and not _is_index(action, len(names)):
             _refuse_action(action, names, f"step {step} in {place} (seed {seed})")
     return Recording(
         seed, tuple(names.index(action) if isinstance(action, str) else action for action in actions), place
     )
+
+
+def _vectors(actions: list[Any], space: gym.Space, place: str) -> tuple[list[float], ...]:
+    for step, action in enumerate(actions):
+        numbers = isinstance(action, list) and all(isinstance(n, int | float) and n == n for n in action)
+        if not numbers or not space.contains(np.array(action, action_dtype(space))):
+            raise TrainingError(
+                f"The action of step {step} in {place} is {reprlib.repr(action)}: expected a list of "
+                f"{len(ranges(space))} numbers in {space}."
+            )
+    return tuple(actions)
 
 
 def _is_index(value: Any, count: int) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 from PIL import Image as Picture
@@ -22,6 +23,7 @@ from manako.agent.rollout import Record, Rollout, verdict
 from manako.errors import full_text
 from manako.memory import turns_before
 from manako.policies.interface import Policy
+from manako.spaces import is_vector, short_number, space_to_json
 
 FORMAT = 1
 FEATURES = Features(
@@ -51,6 +53,10 @@ FEATURES = Features(
         "expert_thought": Value("string"),  # what the env's expert thinks, where it says it
     }
 )
+VECTORS = {  # in place of the indices, where actions are vectors
+    "action": List(Value("float32")),  # as the env is given it; action_name are its numbers
+    "expert_action": List(Value("float32")),  # None where the env has no expert
+}
 LATER = ("last_image", "outcome", "thought", "expert_thought")  # columns that older datasets lack
 MASKS = {"action_mask": List(Value("bool"))}  # of A actions, which were allowed; only of an env that says it
 
@@ -77,7 +83,8 @@ def to_dataset(
         TrainingError: no episode ended in them.
     """
     masked = _record(rollouts[0]).action_masks is not None
-    features = Features({**FEATURES, **MASKS}) if masked else FEATURES
+    vectors = VECTORS if is_vector(policy.spec.action_space) else {}
+    features = Features({**FEATURES, **vectors, **(MASKS if masked else {})})
     columns: dict[str, list[Any]] = {name: [] for name in features}
     rows_of_actions = [_texts(rollout, policy) for rollout in rollouts]
     count = 0
@@ -114,6 +121,7 @@ def to_dataset(
             "format": FORMAT,
             "env_id": env_id,
             "action_names": list(policy.spec.action_names),
+            **({"action_space": space_to_json(policy.spec.action_space)} if vectors else {}),
             "frame_shape": list(policy.spec.frame_shape),
             "player": player,
             "episodes": count,
@@ -151,21 +159,24 @@ def _row(
     """One step, without what holds for its whole episode."""
     record, flat = _record(rollout), t * rollout.rewards.shape[1] + slot
     last = record.last_images.get((t, slot))
-    action = int(record.to_env[t, slot])
+    action = record.to_env[t, slot].tolist()
+    vector, expert = isinstance(action, list), None
+    if record.expert_actions is not None:
+        expert = record.expert_actions[t, slot].tolist()
     mask = None if record.action_masks is None else record.action_masks[t, slot].tolist()
     return {
         "image": {"bytes": _png(record.images[flat]), "path": None},
         "instruction": record.instructions[flat],
         "prompt": policy.prompt(record.instructions[flat], turns),
         "action": action,
-        "action_name": policy.spec.action_names[action] if action >= 0 else "",  # the env was not stepped
+        "action_name": _named(action, policy, vector),
         "action_tokens": tokens[flat],
         "logprob": float(rollout.logprobs[t, slot][rollout.mask[t, slot]].sum()),
         "value": float(rollout.values[t, slot]),
         "reward": float(rollout.rewards[t, slot]),
         "terminated": bool(rollout.terminated[t, slot]),
         "truncated": bool(rollout.truncated[t, slot]),
-        "expert_action": int(record.expert_actions[t, slot]) if record.expert_actions is not None else -1,
+        "expert_action": -1 if expert is None and not vector else expert,
         "seed": int(record.seeds[t, slot]),
         "step": int(record.steps[t, slot]),
         "last_image": None if last is None else {"bytes": _png(last), "path": None},
@@ -174,6 +185,13 @@ def _row(
         "expert_thought": None if record.expert_thoughts is None else record.expert_thoughts[flat],
         "outcome": None if rollout.outcomes is None else rollout.outcomes[flat],
     }
+
+
+def _named(action: Any, policy: Policy, is_vector: bool) -> str:
+    """An action in words; "" where the environment was not stepped."""
+    if is_vector:
+        return ", ".join(map(short_number, action))
+    return policy.spec.action_names[action] if action >= 0 else ""
 
 
 def _png(frame: np.ndarray) -> bytes:
@@ -214,6 +232,7 @@ def load_trajectories(
     env_id: str | None = None,
     action_names: Sequence[str] | None = None,
     frame_shape: Sequence[int] | None = None,
+    action_space: gym.Space | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Returns a dataset of `save_trajectories`, and what holds for all its rows.
 
@@ -222,6 +241,7 @@ def load_trajectories(
         env_id: the environment that it must be of.
         action_names: the actions that it must be of.
         frame_shape: (H, W, 3) of the frames that it must hold.
+        action_space: the space of the actions that it must be of, where they may be vectors.
 
     Raises:
         TrainingError: no dataset there, an empty one, other columns, no images, another environment, other actions or
@@ -260,6 +280,13 @@ def load_trajectories(
             f"The dataset {folder!r} has the actions {', '.join(about['action_names'])}: expected "
             f"{', '.join(action_names)}."
         )
+    if action_space is not None:
+        expected = space_to_json(action_space) if is_vector(action_space) else None
+        if about.get("action_space") != expected:
+            raise TrainingError(
+                f"The dataset {folder!r} has actions of {about.get('action_space') or 'one choice'}: expected "
+                f"{expected or 'one choice'}, so collect again in this environment."
+            )
     if frame_shape is not None and list(frame_shape) != about["frame_shape"]:
         raise TrainingError(
             f"The dataset {folder!r} has frames of {' x '.join(map(str, about['frame_shape']))}, but the environment "

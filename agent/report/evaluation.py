@@ -20,6 +20,7 @@ from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.agent.rollout import Episode, success_rate, verdict
 from manako.policies.interface import Draws, Policy
+from manako.spaces import is_vector, shares
 
 Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
 CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
@@ -162,7 +163,7 @@ def _act(
 ) -> tuple[np.ndarray, Sequence[str]]:
     """The actions (N,), and the outcomes of the answers, N or none; `idle` (N,) bool are slots beyond the last seed."""
     if condition == "random":
-        return env.random_actions(draws.next()), ()
+        return env.random_actions(draws.next), ()
     images, instructions, told = observations.images, observations.instructions, ask(env, policy.needs)
     if condition == "blank_image":
         images = np.zeros_like(images)
@@ -237,7 +238,7 @@ def expert_agreement(policy: Policy, env: EvaluationEnv, seeds: Sequence[int]) -
             expert = np.asarray(env.expert_actions())
             inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
             chosen = policy.act(inputs, Draws([]), greedy=True).to_env
-            agreed += int((chosen == expert)[going].sum())
+            agreed += int(_same_actions(policy, chosen, expert)[going].sum())
             states += int(going.sum())
             result = env.step(expert)
             ended = result.terminated | result.truncated
@@ -246,6 +247,14 @@ def expert_agreement(policy: Policy, env: EvaluationEnv, seeds: Sequence[int]) -
                 return Agreement(agreed, states)
             observations = env.reset_done(ended) if ended.any() else result.observations
     raise TrainingError(f"The expert has not ended an episode in {MAX_EPISODE_STEPS:,} steps: set a limit of steps.")
+
+
+def _same_actions(policy: Policy, chosen: np.ndarray, expert: np.ndarray) -> np.ndarray:
+    """(N,) bool; vectors are the same where they fall into the same bins."""
+    if chosen.ndim == 1:
+        return chosen == expert
+    one, other = (policy.actions_from_env(actions).columns for actions in (chosen, expert))
+    return np.all([(one[name] == other[name]).numpy().all(1) for name in one], axis=0)
 
 
 def record_episodes(
@@ -271,7 +280,8 @@ def record_episodes(
     every = [1] * env.num_envs
     instructions = [[observations.instructions[slot]] for slot in slots]
     probabilities: list[list[np.ndarray]] = [[] for _ in slots]
-    actions: list[list[int]] = [[] for _ in slots]
+    answers: list[list[str]] = [[] for _ in slots]  # of a policy that writes
+    actions: list[list[Any]] = [[] for _ in slots]
     rewards: list[list[float]] = [[] for _ in slots]
     success: list[bool | None] = [False] * env.num_envs
     going = set(slots)
@@ -280,16 +290,24 @@ def record_episodes(
         for _ in range(max_steps):
             inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
             acted = policy.act(inputs, draws, greedy=True)
-            said = policy.evaluate_actions(inputs.to(policy.device), acted.actions.to(policy.device)).distribution
-            assert said is not None, "the bars of a GIF are those of a closed set"
+            texts: list[str] = []
+            if is_vector(env.action_space):
+                bars = shares(env.action_space, acted.to_env)
+            elif policy.writes(acted.actions):
+                bars, texts = np.zeros((env.num_envs, len(env.action_names))), policy.answers(acted.actions)
+            else:
+                said = policy.evaluate_actions(inputs.to(policy.device), acted.actions.to(policy.device)).distribution
+                assert said is not None, "the bars of a GIF are those of a closed set"
+                bars = said.exp().cpu().numpy()
             result = env.step(acted.to_env)
             observations = result.observations
             ended = result.terminated | result.truncated
             for slot in sorted(going):
                 last[slot] = observations.images[slot]
                 instructions[slot].append(observations.instructions[slot])
-                probabilities[slot].append(said[slot].exp().cpu().numpy())
-                actions[slot].append(int(acted.to_env[slot]))
+                probabilities[slot].append(bars[slot])
+                answers[slot] += texts[slot : slot + 1]
+                actions[slot].append(acted.to_env[slot].tolist())
                 rewards[slot].append(float(result.rewards[slot]))
                 if ended[slot]:
                     success[slot] = verdict(result.success[slot])
@@ -313,6 +331,7 @@ def record_episodes(
             success[slot],
             every[slot],
             slot not in going,
+            answers[slot],
         )
         for slot in slots
     ]

@@ -20,6 +20,7 @@ import numpy as np
 from manako.agent.errors import TrainingError
 from manako.agent.report.statistics import Interval
 from manako.places import grid_of
+from manako.spaces import short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,12 +37,13 @@ class RecordedEpisode(NamedTuple):
     # (T + 1, H, W, 3) uint8, the last one is what the last step returned; of a thinned episode fewer, see `every`
     frames: np.ndarray | Sequence[np.ndarray]
     instructions: Sequence[str]  # T, or T + 1 with the one that came with the last frame
-    probabilities: np.ndarray  # (T, A)
-    actions: Sequence[int] | np.ndarray  # T, in 0 .. A - 1
+    probabilities: np.ndarray  # (T, A); of action vectors (T, d), where each entry stands between its least and largest
+    actions: Sequence[Any] | np.ndarray  # T, in 0 .. A - 1; of action vectors (T, d) numbers
     rewards: Sequence[float] | np.ndarray  # T
     success: bool | None  # None: nobody says what a success is
     every: int = 1  # frames are those of the steps 0, every, 2 every ... below T, and the last one
     ended: bool = True  # False: it was going on when it was cut, and how it would have ended is not known
+    answers: Sequence[str] = ()  # T texts of a policy that writes, which are shown in place of probabilities
 
 
 # ------------------------------------------------------------------------------------------------- learning curve
@@ -240,6 +242,7 @@ _FRAME = 320  # px, what the longer side of a frame is scaled to, or near it
 PANEL = 320  # px, width of the text and bars
 _MARGIN = 14
 _LINE = 20  # px, of the instruction
+_ANSWER_LINES = 6  # of an answer in text
 _MOST_LINES = 4
 _BAR = 20  # px, a row of the bars
 _MOST_BARS = 12
@@ -261,7 +264,8 @@ def episode_gif(
     One picture a step, with the frame that the action was taken on and the reward that followed; then the episode's
     last frame, held for longer and labelled success or failure, or that the episode was cut. Of a thinned episode every
     k-th step is shown, which the picture says. With more than twelve actions the twelve most probable
-    ones are shown, the one taken always among them. Where the actions are the cells of a grid over the frame, the cell
+    ones are shown, the one taken always among them. Of an action vector, each entry is shown with its number, and a bar
+    from its least to its largest value. Where the actions are the cells of a grid over the frame, the cell
     that is acted on is marked.
 
     Args:
@@ -325,7 +329,10 @@ def _check(index: int, episode: RecordedEpisode, num_actions: int) -> None:
             f"Episode {index} has action probabilities of shape {shape}: expected {(steps, num_actions)} finite "
             "numbers, one row a step and one column an action name."
         )
-    if not all(0 <= action < num_actions for action in episode.actions):
+    if np.ndim(episode.actions) > 1:
+        return  # vectors
+    least = -1 if episode.answers else 0  # an answer may name no action
+    if not all(least <= action < num_actions for action in episode.actions):
         raise TrainingError(
             f"Episode {index} has actions outside 0 to {num_actions - 1}: expected indices of the action names."
         )
@@ -352,7 +359,8 @@ def _picture(
 
     small, normal, large = (ImageFont.load_default(size) for size in (_SMALL, _NORMAL, _LARGE))
     bars_top = _MARGIN + 22 + _LINE * len(instruction) + 14
-    bars_height = max(_BANNER, _BAR * min(len(action_names), _MOST_BARS))
+    rows = min(len(action_names), _MOST_BARS) if not episode.answers else _ANSWER_LINES + 1
+    bars_height = max(_BANNER, _BAR * rows)
     width = _MARGIN + frame_box[0] + _MARGIN + PANEL + _MARGIN
     height = max(_MARGIN + frame_box[1] + _MARGIN, bars_top + bars_height + 44)
     picture = Image.new("RGB", (width, height), _PAPER)
@@ -392,9 +400,22 @@ def _picture(
         draw.text(((left + right) // 2, bars_top + _BANNER // 2), label, fill=_PAPER, font=large, anchor="mm")
         draw.rectangle((x - 4, y - 4, x + shown_width + 3, y + shown_height + 3), outline=color, width=4)
         foot = f"return {paid:+.2f}"
+    elif episode.answers:
+        lines = wrapped(episode.answers[t], right - left, _ANSWER_LINES)
+        for line, text in enumerate(lines):
+            draw.text((left, bars_top + _BAR * line), text, fill=_FAINT, font=normal)
+        action = int(episode.actions[t])
+        named = action_names[action] if action >= 0 else "no action"
+        draw.text((left, bars_top + _BAR * len(lines)), named, fill=_TAKEN_COLOR, font=normal)
+        foot = f"reward {float(episode.rewards[t]):+.2f}      return {paid:+.2f}"
     else:
         probabilities = np.asarray(episode.probabilities[t], dtype=np.float64)
-        _draw_bars(draw, (left, bars_top, right), probabilities, int(episode.actions[t]), action_names, small)
+        texts = None
+        if np.ndim(episode.actions) > 1:
+            texts, taken = [short_number(value) for value in episode.actions[t]], -1
+        else:
+            taken = int(episode.actions[t])
+        _draw_bars(draw, (left, bars_top, right), probabilities, taken, action_names, small, texts)
         foot = f"reward {float(episode.rewards[t]):+.2f}      return {paid:+.2f}"
     draw.text((left, height - _MARGIN), foot, fill=_INK, font=normal, anchor="ls")
     return picture
@@ -416,27 +437,29 @@ def _draw_bars(
     taken: int,
     action_names: Sequence[str],
     font: Font,
+    texts: Sequence[str] | None = None,
 ) -> None:
-    """A row an action: name, bar, percent. `place` is (left, top, right)."""
+    """A row an action: name, bar, percent; of a vector a row an entry, with these texts. `place`: left, top, right."""
     left, top, right = place
-    shown = shown_actions(probabilities, taken)
+    shown = shown_actions(probabilities, taken) if texts is None else list(range(min(len(texts), _MOST_BARS)))
     names = [_shortened(action_names[a], font, 110) for a in shown]
     # the names' column is as wide for every step, whichever of them are shown
     column = max(int(font.getlength(_shortened(name, font, 110))) for name in action_names)
     bar_left, bar_right = left + column + 10, right - 46
     for row, (a, name) in enumerate(zip(shown, names, strict=True)):
         middle = top + _BAR * row + _BAR // 2
-        color, ink = (_TAKEN_COLOR, _INK) if a == taken else (_BAR_COLOR, _FAINT)
+        color, ink = (_TAKEN_COLOR, _INK) if a == taken or texts is not None else (_BAR_COLOR, _FAINT)
         filled = bar_left + round((bar_right - bar_left) * float(np.clip(probabilities[a], 0, 1)))
         draw.text((left + column, middle), name, fill=ink, font=font, anchor="rm")
         draw.rectangle((bar_left, middle - 6, bar_right, middle + 6), fill=_TRACK)
         if filled > bar_left:
             draw.rectangle((bar_left, middle - 6, filled, middle + 6), fill=color)
-        draw.text((right, middle), f"{100 * probabilities[a]:.1f}%", fill=ink, font=font, anchor="rm")
+        text = f"{100 * probabilities[a]:.1f}%" if texts is None else texts[a]
+        draw.text((right, middle), text, fill=ink, font=font, anchor="rm")
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """Returns at most `_MOST_LINES` lines that fit; the last one ends in "…" where text was left out."""
+def wrapped(text: str, width: int, most: int | None = None) -> list[str]:
+    """Returns at most `most` lines (`_MOST_LINES`) that fit; the last one ends in "…" where text was left out."""
     from PIL import ImageFont
 
     font = ImageFont.load_default(_NORMAL)
@@ -444,7 +467,7 @@ def wrapped(text: str, width: int) -> list[str]:
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        elif len(lines) == _MOST_LINES:
+        elif len(lines) == (most or _MOST_LINES):
             lines[-1] = _shortened(f"{lines[-1]} {word}", font, width)
             break
         else:

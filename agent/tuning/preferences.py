@@ -74,9 +74,7 @@ def state_pairs(trajectories: Dataset, frames: int = 1, history: int = 0) -> lis
     masks = allowed_actions(trajectories) or [()] * len(trajectories)
     states = [
         (png, text, tuple(None if row == NO_ROW else pngs[row] for row in rows), done.tobytes(), mask)
-        for png, text, rows, done, mask in zip(
-            pngs, trajectories["instruction"], before, turns, masks, strict=True
-        )
+        for png, text, rows, done, mask in zip(pngs, trajectories["instruction"], before, turns, masks, strict=True)
     ]
     actions, episodes, rewards = trajectories["action"], trajectories["episode"], trajectories["reward"]
     to_go = list(rewards)

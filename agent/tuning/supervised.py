@@ -88,6 +88,7 @@ def demonstrated_actions(
     next_frames: bool = False,
     frames: int = 1,
     history: int = 0,
+    thoughts: bool = False,
 ) -> Dataset:
     """Returns each step of the trajectories as `image` (PNG bytes), `instruction` and `action`, for behaviour cloning.
 
@@ -100,16 +101,17 @@ def demonstrated_actions(
             does not hold last frames.
         frames: how many the policy is shown: `past_rows`, those of the frames before, -1 where the episode had none.
         history: how many actions and rewards the prompt tells: `past_turns`, (history, 2).
+        thoughts: and `thought`, for a policy that writes.
 
     Raises:
         TrainingError: nothing is left, or a step took an action that was not allowed.
     """
     rows = _successful(trajectories, only_success)
     masks = [name for name in MASKS if name in rows.column_names]
-    chosen = _where_chosen(rows).tolist()
-    allowed, actions = rows[masks[0]] if masks else None, rows["action"]
-    for row in chosen if allowed is not None else ():
-        if not allowed[row][actions[row]]:
+    chosen = set(_where_chosen(rows).tolist())
+    actions = rows["action"]
+    for row, mask in enumerate(rows[masks[0]] if masks else ()):
+        if row in chosen and not mask[actions[row]]:
             raise TrainingError(
                 f"Row {row} of the dataset took {rows[row]['action_name']!r}, which its action_mask does not allow: "
                 "expected allowed actions, so collect again, or give --action_masks false."
@@ -119,6 +121,8 @@ def demonstrated_actions(
         columns = columns.add_column("past_rows", past_rows(rows, frames - 1))
     if history:
         columns = columns.add_column("past_turns", [turns.tolist() for turns in past_turns(rows, history)])
+    if thoughts:
+        columns = columns.add_column("thought", stored_thoughts(rows, "thought"))
     if next_frames:
         columns = columns.add_column("next_image", _next_frames(rows))
     return columns if len(chosen) == len(rows) else columns.add_column(CHOSEN, steps_with_actions(rows))

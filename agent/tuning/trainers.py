@@ -199,8 +199,10 @@ class PolicyCloningTrainer(PolicySFTTrainer):
         if "past_turns" in rows[0]:
             told["past_turns"] = np.array([row["past_turns"] for row in seen])  # (U, history, 2)
         inputs = self.policy.prepare(frames, [row["instruction"] for row in seen], told)
-        action = torch.tensor([row["action"] for row in rows])
+        action = torch.tensor([row["action"] for row in rows])  # (B,), or vectors (B, d)
         made: dict[str, Any] = {"inputs": inputs, "observation": torch.tensor(observation), "action": action}
+        if "thought" in rows[0]:
+            made["thoughts"] = [row["thought"] for row in rows]
         known = [at for at, row in enumerate(rows) if row.get("next_image") is not None]
         if known:
             seen_next = np.stack([picture(rows[at]["next_image"]) for at in known])
@@ -212,6 +214,8 @@ class PolicyCloningTrainer(PolicySFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Returns the mean of -log pi(a | s) over the batch."""
+        if inputs["action"].ndim > 1 or "thoughts" in inputs:
+            return self._loss_of_tokens(inputs, return_outputs)
         # every action of an observation is read by one forward, so it is asked for any one of them
         first = self.policy.actions_from_env(np.zeros(len(inputs["inputs"]), dtype=np.int64)).to(self.policy.device)
         with self.accelerator.autocast():
@@ -228,6 +232,19 @@ class PolicyCloningTrainer(PolicySFTTrainer):
             for name, own in losses.items():
                 self._metrics["train" if self.model.training else "eval"][name].append(own.item())
                 loss = loss + own
+        return (loss, output) if return_outputs else loss
+
+    def _loss_of_tokens(self, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """The mean of -log pi(a | s) of vectors and of answers in text: of each token given those before it, summed.
+
+        A vector's tokens are each entry's nearest bin, an answer's those of its thought and action.
+        """
+        policy = self.policy
+        actions = policy.actions_from_env(inputs["action"].numpy(), inputs.get("thoughts")).to(policy.device)
+        with self.accelerator.autocast():
+            rows = inputs["inputs"].select(inputs["observation"]).to(policy.device)
+            output = policy.evaluate_actions(rows, actions)
+        loss = -output.logprobs.sum(-1).mean()
         return (loss, output) if return_outputs else loss
 
 

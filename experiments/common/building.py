@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import gymnasium as gym
 import torch
 import transformers
 
@@ -50,9 +51,11 @@ def make_policy(
     action_names: tuple[str, ...],
     frame_shape: tuple[int, int, int],
     torch_threads: int | None = None,
+    action_space: gym.Space | None = None,
 ) -> VLMPolicy:
     """Returns the policy of the run, on the GPU where there is one."""
-    policy = load_policy(dataclasses.replace(source, policy=policy_folder(source.policy)), action_names, frame_shape)
+    source = dataclasses.replace(source, policy=policy_folder(source.policy))
+    policy = load_policy(source, action_names, frame_shape, action_space)
     return place(policy, source.policy, torch_threads)
 
 
@@ -94,7 +97,8 @@ def policy_of_run(
     torch.manual_seed(seed)
     env = make_vector_env(environment, 1, seed, held_out=True)
     try:
-        policy = make_policy(dataclasses.replace(source, seed=seed), env.action_names, env.frame_shape, torch_threads)
+        source = dataclasses.replace(source, seed=seed)
+        policy = make_policy(source, env.action_names, env.frame_shape, torch_threads, env.action_space)
         check_instruction(environment.instruction, policy)
         if trial:
             observations = env.reset()
@@ -238,7 +242,7 @@ def make_plan(
 def copy_maker(source: PolicySource, policy: Policy, seed: int, torch_threads: int | None) -> Callable[[], VLMPolicy]:
     """Returns what makes the policy again as it was made here, in a worker."""
     spec, source = policy.spec, dataclasses.replace(source, seed=seed)
-    return functools.partial(make_policy, source, spec.action_names, spec.frame_shape, torch_threads)
+    return functools.partial(make_policy, source, spec.action_names, spec.frame_shape, torch_threads, spec.action_space)
 
 
 def connected(workers: WorkerSettings) -> AbstractContextManager[None]:

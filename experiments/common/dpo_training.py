@@ -29,6 +29,7 @@ from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, che
 from manako.envs import Observations
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
+from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import ignored_seeds, make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
 from manako.experiments.common.results import evaluate_run, write_final
@@ -60,6 +61,11 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     """
     environment, dpo, run = command.environment, command.dpo, command.run
     policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    if policy.spec.vectors is not None:
+        raise UsageError(
+            f"{environment.env} has actions that are vectors, and preferences are between actions of a closed set: "
+            "expected an env of Discrete actions, run_sft.py --loss actions, or run_ppo.py."
+        )
     check_learns_text(policy)
     check_learns_by_acting(policy, command.policy.trainable)
     policy.value_head.requires_grad_(False)  # nothing here asks for values

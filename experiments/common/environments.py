@@ -9,6 +9,7 @@ from manako.agent.interfaces import NOT_FIXED
 from manako.envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv
 from manako.envs.observation import is_blank
 from manako.envs.settings import EnvSettings
+from manako.spaces import is_vector
 
 
 def make_vector_env(
@@ -109,9 +110,9 @@ def knows_expert(env: EpisodeVectorEnv, needed: bool = False) -> bool:
 
 
 def random_actions(env: EpisodeVectorEnv, generator: np.random.Generator) -> np.ndarray:
-    """Returns an action for each slot, (N,) int64, of those allowed each alike."""
-    if env.gives_masks:
-        return env.random_actions(generator.random(env.num_envs))
+    """Returns an action for each slot, of those allowed each alike."""
+    if env.gives_masks or is_vector(env.action_space):
+        return env.random_actions(lambda: generator.random(env.num_envs))
     return generator.integers(len(env.action_names), size=env.num_envs)
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 from manako.agent.report.evaluation import CONDITIONS, evaluate_all
 from manako.envs import held_out_seeds
 from manako.experiments.common.building import policy_of_run
+from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import dead_frames, make_vector_env, sights, warn_of
 from manako.experiments.common.progress import RowsDone, plain_console, print_table
 from manako.experiments.common.remote import make_remote_policy
 from manako.experiments.common.results import write_gif
-from manako.experiments.common.settings import EvaluateCommand
+from manako.experiments.common.settings import EvaluateCommand, EvaluateSettings
+from manako.policies.interface import Policy
 from manako.policies.remote.ledger import DOLLAR
 from manako.policies.remote.settings import REMOTE
 from manako.policies.remote_policy import RemotePolicy
+from manako.policies.text_policy import Sampling, TextPolicy
 
 
 def run_evaluation(command: EvaluateCommand, name: str) -> int:
@@ -30,6 +33,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     environment, run, console = command.environment, command.run, plain_console()
     remote = make_remote(command) if command.policy.policy == REMOTE else None
     policy = remote or policy_of_run(environment, command.policy, run.seed, run.torch_threads)[0]
+    set_sampling(run, policy)
     warn_of(dead_frames(environment.env, *sights(environment, run.seed)))
     count = min(environment.num_envs, run.episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
@@ -50,6 +54,22 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     if remote is not None:
         console.print(f"asked        {remote.ledger.in_words()}")
     return 0
+
+
+def set_sampling(run: EvaluateSettings, policy: Policy) -> None:
+    """Makes a policy that writes draw from the nucleus that the settings ask for.
+
+    Raises:
+        UsageError: nothing is drawn, or the policy writes nothing.
+    """
+    if run.top_p == 1:
+        return
+    if not run.sample or not isinstance(policy, TextPolicy):
+        raise UsageError(
+            f"--top_p {run.top_p:g} came, which is of sampled answers in text: expected --sample with it and a policy "
+            "of --action_format text, or leave it out."
+        )
+    policy.sampling = Sampling(policy.text.temperature, run.top_p)
 
 
 def make_remote(command: EvaluateCommand) -> RemotePolicy:

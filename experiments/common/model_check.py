@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from manako.experiments.common.model_table import Row
 from manako.experiments.common.run_folder import policy_folder
 from manako.experiments.common.settings import CheckModelCommand
 from manako.policies import PolicySource, VLMPolicy
+from manako.policies.answers.bins import BinCodec
 from manako.policies.architectures import ROWS
 from manako.policies.architectures.model import Model
 from manako.policies.interface import Draws, Rows
@@ -41,6 +43,7 @@ from manako.policies.reading import SharedPrefix
 from manako.policies.room import Needed, cache_bytes, check_training_room, free_memory, in_words, needed, row_bytes
 from manako.policies.sensitivity import sensitivity
 from manako.policies.trainable import READY_MADE, parameter_table, part_of, parts_of, set_trainable
+from manako.spaces import is_vector, random_vectors
 
 HOLDS, DOES_NOT_HOLD, CANNOT_BE_LOADED = 0, 1, 2  # exit codes
 UPDATE_BATCH = 8  # samples of the forward and backward that shows gradients, and of the timed update
@@ -52,6 +55,7 @@ class Shown(NamedTuple):
     """What the environments show."""
 
     action_names: tuple[str, ...]
+    action_space: gym.Space
     frame_shape: tuple[int, int, int]
     seen: Observations  # of N environments
     sights: tuple[np.ndarray, list[str]]  # of several episodes, see `environments.sights`
@@ -95,7 +99,7 @@ def check_models(command: CheckModelCommand) -> list[tuple[Row, int]]:
     torch.manual_seed(0)
     env = make_vector_env(command.environment, command.environment.num_envs, seed=0, held_out=True)
     try:
-        shown = Shown(env.action_names, env.frame_shape, env.reset(), sights(command.environment, 0))
+        shown = Shown(env.action_names, env.action_space, env.frame_shape, env.reset(), sights(command.environment, 0))
     finally:
         env.close()
     checked = []
@@ -123,7 +127,9 @@ def check_model(name: str, command: CheckModelCommand, shown: Shown) -> tuple[Ro
     show("family", family_of(loaded.model))
     row = Row(family, acts="no", needs=needs(loaded.model))
     try:
-        policy = put_policy_around(loaded.model, loaded.source, shown.action_names, shown.frame_shape)
+        policy = put_policy_around(
+            loaded.model, loaded.source, shown.action_names, shown.frame_shape, shown.action_space
+        )
         policy = place(policy, name, command.check.torch_threads)
         check_instruction(command.environment.instruction, policy)
         inputs = policy.prepare(shown.seen.images, shown.seen.instructions)
@@ -210,6 +216,8 @@ def reading_in_words(policy: VLMPolicy) -> str:
 def answers_in_words(policy: VLMPolicy) -> str:
     """Returns the format and each action's tokens as text."""
     decode, codec = policy.processor.tokenizer.decode, policy.codec
+    if isinstance(codec, BinCodec):
+        return f"as {codec.format}: {codec.legend}, such as {codec.answers[0]!r}"
     said = [" + ".join(repr(decode([token])) for token in tokens) for tokens in codec.token_ids]
     return f"as {codec.format}: " + ", ".join(f"{name} {text}" for name, text in zip(codec.names, said, strict=True))
 
@@ -287,13 +295,17 @@ def learning(policy: VLMPolicy, source: PolicySource, trainable: str, inputs: Ro
         timed: also time updates.
     """
     need = None
-    count = max(len(policy.codec), min(UPDATE_BATCH, len(inputs)))
+    space = policy.spec.action_space
+    count = max(1 if is_vector(space) else len(policy.codec), min(UPDATE_BATCH, len(inputs)))
+    generator = np.random.default_rng(0)
+    taken = random_vectors(space, lambda: generator.random(count)) if is_vector(space) else np.arange(count)
     try:
         with _marked(policy, source, trainable) as model:
             need = needed(policy)
             check_training_room(policy, trainable, policy.device)
             rows = inputs.select(torch.arange(count) % len(inputs)).to(policy.device)
-            actions = policy.actions_from_env(np.arange(count) % len(policy.codec)).to(policy.device)
+            actions = policy.actions_from_env(taken if is_vector(space) else taken % len(policy.codec))
+            actions = actions.to(policy.device)
             _backward(policy, rows, actions)
             arrived: dict[str, bool] = {}
             for name, parameter in model.vlm.named_parameters():

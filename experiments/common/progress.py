@@ -19,6 +19,7 @@ from manako.experiments.common.outcomes import measure_of, outcome_in_words, war
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy, parameter_table
 from manako.policies.sensitivity import Sensitivity
+from manako.spaces import actions_in_words
 
 
 def plain_console() -> Console:
@@ -65,7 +66,8 @@ class Progress(TrainerCallback):
             f"from {env.image_from}, "
             f"instruction {instruction_from}"
         )
-        self.console.print(f"actions      {', '.join(env.action_names)}; success: {env.success_rule}")
+        actions = actions_in_words(env.action_space, env.action_names)
+        self.console.print(f"actions      {actions}; success: {env.success_rule}")
         if env.gives_masks:
             self.console.print("masks        info['action_mask'] is obeyed: what it does not allow is never done")
         self.console.print(f"policy       {source.policy}, trainable: {source.trainable}")

@@ -86,6 +86,8 @@ def make_remote_policy(
         raise UsageError(f"--instruction {text!r} holds control characters: expected plain text.")
     for name in ("frames", "history"):
         if getattr(source, name) != getattr(PolicySource(), name):
-            raise UsageError(f"--{name} came, but a model behind a chat API is shown the present frame alone: leave it out.")
+            raise UsageError(
+                f"--{name} came, but a model behind a chat API is shown the present frame alone: leave it out."
+            )
     spec = PolicySpec(action_names, frame_shape, system=source.system)
     return RemotePolicy(spec, settings, illegal_action=source.illegal_action)

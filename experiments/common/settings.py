@@ -96,6 +96,9 @@ class EvaluateSettings:
     eval_steps: int = setting(EVAL_STEPS, EVAL_STEPS_HELP, ge=1)
     seed: int = setting(0, "of the held-out episodes; by default the run's", ge=0, lt=2**31)
     sample: bool = setting(False, "sample actions instead of taking the greedy ones")
+    top_p: float = setting(
+        1.0, "with --sample: draw answers in text from the likeliest tokens of this share", gt=0, le=1
+    )
     output: str | None = setting(None, "JSON file for the results, must not exist")
     gif: str | None = setting(None, "GIF file for the first episodes, must not exist")
     gif_episodes: int = setting(4, "how many of them", ge=1)

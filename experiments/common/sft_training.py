@@ -168,13 +168,17 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
         frames, texts = frames_and_captions(command, sft.captions)
         return captions(frames, texts, policy.spec.frames), frames
     spec = policy.spec
-    trajectories, _ = load_trajectories(str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape)
+    trajectories, _ = load_trajectories(
+        str(sft.dataset), command.environment.env, spec.action_names, spec.frame_shape, spec.action_space
+    )
     if not command.environment.action_masks:
         trajectories = without_masks(trajectories)
     frames = sample_frames(trajectories, FITTED_FRAMES)
     if sft.loss == "actions":
         predicts = policy.next_frame_coef > 0
-        return demonstrated_actions(trajectories, sft.only_success, predicts, spec.frames, spec.history), frames
+        writes = spec.text is not None
+        data = demonstrated_actions(trajectories, sft.only_success, predicts, spec.frames, spec.history, writes)
+        return data, frames
     return demonstrations(trajectories, policy, sft.only_success), frames
 
 

@@ -98,7 +98,7 @@ class Template:
 
 
 def action_named(text: str, names: Sequence[str]) -> int | None:
-    """Returns the action that a text is the name of, white space around it and, if that is one alone, its case aside."""
+    """Returns the action that a text names, white space around it aside, and its case where one alone is left."""
     text = text.strip()
     if text in names:
         return list(names).index(text)

@@ -1,4 +1,4 @@
-"""Settings of answers in text; see `template` for their form and `illegal` for those without an action. Light: no torch."""
+"""Settings of answers in text; `template` has their form, `illegal` those without an action. Light: no torch."""
 
 from dataclasses import dataclass
 

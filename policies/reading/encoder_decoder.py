@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from manako.policies.interface import Rows
+from manako.policies.reading.reading import behind
 from manako.policies.reading.whole_prompt import WholePrompt
 
 
@@ -19,14 +20,14 @@ class EncoderDecoder(WholePrompt):
     def _places(self, inputs: Rows) -> Tensor:
         return torch.full_like(inputs["lengths"], len(self.model.answer_start) - 1)
 
-    def _run(self, inputs: Rows, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        given = self.processing.model_inputs(inputs)
-        tokens = torch.tensor([*self.model.answer_start, *path], device=inputs["lengths"].device)
-        decoder_ids = tokens.expand(len(inputs), -1)
-        return self._forward({**given, "decoder_input_ids": decoder_ids}, len(tokens))
-
     def _run_answers(self, inputs: Rows, answers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         given = self.processing.model_inputs(inputs)
         start = torch.tensor(self.model.answer_start, device=answers.device).expand(len(answers), -1)
         decoder_ids = torch.cat([start, answers], dim=1)
+        return self._forward({**given, "decoder_input_ids": decoder_ids}, decoder_ids.shape[1])
+
+    def _run(self, inputs: Rows, path: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
+        given, lengths = self.processing.model_inputs(inputs), inputs["lengths"]
+        start = torch.tensor(self.model.answer_start, device=lengths.device).expand(len(inputs), -1)
+        decoder_ids = torch.cat([start, behind(path, lengths)], 1)
         return self._forward({**given, "decoder_input_ids": decoder_ids}, decoder_ids.shape[1])

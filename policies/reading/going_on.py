@@ -1,7 +1,7 @@
 """Going on behind prompts token by token, and reading whole answers at once: what answers in text need of a reading.
 
-    GoingOn      acting: tokens are said one after another, with what was read of the prompts kept
-    answers      learning: all tokens of all answers in one forward, read where each is said
+Acting is `GoingOn`: tokens are said one after another, with what was read of the prompts kept; learning is `SaidAll`:
+all tokens of all answers in one forward, read where each is said.
 """
 
 from abc import ABC, abstractmethod

@@ -1,20 +1,31 @@
 """What every reading does: from stored inputs to the hidden state and the logits at which the answer is read."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.interface import Rows
 from manako.policies.reading.going_on import GoingOn, SaidAll
 
 if TYPE_CHECKING:  # architectures name their reading
+    from manako.policies.answers.bins import BinCodec
+    from manako.policies.answers.closed_set import ActionCodec
     from manako.policies.architectures.model import Model
     from manako.policies.processing import Processing
+
+
+Choose = Callable[[int, Tensor], Tensor]
+
+
+def behind(answer: Sequence[int] | Tensor, lengths: Tensor) -> Tensor:
+    """Returns an answer for each of B prompts, (B, K) int64: the same tokens for all, or those that came for each."""
+    if torch.is_tensor(answer):
+        return answer
+    return torch.tensor(tuple(answer), dtype=torch.int64, device=lengths.device).expand(len(lengths), -1)
 
 
 class Read(NamedTuple):
@@ -29,11 +40,11 @@ class Reading(ABC):
 
     Args:
         model: the model and what stands where in it.
-        codec: the actions' tokens.
+        codec: the actions' tokens, of which the `branches` and `path_tokens` are read.
         processing: rows to the model's inputs.
     """
 
-    def __init__(self, model: "Model", codec: ActionCodec, processing: "Processing") -> None:
+    def __init__(self, model: "Model", codec: "ActionCodec | BinCodec", processing: "Processing") -> None:
         self.model, self.codec, self.processing = model, codec, processing
 
     @property
@@ -68,6 +79,35 @@ class Reading(ABC):
             lengths: (B,) of the answers.
             asked: (B, S) bool, whose logits are returned.
         """
+
+    @abstractmethod
+    def read_vectors(self, inputs: Rows, answers: Tensor) -> Read:
+        """Returns hidden states before the answers, and logits of their tokens and the one behind, in one forward.
+
+        Args:
+            inputs: B rows.
+            answers: (B, K) int64, the tokens of the first K entries, so that the logits are of K + 1 entries: those of
+                the codec's `branches`, each behind its own sample's answer instead of the branch's path.
+        """
+
+    def say_vector(self, inputs: Rows, choose: Choose) -> Tensor:
+        """Has an answer said token by token, one for each of the codec's `branches`.
+
+        Args:
+            inputs: B rows.
+            choose: entry, its logits (B, children) -> tokens (B,).
+
+        Returns:
+            Hidden states (B, D) at the token before the answer.
+        """
+        tokens = torch.zeros(len(inputs), 0, dtype=torch.int64, device=inputs["lengths"].device)
+        hidden = None
+        for entry in range(len(self.codec.branches)):
+            read = self.read_vectors(inputs, tokens)
+            hidden = read.hidden if hidden is None else hidden
+            tokens = torch.cat([tokens, choose(entry, read.logits[entry])[:, None]], 1)
+        assert hidden is not None, "an action has an entry"
+        return hidden
 
     def accepts(self, prompt: tuple[int, ...]) -> bool:
         """Returns whether it can read a prompt with these tokens."""

@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.interface import Rows
 from manako.policies.reading.going_on import GoingOn, Said, SaidAll
-from manako.policies.reading.reading import Read, Reading
+from manako.policies.reading.reading import Choose, Read, Reading, behind
 from manako.policies.reading.whole_prompt import WholePrompt
 
 if TYPE_CHECKING:  # architectures name their reading
+    from manako.policies.answers.bins import BinCodec
+    from manako.policies.answers.closed_set import ActionCodec
     from manako.policies.architectures.model import Model
     from manako.policies.processing import Processing
 
@@ -64,7 +65,9 @@ class SharedPrefix(Reading):
         prefix_ids: (P,) of `find_prefix`.
     """
 
-    def __init__(self, model: "Model", codec: ActionCodec, processing: "Processing", prefix_ids: Tensor) -> None:
+    def __init__(
+        self, model: "Model", codec: "ActionCodec | BinCodec", processing: "Processing", prefix_ids: Tensor
+    ) -> None:
         super().__init__(model, codec, processing)
         self.prefix_ids = prefix_ids
         self._prefix = tuple(prefix_ids.tolist())
@@ -84,6 +87,26 @@ class SharedPrefix(Reading):
             return self._whole_prompt.read(inputs)
         hidden, cache, last = self._run_prompts(inputs)
         return Read(hidden, self._branch_logits(hidden, cache, inputs["lengths"], last))
+
+    def read_vectors(self, inputs: Rows, answers: Tensor) -> Read:
+        """Returns hidden states and logits, by one pass over what follows the prefix, answers among it."""
+        if self.is_beyond_window(inputs):
+            return self._whole_prompt.read_vectors(inputs, answers)
+        hidden = self._run_prompts(inputs, answers)[0]  # (B, 1 + K, D)
+        head = self._head()
+        return Read(hidden[:, 0], [head(entry, hidden[:, entry]) for entry in range(hidden.shape[1])])
+
+    def say_vector(self, inputs: Rows, choose: Choose) -> Tensor:
+        """Has an answer said token by token, on the prompt's cache."""
+        if self.is_beyond_window(inputs):
+            return self._whole_prompt.say_vector(inputs, choose)
+        hidden, cache, last = self._run_prompts(inputs)
+        head, at, said = self._head(), hidden, []
+        for entry in range(len(self.codec.branches)):
+            said.append(choose(entry, head(entry, at)))
+            if entry + 1 < len(self.codec.branches):
+                at = self._run_path(torch.stack(said, 1), cache, inputs["lengths"], last)[:, -1]
+        return hidden
 
     def read_hidden(self, inputs: Rows) -> Tensor:
         """Returns the hidden states (B, D) at the prompts' last tokens."""
@@ -139,16 +162,24 @@ class SharedPrefix(Reading):
         self.vlm.model(input_ids=self.prefix_ids.to(self.vlm.device)[None], past_key_values=cache, use_cache=True)
         return cache
 
-    def _run_prompts(self, inputs: Rows) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Hidden states (B, D) at the last token, keys and values of whole prompts, position (..., B) of that token."""
+    def _run_prompts(self, inputs: Rows, answers: Tensor | None = None) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Hidden states (B, D) at the last token, keys and values of whole prompts, position (..., B) of that token.
+
+        With answers (B, K) behind the prompts, the hidden states are (B, 1 + K, D), from that token on.
+        """
         lengths = inputs["lengths"]
-        hidden, cache, positions = self._run_rest(inputs, self.processing.model_inputs(inputs))
+        given = self.processing.model_inputs(inputs, () if answers is None else answers)
+        hidden, cache, positions = self._run_rest(inputs, given)
         rows = torch.arange(len(lengths), device=lengths.device)
         last = lengths - 1 if positions is None else positions[..., rows, lengths - 1]
-        return hidden[rows, lengths - len(self.prefix_ids) - 1], cache, last
+        place = lengths - len(self.prefix_ids) - 1  # (B,)
+        if answers is None:
+            return hidden[rows, place], cache, last
+        places = place[:, None] + torch.arange(answers.shape[1] + 1, device=lengths.device)
+        return hidden[rows[:, None], places], cache, last
 
     def _run_rest(self, inputs: Rows, given: dict[str, Tensor]) -> tuple[Tensor, DynamicCache, Tensor | None]:
-        """Hidden states (B, L - P, D) behind the prefix, keys and values of all, positions (..., B, L) if not 0, 1, ..."""
+        """Hidden states (B, L - P, D) behind the prefix, keys and values of all, positions (..., B, L) if counted."""
         prefix = self._kept if self._kept is not None else self.run_prefix()
         lengths, shared = inputs["lengths"], len(self.prefix_ids)
         cache = self._expand(prefix, len(lengths))
@@ -179,25 +210,28 @@ class SharedPrefix(Reading):
             below = self._run_path(path, cache, lengths, last)  # (B, path, D)
             for depth in range(1, len(path) + 1):
                 at_node[path[:depth]] = below[:, depth - 1]
+        head = self._head()
+        return [head(number, at_node[branch.path]) for number, branch in enumerate(self.codec.branches)]
+
+    def _head(self) -> Callable[[int, Tensor], Tensor]:
+        """The LM head's rows of the branches: number of a branch, hidden states (B, D) -> logits (B, children)."""
         head = self.vlm.get_output_embeddings()
         rows = self._rows.to(head.weight.device)
         weight = head.weight[rows]  # (children of all branches, D)
         bias = None if head.bias is None else head.bias[rows]
-        logits, start = [], 0
-        for branch in self.codec.branches:
-            stop = start + len(branch.children)
-            logits.append(
-                F.linear(at_node[branch.path], weight[start:stop], None if bias is None else bias[start:stop])
-            )
-            start = stop
-        return logits
+        ends = list(itertools.accumulate(len(branch.children) for branch in self.codec.branches))
 
-    def _run_path(self, path: tuple[int, ...], cache: DynamicCache, lengths: Tensor, last: Tensor) -> Tensor:
-        """Hidden states (B, path, D) of a path's tokens behind the prompts."""
+        def of_branch(number: int, hidden: Tensor) -> Tensor:
+            own = slice(ends[number] - len(self.codec.branches[number].children), ends[number])
+            return F.linear(hidden, weight[own], None if bias is None else bias[own])
+
+        return of_branch
+
+    def _run_path(self, path: tuple[int, ...] | Tensor, cache: DynamicCache, lengths: Tensor, last: Tensor) -> Tensor:
+        """Hidden states (B, path, D) of a path's tokens behind the prompts, the same for all or (B, path)."""
         branch_cache = copy.copy(cache)  # with what a model keeps beside keys and values, such as the images seen
         branch_cache.layers = [copy.copy(layer) for layer in cache.layers]  # they make new tensors of the old
-        tokens = torch.tensor(path, device=lengths.device).expand(len(lengths), -1)
-        return self.run_tokens(tokens, branch_cache, lengths, last, cache.get_seq_length())
+        return self.run_tokens(behind(path, lengths), branch_cache, lengths, last, cache.get_seq_length())
 
     def run_tokens(self, tokens: Tensor, cache: DynamicCache, lengths: Tensor, last: Tensor, width: int) -> Tensor:
         """Hidden states (B, n, D) of tokens (B, n) that go on behind the prompts, whose cache they are added to.

@@ -25,6 +25,14 @@ class WholePrompt(Reading):
             logits.append(out[rows, places + len(branch.path)][:, list(branch.children)])
         return Read(passes[0][1][rows, places], logits)
 
+    def read_vectors(self, inputs: Rows, answers: Tensor) -> Read:
+        """Returns hidden states and logits, by one pass over prompts and answers."""
+        rows, places = torch.arange(len(inputs), device=inputs["lengths"].device), self._places(inputs)
+        hidden, out = self._run(inputs, answers)
+        entries = enumerate(self.codec.branches[: answers.shape[1] + 1])
+        logits = [out[rows, places + entry][:, list(branch.children)] for entry, branch in entries]
+        return Read(hidden[rows, places], logits)
+
     def read_hidden(self, inputs: Rows) -> Tensor:
         """Returns the hidden states (B, D) at the token before the answer."""
         hidden, _ = self._run(inputs, (self.codec.path_tokens or ((),))[0])
@@ -44,7 +52,7 @@ class WholePrompt(Reading):
         return SaidAll(hidden[rows, places], logits[row, places[row, step]])
 
     def _run_answers(self, inputs: Rows, answers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, L + S, D) and logits (B, L + S, V) of the prompts, each followed by an answer of its own."""
+        """Hidden states (B, L + S, D) and logits (B, L + S, V) of the prompts, each followed by its own answer."""
         given = self.processing.with_answers(inputs, answers, lengths)
         return self._forward(given, given["input_ids"].shape[1])
 
@@ -52,7 +60,7 @@ class WholePrompt(Reading):
         """Where the token before the answer stands, (B,)."""
         return inputs["lengths"] - 1
 
-    def _run(self, inputs: Rows, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _run(self, inputs: Rows, path: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, L + path, D) and logits (B, L + path, V) of the prompts followed by the path."""
         given = self.processing.model_inputs(inputs, path)
         return self._forward(given, given["input_ids"].shape[1])

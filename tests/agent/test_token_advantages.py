@@ -64,9 +64,7 @@ def test_bilevel_by_hand():
     """
     expected, _ = answers((1.253375, 2.10675), (2.015,), (0.8, 0.6, 3.2))
     steps = column(0.5, 1.0, 2.0)
-    advantages, returns = bilevel_gae(
-        REWARDS, steps, VALUES, MASK, **ENDS, gamma=0.9, gae_lambda=0.5, token_lambda=0.5
-    )
+    advantages, returns = bilevel_gae(REWARDS, steps, VALUES, MASK, **ENDS, gamma=0.9, gae_lambda=0.5, token_lambda=0.5)
     torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(returns, (expected + VALUES) * MASK, atol=1e-6, rtol=0)
 

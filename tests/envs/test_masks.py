@@ -60,7 +60,7 @@ def test_taxi_allows_what_its_own_info_says():
         env.step(action)
         info = plain.step(action)[-1]
     refused = int(np.flatnonzero(info["action_mask"] == 0)[0])
-    with pytest.raises(EnvError, match=r"Taxi-v4 got an action that its action_mask does not allow: expected '.*seed 3"):
+    with pytest.raises(EnvError, match=r"Taxi-v4 got an action that its action_mask does not allow: expect.*seed 3"):
         env.step(refused)
 
 
@@ -83,7 +83,7 @@ def test_the_masks_of_all_slots_follow_their_episodes():
         masks = env.action_masks
         assert masks.dtype == np.bool_ and masks.shape == (3, 4)
         assert masks.tolist() == [each.allowed().astype(bool).tolist() for each in inner]
-        actions = env.random_actions(np.full(3, (number % 10) / 10))
+        actions = env.random_actions(lambda share=(number % 10) / 10: np.full(3, share))
         assert masks[np.arange(3), actions].all()
         result = env.step(actions)
         ended = result.terminated | result.truncated
@@ -140,7 +140,7 @@ def test_a_state_is_taken_up_with_its_masks():
     env, other = (EpisodeVectorEnv(GATES, 3, seed=2) for _ in range(2))
     env.reset()
     for _ in range(3):
-        result = env.step(env.random_actions(np.array([0.1, 0.5, 0.9])))
+        result = env.step(env.random_actions(lambda: np.array([0.1, 0.5, 0.9])))
         env.reset_done(result.terminated | result.truncated)
     other.load_state_dict(env.state_dict())
     assert other.given_up == 0 and other.digests == env.digests
@@ -160,7 +160,7 @@ def test_a_replay_with_other_masks_is_another_episode():
 def test_an_expert_that_wants_what_is_not_allowed():
     env = EpisodeVectorEnv(GATES, 1, seed=5, env_kwargs={"jumpy": True})
     env.reset()
-    with pytest.raises(EnvError, match=r"has an expert that wants 'jump', which its action_mask does not allow: expect"):
+    with pytest.raises(EnvError, match=r"has an expert that wants 'jump', which its action_mask does not allow"):
         env.expert_actions()
     free = EpisodeVectorEnv(GATES, 1, env_kwargs={"jumpy": True}, action_masks=False)
     free.reset()

@@ -103,7 +103,7 @@ def test_what_it_records_is_data_and_what_named_no_action_is_not(run, folder):
     legal, illegal = outcomes.count("legal"), [row for row, said in enumerate(outcomes) if said == "unparsed"]
     assert legal + len(illegal) == len(rows) and illegal and {rows["action"][row] for row in illegal} == {0}
     assert about["episodes"] == 6 and asked <= len(rows) + 4  # a request for letters in each of 4 slots came first
-    assert len(demonstrated_actions(rows)) == len(demonstrations(rows, policy)) == legal
+    assert sum(demonstrated_actions(rows)["chosen"]) == len(demonstrations(rows, policy)) == legal
     following = demonstrated_actions(rows, next_frames=True)
     row = next(
         row for row in range(len(rows)) if row + 1 in illegal and rows["episode"][row] == rows["episode"][row + 1]

@@ -131,7 +131,13 @@ def test_warm_start_from_a_run(finished, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"trainable": "lora"}, {"vision_encoder": "convnext", "trainable": "adapter"}, {"target_kl": 0.0005}],
+    [
+        {},
+        {"trainable": "lora"},
+        {"vision_encoder": "convnext", "trainable": "adapter"},
+        {"target_kl": 0.0005},
+        {"env": "tests.helpers.small_envs:tests/Gates-v0"},  # with action masks
+    ],
 )
 def test_a_resumed_run_is_bit_equal(settings, tmp_path, monkeypatch):
     """Six iterations in one go, and three, an interrupt and three: the same weights, optimizer and metrics."""

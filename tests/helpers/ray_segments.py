@@ -91,6 +91,21 @@ def make_policy(trainable: str = "full", dtype: str = "float32", frames: int = 1
     return tiny_policy(make_env("tests/Corridor-v0", SETTINGS, 3, 0, 1), trainable=trainable, dtype=dtype, **told)
 
 
+def gates_maker() -> Any:
+    """For workers: (first slot, number of slots) -> environments that give action masks."""
+    return functools.partial(make_env, "tests/Gates-v0", {"limit": 6}, 3)
+
+
+def make_gates_policy() -> Any:
+    """The tiny policy for these."""
+    import torch
+
+    from tests.helpers.small_envs import tiny_policy
+
+    torch.set_num_threads(1)
+    return tiny_policy(gates_maker()(0, 1))
+
+
 def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any = None) -> Any:
     """The local backend that the others are held against."""
     from manako.agent.collector import RolloutCollector

@@ -153,8 +153,8 @@ class Drift(gym.Env):
 class Gates(gym.Env):
     """A bright column on five places, with an action mask that only an obedient player meets no error under.
 
-    `left` and `right` are allowed where there is a place, `stay` in every other step, `jump` never: at the left end there
-    is at times nothing but `right`. An episode terminates at the right end, where nothing is allowed, or is truncated.
+    `left` and `right` are allowed where there is a place, `stay` in every other step, `jump` never: the left end has
+    nothing but `right` at times. An episode terminates at the right end, where nothing is allowed, or is truncated.
 
     Args:
         limit: steps of an episode.

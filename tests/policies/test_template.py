@@ -58,7 +58,17 @@ def test_how_a_prompt_shows_it():
 
 @pytest.mark.parametrize(
     ("text", "action"),
-    [("up", 1), (" up\n", 1), ("UP", 1), ("Go", 0), ("go", 2), ("GO", None), ("", None), ("upp", None), ("go up", None)],
+    [
+        ("up", 1),
+        (" up\n", 1),
+        ("UP", 1),
+        ("Go", 0),
+        ("go", 2),
+        ("GO", None),
+        ("", None),
+        ("upp", None),
+        ("go up", None),
+    ],
 )
 def test_names_of_actions(text, action):
     assert action_named(text, ("Go", "up", "go")) == action

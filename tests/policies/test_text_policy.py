@@ -194,7 +194,7 @@ def said(policy, text, ends=True):
 
 def test_outcomes(policies):
     policy = policies["tiny"]
-    up = '{"thoughts": "it is above", "action": "%s"}' % NAMES[0]
+    up = policy.template.write(NAMES[0], "it is above")
     assert said(policy, up)[:3] == (LEGAL, 0, "it is above")
     assert said(policy, up, ends=False)[:2] == (CUT, SKIP)
     assert said(policy, up.replace(NAMES[0], "fly"))[:2] == (UNPARSED, SKIP)
@@ -209,7 +209,7 @@ def test_an_answer_for_an_action_comes_back(policies):
     try:
         rows = policy.actions_from_env(np.arange(len(NAMES)), ["why not"] * len(NAMES))
         assert [answer[:3] for answer in policy.reads(rows)] == [(LEGAL, at, "why not") for at in range(len(NAMES))]
-        assert policy.answers(rows)[0] == '{"thoughts": "why not", "action": "%s"}' % NAMES[0]
+        assert policy.answers(rows)[0] == f'{{"thoughts": "why not", "action": "{NAMES[0]}"}}'
         assert policy.thoughts(rows) == ["why not"] * len(NAMES)
         with pytest.raises(PolicyError, match="expected its own tokens"):
             policy.actions_from_env(np.array([SKIP]))
@@ -260,7 +260,9 @@ def test_one_ratio_with_a_weighted_thought_by_hand(policies):
     cue = len(policy.prompts.go_on('{"thoughts": "hm", "action": "'))
     # whatever the tokenizer makes of the cue's end: what begins behind it is of the action
     decode = policy.processor.tokenizer.decode
-    first = next(at for at in range(len(tokens)) if len(decode(tokens[: at + 1])) > len('{"thoughts": "hm", "action": "'))
+    first = next(
+        at for at in range(len(tokens)) if len(decode(tokens[: at + 1])) > len('{"thoughts": "hm", "action": "')
+    )
     assert abs(first - cue) <= 1
     by_hand = 0.5 * each[:first].sum() + each[first:].sum()
     evaluated = policy.evaluate_actions(inputs, rows)

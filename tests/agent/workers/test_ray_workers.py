@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,10 @@ from tests.helpers.ray_segments import (
     NUM_STEPS,
     Host,
     env_maker,
+    gates_maker,
     local,
     make_folder_policy,
+    make_gates_policy,
     make_policy,
     replica_settings,
 )
@@ -137,6 +140,29 @@ def test_the_past_that_a_policy_is_told_is_the_local_one(backend):
             if iteration == 2:
                 kill(supervisor_of(rollouts).pids()[1])
             same_bits(rollouts.collect(iteration), plain.collect(iteration))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_obeys_action_masks(name):
+    """Gates breaks at what is not allowed; a state that is taken up is compared with its masks."""
+    policy, maker = make_gates_policy(), gates_maker()
+    plain = local(NUM_ENVS, policy, batch_size=2, maker=maker)
+    if name == "ray-replica":
+        made = replace(replica_settings(maker, 2), make_policy=make_gates_policy)
+        rollouts = ReplicaRollouts(made, policy, NUM_ENVS, 100, options())
+    else:
+        env = RayVectorEnv(maker, NUM_ENVS, policy.spec.action_names, options())
+        rollouts = CentralRollouts(env, policy, NUM_STEPS, seed=3, batch_size=2, record=True)
+    with contextlib.closing(rollouts):
+        ends = []
+        for iteration in range(4):
+            mine, theirs = plain.collect(iteration), rollouts.collect(iteration)
+            assert mine.inputs["action_mask"].shape == (NUM_ENVS * NUM_STEPS, 4)
+            same_bits(theirs, mine)
+            ends.append((bool(mine.terminated.any()), len(mine.bootstrap_at) > 0))
+        assert all(map(any, zip(*ends, strict=True)))  # of both kinds
+        rollouts.load_state_dict(plain.state_dict(), {})
+        same_bits(rollouts.collect(4), plain.collect(4))
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+../../manako/spaces.py
