@@ -275,11 +275,13 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         return next(self.policy.parameters()).dtype == torch.float32
 
     def _iteration_metrics(self) -> dict[str, Any]:
+        padding = self.policy.padding_share()
         means = {name: torch.stack([step[name] for step in self._measured]).mean().item() for name in self._measured[0]}
         return {
             "iteration": self.iteration,
             "env_steps": self.iteration * self.num_samples,
             **self._rollout,
+            **({} if padding is None else {"padding": padding}),
             **means,
             "first_ratio_error": self.first_ratio_error,
             "updates": self._updates,  # minibatches that were learned from

@@ -338,6 +338,10 @@ class Policy(nn.Module, ABC):
         """
         raise PolicyError(f"{type(self).__name__} has no actions to evaluate: expected a policy that can learn.")
 
+    def padding_share(self) -> float | None:
+        """Returns which share of the tokens of updates was padding, since it was last asked; None: not counted."""
+        return None
+
     def writes(self, actions: Rows) -> bool:
         """Returns whether these actions are answers in text that it wrote itself."""
         return False

@@ -104,6 +104,7 @@ class TextPolicy(VLMPolicy):
         self._banned: Tensor
         self._tries: dict[tuple[str, ...], list[int]] = {}
         self._spelled: dict[str, list[int]] | None = None
+        self._computed = self._needed = 0  # tokens, in updates
 
     # ---- what VLMPolicy asks -------------------------------------------------------------------------------------
 
@@ -189,8 +190,27 @@ class TextPolicy(VLMPolicy):
         )
 
     def evaluate_actions(self, inputs: Rows, actions: Rows) -> Evaluated:
-        """Returns log-probabilities and entropy (B, S) of the tokens, and values (B,), in one forward."""
+        """Returns log-probabilities and entropy (B, S) of the tokens, and values (B,), in one forward.
+
+        Where prompts and answers differ much in length, those of like length have a forward each.
+        """
         tokens = actions[TOKENS]  # (B, S)
+        lengths = inputs["lengths"] + (tokens != FILLER).sum(-1)  # (B,)
+        groups = groups_by_length(lengths.cpu())
+        self._computed += sum(len(rows) * int(lengths[rows].max()) for rows in groups)
+        self._needed += int(lengths.sum())
+        if len(groups) == 1:
+            return self._evaluate(inputs, tokens)
+        parts = [self._evaluate(inputs.select(rows), tokens[rows]) for rows in groups]
+        back = torch.argsort(torch.cat(groups)).to(tokens.device)
+        return Evaluated(
+            torch.cat([part.logprobs for part in parts])[back],
+            torch.cat([part.entropy for part in parts])[back],
+            torch.cat([part.values for part in parts])[back],
+            token_values=torch.cat([part.token_values for part in parts if part.token_values is not None])[back],
+        )
+
+    def _evaluate(self, inputs: Rows, tokens: Tensor) -> Evaluated:
         lengths = (tokens != FILLER).sum(-1)
         longest, width = int(lengths.max()), tokens.shape[1]
         mask = tokens[:, :longest] != FILLER
@@ -209,14 +229,18 @@ class TextPolicy(VLMPolicy):
             return of_tokens.new_zeros(len(tokens), width).index_put(mask.nonzero(as_tuple=True), of_tokens)
 
         logprobs, entropy = filled(taken), filled(spread)
-        values = self.value_head(said.hidden[:, 0])
-        token_values = filled(self.value_head(said.hidden[mask]))
+        values, token_values = self.value_head(said.hidden[:, 0]), filled(self.value_head(said.hidden[mask]))
         if self.text.thought_coef is not None:
             wide = tokens != FILLER
             entropy = entropy.sum(-1, keepdim=True) / lengths[:, None]
             logprobs = self._weighted(logprobs, wide, self._action_tokens(tokens))
-        losses = self.own_losses(inputs, actions) if torch.is_grad_enabled() else {}
-        return Evaluated(logprobs, entropy, values, None, losses, token_values)
+        return Evaluated(logprobs, entropy, values, token_values=token_values)
+
+    def padding_share(self) -> float | None:
+        """Returns which share of the tokens that were computed in updates was padding, since it was last asked."""
+        share = 1 - self._needed / self._computed if self._computed else None
+        self._computed = self._needed = 0
+        return share
 
     def own_losses(self, inputs: Rows, actions: Rows) -> dict[str, Tensor]:
         """Returns none: an answer in text says no next frame."""
@@ -381,6 +405,29 @@ class TextPolicy(VLMPolicy):
         assert self.text.thought_coef is not None
         weights = torch.where(of_action, 1.0, self.text.thought_coef).to(logprobs)
         return (weights * logprobs.masked_fill(~mask, 0.0)).sum(-1, keepdim=True)
+
+
+def groups_by_length(lengths: Tensor, most_padding: float = 0.1, least: int = 8) -> list[Tensor]:
+    """Returns rows (n,) int64 in groups of like length, so that little is padded; one group where that is little.
+
+    Args:
+        lengths: (B,).
+        most_padding: share of padding in a group that begins another.
+        least: rows of a group, but for the last.
+    """
+    every = torch.arange(len(lengths))
+    if 1 - float(lengths.float().mean() / lengths.max()) <= most_padding:
+        return [every]
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups, first, total = [], 0, 0
+    for at, length in enumerate(lengths[order].tolist()):
+        count = at - first
+        padded = 1 - (total + length) / ((count + 1) * int(lengths[order[first]]))
+        if count >= least and padded > most_padding and len(order) - at >= least:
+            groups.append(order[first:at])
+            first, total = at, 0
+        total += length
+    return [*groups, order[first:]]
 
 
 def nucleus(logp: Tensor, top_p: float) -> Tensor:

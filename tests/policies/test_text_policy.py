@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from manako.policies import PolicyError, PolicySource, load_policy
+from manako.policies import PolicyError, PolicySource, load_policy, text_policy
 from manako.policies.answers.illegal import CUT, LEGAL, NOT_ALLOWED, SKIP, UNPARSED
 from manako.policies.interface import ACTION_MASK, Draws, Rows
 from manako.policies.reading import SharedPrefix, WholePrompt
-from manako.policies.text_policy import FILLER, TOKENS, Sampling, nucleus
+from manako.policies.text_policy import FILLER, TOKENS, Sampling, groups_by_length, nucleus
 from tests.helpers.foreign_models import FRAME, INSTRUCTIONS, NAMES, frames, idefics3_folder, llava_folder, text_folder
 
 MODELS = ("tiny", "gpt2", "resampler", "flamingo", "kosmos2", "llava", "idefics3")
@@ -325,3 +325,29 @@ def test_bad_settings(source, says):
     with pytest.raises(PolicyError, match=says):
         policy = load_policy(source, NAMES, FRAME)
         policy.act(policy.prepare(frames(1), ["go"]), draws(count=1))
+
+
+def test_groups_of_like_length_by_hand():
+    """Sorted 20 20 10 10 10 3: behind two of 20 a third would pad (20+20+10)/60; behind three of 10, 33/40."""
+    lengths = torch.tensor([10, 20, 3, 10, 20, 10])
+    groups = groups_by_length(lengths, 0.1, least=1)
+    assert [group.tolist() for group in groups] == [[1, 4], [0, 3, 5], [2]]
+    assert [group.tolist() for group in groups_by_length(lengths, 0.5)] == [[0, 1, 2, 3, 4, 5]]
+    assert len(groups_by_length(lengths, 0.1, least=4)) == 1  # none would have rows enough
+
+
+def test_answers_in_groups_are_evaluated_as_in_one(policies, monkeypatch):
+    policy = policies["tiny"]
+    inputs, _ = shown(policy, 32)
+    tokens = policy.act(inputs, draws(count=32)).actions[TOKENS].clone()
+    for row in range(0, 32, 2):
+        tokens[row, 2:] = FILLER
+    actions = Rows({TOKENS: tokens}, {TOKENS: FILLER})
+    policy.padding_share()
+    monkeypatch.setattr(text_policy, "groups_by_length", lambda lengths: [torch.arange(len(lengths))])
+    whole, padded = policy.evaluate_actions(inputs, actions), policy.padding_share()
+    monkeypatch.setattr(text_policy, "groups_by_length", lambda lengths: groups_by_length(lengths, 0.01))
+    parts, less = policy.evaluate_actions(inputs, actions), policy.padding_share()
+    assert 0 <= less < padded < 0.5 and policy.padding_share() is None
+    for name in ("logprobs", "entropy", "values", "token_values"):
+        assert (getattr(parts, name) - getattr(whole, name)).abs().max() < 1e-4
