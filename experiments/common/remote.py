@@ -52,11 +52,19 @@ def asking(settings: RemoteSettings | None) -> Iterator[None]:
     try:
         yield
     except RemoteError as error:
-        where = settings.remote_cache if settings is not None else "the cache"
-        raise UsageError(
-            f"{error} All answers are kept in {where}, so the same command goes on where it stopped, into another "
-            f"output where a folder is there already: {shlex.join(['python', *sys.argv])}"
-        ) from None
+        raise UsageError(f"{error} {_goes_on(settings)}") from None
+    except KeyboardInterrupt:
+        if settings is not None:
+            print(_goes_on(settings), file=sys.stderr)
+        raise
+
+
+def _goes_on(settings: RemoteSettings | None) -> str:
+    where = settings.remote_cache if settings is not None else "the cache"
+    return (
+        f"All answers are kept in {where}, so the same command goes on where it stopped, into another output where a "
+        f"folder is there already: {shlex.join(['python', *sys.argv])}"
+    )
 
 
 def with_whole_path(settings: RemoteSettings) -> RemoteSettings:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import sys
 import time
 import traceback
 
@@ -335,6 +336,12 @@ def test_a_key_is_needed_where_it_is(monkeypatch):
     check_settings(RemoteSettings(remote_model="m", remote_url="http://localhost:1/v1"))
     with pytest.raises(RemoteError, match="OPENAI_API_KEY is not set"):
         check_settings(RemoteSettings(remote_model="m"))
+
+
+def test_the_client_is_an_extra(client, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with ChatServer(scripted("up")) as server, pytest.raises(RemoteError, match=r"needs the package openai.*remote"):
+        client(server)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
