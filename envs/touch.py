@@ -5,9 +5,6 @@ nothing walks. The named object is worth +1, is taken off the board, and another
 row are a success. Any other cell, be it empty or another object's, is worth -1 and ends the episode. So an episode is a
 sequence, each frame of which shows what was done, and the same frame with another instruction needs another action.
 
-With `in_advance` all of them are named at once, "touch the blue ball, then the red ball", and the board stays as it is:
-nothing that is shown says what was touched already, so it has to be remembered.
-
 An episode has no more steps than `touches`, so there is nothing to truncate.
 """
 
@@ -39,7 +36,6 @@ class Touch(gym.Env[dict[str, Any], Any]):
         touches: int = 3,
         colors: int | Sequence[str] = 4,
         shapes: Sequence[str] = ("ball",),
-        in_advance: bool = False,
         render_mode: str | None = None,
     ) -> None:
         """Makes the environment.
@@ -50,7 +46,6 @@ class Touch(gym.Env[dict[str, Any], Any]):
             touches: How many of them are named, one after another.
             colors: How many colours to draw from, or their names.
             shapes: Names from "ball", "box", "key".
-            in_advance: Name all of them in the instruction, and leave them on the board.
             render_mode: None or "rgb_array".
 
         Raises:
@@ -72,9 +67,7 @@ class Touch(gym.Env[dict[str, Any], Any]):
                 f"touches is {touches}, and there are {num_objects} objects to name: expected no more touches than "
                 "num_objects"
             )
-        if not isinstance(in_advance, bool):
-            raise EnvError(f"in_advance is {in_advance!r}, expected true or false")
-        self.size, self.num_objects, self.touches, self.in_advance = size, num_objects, touches, in_advance
+        self.size, self.num_objects, self.touches = size, num_objects, touches
         self.action_names = tuple(cell_name(*divmod(action, size)) for action in range(size * size))
         self.render_mode = render_mode
         self._instructions = [f"touch the {kind}" for kind in kinds]
@@ -104,11 +97,11 @@ class Touch(gym.Env[dict[str, Any], Any]):
 
     def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Touches a cell."""
-        right = self._order[self._next] == divmod(int(action), self.size)
+        right = self._order[0] == divmod(int(action), self.size)
         if right:
             self._touched += 1
         success = self._touched == self.touches
-        if right and not success and not self.in_advance:  # the last one stays: the frame still fits the instruction
+        if right and not success:  # the last one stays, so that the frame still fits the instruction
             self._board[self._order.pop(0)] = FLOOR
         return self._observe(), 1.0 if right else -1.0, success or not right, False, {"success": success}
 
@@ -118,17 +111,11 @@ class Touch(gym.Env[dict[str, Any], Any]):
 
     @property
     def instruction(self) -> str:
-        """What is to be touched now, or in advance all that is."""
-        if self.in_advance:
-            return self._all(self._order[: self.touches])
+        """What is to be touched now."""
         return self._instruction(self._order[0]) if self._order else ""
 
     def alternative_instruction(self) -> str | None:
-        """Returns the name of another object on the present board, or the same in another order; None without any."""
-        if self.in_advance:
-            others = self._order[1 : self.touches + 1] or self._order
-            others = others if len(others) == self.touches else self._order[: self.touches][::-1]
-            return self._all(others) if self._all(others) != self.instruction else None
+        """Returns the name of another object on the present board; None where there is no other."""
         return self._instruction(self._order[1]) if len(self._order) > 1 else None
 
     def caption(self) -> str:
@@ -141,18 +128,8 @@ class Touch(gym.Env[dict[str, Any], Any]):
 
     def expert_action(self) -> int:
         """Returns the cell of the named object."""
-        row, column = self._order[self._next]
+        row, column = self._order[0]
         return row * self.size + column
-
-    @property
-    def _next(self) -> int:
-        """Where in the order the object stands that is to be touched now; behind the last touch it is the last."""
-        return min(self._touched, self.touches - 1) if self.in_advance else 0
-
-    def _all(self, places: Sequence[tuple[int, int]]) -> str:
-        """`touch the blue ball, then the red ball`; "" where there is none."""
-        names = [self._instruction(place).removeprefix("touch ") for place in places]
-        return f"touch {', then '.join(names)}" if names else ""
 
     def _instruction(self, place: tuple[int, int]) -> str:
         return self._instructions[int(self._board[place]) - FIRST_OBJECT]

@@ -75,16 +75,15 @@ def measure(given: RayBenchmarkSettings) -> tuple[dict[str, list[float]], Terms,
         for rollouts in sources.values():
             rollouts.close()
         call = call_seconds()
-    stored = [*rollout.inputs.columns.values(), *rollout.actions.columns.values(), rollout.logprobs, rollout.values]
-    stored += [rollout.next_values, rollout.rewards]
+    stored = [rollout.logprobs, rollout.values, rollout.next_values, rollout.rewards]
+    stored_bytes = rollout.inputs.nbytes + rollout.actions.nbytes + sum(tensor.nbytes for tensor in stored)
     env_step = _seconds_of_env_steps(environment, given.num_steps) / samples
     terms = Terms(
         env_step=env_step,
         forward=max(0.0, statistics.median(seconds["local"][1:]) / samples - env_step),
         update=statistics.median(seconds["update"][1:]) / samples,
         call=call,
-        sample_bytes=sum(t.numel() * t.element_size() for t in [*stored, rollout.next_values, rollout.rewards])
-        / samples,
+        sample_bytes=stored_bytes / samples,
         weight_bytes=sent,
     )
     return seconds, terms, torch.__version__

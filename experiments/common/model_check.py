@@ -234,7 +234,7 @@ def image_tokens(policy: VLMPolicy, shown: Shown) -> int:
     ids = given["input_ids"][0]
     in_prompt = int((ids == policy.parts.placeholder_id).sum()) if policy.parts.placeholder_id is not None else 0
     if in_prompt > 1:
-        return in_prompt
+        return in_prompt // policy.spec.frames
     made: list[int] = []
     modules = dict(policy.base_vlm.named_modules())
 

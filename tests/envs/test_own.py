@@ -228,7 +228,10 @@ def test_goto_refuses_what_cannot_be_drawn(kwargs, says):
         envs.make_vlm_env("manako/GoTo-v0", env_kwargs=kwargs)
 
 
-@pytest.mark.parametrize(("kwargs", "says"), [({"size": 1}, "size is 1"), ({"colors": ["mauve", "red"]}, "mauve")])
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [({"size": 1}, "size is 1"), ({"colors": ["mauve", "red"]}, "mauve"), ({"answers": 0}, "answers is 0")],
+)
 def test_color_match_refuses_what_cannot_be_drawn(kwargs, says):
     with pytest.raises(envs.EnvError, match=says):
         envs.make_vlm_env("manako/ColorMatch-v0", env_kwargs=kwargs)
@@ -253,6 +256,21 @@ def test_color_match_is_solved_by_looking_only():
             assert np.array_equal(after["image"], frame)
     assert len(cells) == 9
     assert max(answers.values()) < 300 * 0.33  # no constant answer does well
+
+
+def test_color_match_shows_the_square_once_where_it_is_named_several_times():
+    env = make("manako/ColorMatch-v0", answers=3)
+    for seed in range(40):
+        observation, _ = env.reset(seed=seed)
+        color = env.unwrapped.expert_action()
+        assert observation["image"].any()
+        for wrong in (None, 0, 2):
+            env.reset(seed=seed)
+            for step in range(3):
+                observation, reward, terminated, _, info = env.step((color + (step == wrong)) % 4)
+                assert not observation["image"].any() and reward == float(step != wrong)
+                assert terminated == (step == 2) and info["success"] == (terminated and wrong is None)
+        assert env.unwrapped.caption() == "a dark board."
 
 
 def test_colors_by_name_set_the_actions():

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from manako.agent.errors import TrainingError
 from manako.agent.report.imagination import Imagined, agreement, imagination_gif
 from manako.experiments import imagine, run_ppo
+from manako.experiments.common import imagining
 from manako.experiments.common.command_line import run_main
 
 WORDS = ["--env", "manako/GoTo-v0", "--policy", "vision_tokens", "--episodes", "6", "--num_envs", "4"]
@@ -68,6 +70,25 @@ def test_it_writes_what_it_says(player, tmp_path, monkeypatch, capfd):
         assert gif.n_frames >= 4
     again = run([*WORDS, *files], monkeypatch, capfd)
     assert again[0] == 2 and "exists and is not overwritten" in again[2]
+
+
+def test_episodes_are_imagined_from_the_frames_that_were_said(monkeypatch, capfd):
+    """Three frames a prompt: what the policy is shown are its own last codes, black before the first frame."""
+    shown, real = [], imagining.Rows
+
+    def watched(columns, fillers):
+        shown.append(columns[imagining.COLUMN])  # (B, k, P, 1)
+        return real(columns, fillers)
+
+    monkeypatch.setattr(imagining, "Rows", watched)
+    code, out, err = run([*WORDS, "--frames", "3", "--history", "1"], monkeypatch, capfd)
+    assert code == 0 and not err and "from the first frame" in out
+    first, second = shown[:2]
+    assert first.shape[:2] == (6, 3) and torch.equal(first[:, 0], first[:, 1])
+    assert len(first[:, 0].unique(dim=0)) == 1  # black
+    going = [row for row in range(6) if any(torch.equal(first[row, 2], past) for past in second[:, 1])]
+    assert len(second) <= 6 and len(going) >= len(second) > 0
+    assert all(any(torch.equal(past, frame) for frame in first[:, 2]) for past in second[:, 1])
 
 
 def test_it_refuses_in_a_sentence(tmp_path, monkeypatch, capfd):

@@ -1,5 +1,6 @@
 """Vision tokens: codes as the reference library makes them, the next frame's loss by hand, and who learns what."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -80,14 +81,14 @@ def by_hand(policy, inputs, actions, following):
     for row, action in enumerate(actions):
         ids = inputs["input_ids"][row, : inputs["lengths"][row]]
         pixels = policy.processing.pipeline.pixels(inputs["frames"][row : row + 1])["pixel_values"]
-        now = vlm.model.vision_tower.quantize(pixels)[1][0]  # (P,)
+        now = vlm.model.vision_tower.quantize(pixels)[1].flatten()  # (P,), or (k P,)
         prompt = words(ids)
         prompt[ids == vlm.config.image_token_id] = table.embedding(now)
         answer = words(torch.tensor(policy.codec.token_ids[action]))
         whole = torch.cat([prompt, answer, table.embedding(following[row])])[None]
         hidden = vlm.model.language_model(inputs_embeds=whole).last_hidden_state[0]
         first = len(prompt) + len(answer) - 1
-        said = table.head(hidden[first : first + len(now)]).log_softmax(-1)
+        said = table.head(hidden[first : first + len(following[row])]).log_softmax(-1)
         losses.append([-said[place, code].item() for place, code in enumerate(following[row].tolist())])
     return torch.tensor(losses)
 
@@ -109,6 +110,19 @@ def test_the_loss_is_the_sum_by_hand(policy):
     policy.zero_grad()
     with torch.no_grad():
         assert not policy.evaluate_actions(inputs, actions).losses  # nothing is computed that nobody learns from
+
+
+@torch.no_grad()
+def test_of_several_frames_the_next_one_is_said_behind_all_of_them():
+    policy = load(frames=3, next_frame_coef=1.0)
+    past = {"past_frames": np.stack([frames(2, FRAME, seed=seed) for seed in (5, 6, 7)])}
+    inputs = policy.see_next(policy.prepare(frames(3, FRAME), INSTRUCTIONS, past), frames(3, FRAME, seed=1))
+    assert inputs[NEXT_CODES].shape == (3, 9)
+    expected = by_hand(policy, inputs, [2, 0, 3], inputs[NEXT_CODES])
+    torch.testing.assert_close(policy.next_frame.loss(inputs, [2, 0, 3]), expected.mean(), rtol=1e-4, atol=1e-5)
+    said = policy.next_frame.imagine(inputs, [2, 0, 3])
+    again = policy.next_frame.logits(inputs, [2, 0, 3], said).argmax(-1)  # each behind those that were said
+    assert torch.equal(again, said)
 
 
 @torch.no_grad()
