@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class VLMPolicy(Policy):
     """
 
     can_learn = True
-    needs = ("action_masks",)
+    needs: ClassVar[tuple[str, ...]] = ("action_masks",)
 
     def __init__(self, model: Model, spec: PolicySpec, check: bool = True) -> None:
         super().__init__()
