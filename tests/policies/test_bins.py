@@ -51,6 +51,10 @@ def test_linear_bins_by_hand():
     assert bin_values(-2, 2, 5, "linear").tolist() == [-2, -1, 0, 1, 2]
     assert bin_values(0.1, 0.7, 3, "linear").tolist() == pytest.approx([0.1, 0.4, 0.7], abs=1e-12)
     assert bin_values(3, 3, 11, "linear").tolist() == [3]
+    for low, high in np.random.default_rng(0).normal(0, 3, (50, 2)):
+        for spacing in ("linear", "symlog"):
+            values = bin_values(low, high, 7, spacing)
+            assert (values[0], values[-1]) == (low, high)  # both bounds, to the last bit
 
 
 def test_symlog_bins_are_closer_around_the_middle_and_reach_both_ends():
