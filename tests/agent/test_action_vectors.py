@@ -13,7 +13,7 @@ from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
 from manako.agent.data.lerobot_format import export_lerobot
 from manako.agent.data.recordings import read_recordings, split_over_slots
-from manako.agent.data.trajectories import load_trajectories, save_trajectories, to_dataset
+from manako.agent.data.trajectories import load_trajectories, save_trajectories, to_dataset, with_the_experts_actions
 from manako.agent.errors import TrainingError
 from manako.agent.losses import ppo_loss
 from manako.agent.ppo_config import PPOConfig
@@ -204,6 +204,19 @@ def test_vectors_that_are_none_are_refused_where_they_stand(tmp_path):
         (tmp_path / "play").write_text(json.dumps({"seed": 4, "actions": actions}))
         with pytest.raises(TrainingError, match=r"The action of step 0 in line 1 of .* expected a list of 1 numb"):
             read_recordings(str(tmp_path / "play"), PENDULUM, env.action_names, action_space=env.action_space)
+
+
+@both
+def test_the_experts_word_in_place_of_what_was_done(env_id):
+    player = functools.partial(ScriptedPlayer, error_rate=0.6)
+    data = to_dataset([played(env_id, player)], policy_for(env_id), env_id, "expert", {})
+    told = with_the_experts_actions(data)
+    assert data["action"][:] != data["expert_action"][:] == told["action"][:]
+    assert told["action_name"][0] == ", ".join(f"{value:.4g}" for value in told["action"][0])
+    assert told.info.description == data.info.description and told["image"][0] == data["image"][0]
+    alone = data.remove_columns("expert_action").add_column("expert_action", [None] * len(data))
+    with pytest.raises(TrainingError, match="These trajectories know no expert"):
+        with_the_experts_actions(alone)
 
 
 # ---- cloning ---------------------------------------------------------------------------------------------------------

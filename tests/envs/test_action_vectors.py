@@ -217,6 +217,16 @@ def test_the_picture_of_a_pendulum_shows_angle_and_speed():
     assert look(np.pi, -8)[1] < -8 and -look(0, -8)[2] > -look(0, -4)[2] * 1.5 > 0
 
 
+def test_car_racing_is_driven_by_what_stands_ahead():
+    pytest.importorskip("Box2D")
+    env = EpisodeVectorEnv("CarRacing-v3", 1, env_kwargs={"max_episode_steps": 200})
+    assert env.action_names == ("steering", "gas", "brake") and env.frame_shape == (96, 96, 3)
+    env.reset(seeds=held_out_seeds(1))
+    for _ in range(200):
+        env.step(env.expert_actions())
+    assert env.episode_returns[0] > 60  # by chance it is about -5
+
+
 def test_the_experts_are_far_better_than_chance():
     for env_id, steps, expert, chance in ((SLIDE, 5, 0.7, 0.2), (PENDULUM, 200, -350, -900)):
         env = EpisodeVectorEnv(env_id, 16)

@@ -19,7 +19,7 @@ def test_from_a_recording_to_an_evaluation(tmp_path, monkeypatch, capfd):
     again = {"player": "recorded", "recording": data, "output": tmp_path / "again"}
     code, printed = run(collect, monkeypatch, capfd, *PENDULUM, **again)
     assert code == 0 and load_from_disk(str(tmp_path / "again"))["reward"][:] == load_from_disk(str(data))["reward"][:]
-    flags = {"dataset": data, "loss": "actions", "bins": 7, "bin_spacing": "symlog"}
+    flags = {"dataset": data, "loss": "actions", "bins": 7, "bin_spacing": "symlog", "target": "expert"}
     code, printed = run(run_sft, monkeypatch, capfd, *PENDULUM, output_dir=sft, **flags, **SMALL)
     assert code == 0 and (sft / "after.gif").is_file(), printed
     assert json.loads((sft / "final/policy.json").read_text())["source"]["bins"] == 7
