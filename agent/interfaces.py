@@ -57,7 +57,6 @@ class VectorEnv(Protocol):
     num_envs: int
     first_slot: int
     action_names: tuple[str, ...]
-    action_space: gym.Space  # Discrete, or of vectors (d,): MultiDiscrete, Box of float32
     episode_returns: np.ndarray  # (N,)
     episode_lengths: np.ndarray  # (N,)
     episode_seeds: list[int]  # N
@@ -109,6 +108,8 @@ SEEDED = "expected an environment that draws everything random from self.np_rand
 
 class EvaluationEnv(VectorEnv, Protocol):
     """Environments that can also say what another instruction would be, and whether they follow their seeds."""
+
+    action_space: gym.Space  # Discrete, or of vectors (d,): MultiDiscrete, Box of float32
 
     def follows_seeds(self) -> bool:
         """Says whether a seed fixes how an episode begins; starts some, so it is asked between episodes."""

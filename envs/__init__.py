@@ -1,8 +1,8 @@
 """Environments as a vision-language policy sees them: an image, an instruction, and actions with names.
 
-Importing this package registers `manako/ColorMatch-v0`, `GoTo`, `Pendulum`, `Relay`, `Touch` and `Track`, and settles
-two things with SDL, which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow the signal
-that stops a run), and on a machine without a screen it does not look for one. Nothing here imports torch.
+Importing this package registers the environments of ours, `manako/GoTo-v0` among them, and settles two things with SDL,
+which draws Gymnasium's classic environments: it may not catch SIGTERM (it would swallow the signal that stops a run),
+and on a machine without a screen it does not look for one. Nothing here imports torch.
 """
 
 import os
@@ -36,6 +36,7 @@ for _id, _entry_point, _limit in (
     ("manako/GoTo-v0", "manako.envs.goto:GoTo", None),
     ("manako/Pendulum-v0", "manako.envs.pendulum:Pendulum", 200),
     ("manako/Relay-v0", "manako.envs.relay:Relay", None),
+    ("manako/Slide-v0", "manako.envs.slide:Slide", None),
     ("manako/Touch-v0", "manako.envs.touch:Touch", None),
     ("manako/Track-v0", "manako.envs.track:Track", None),
 ):

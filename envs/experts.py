@@ -2,7 +2,7 @@
 
 An environment of your own offers one by a method `expert_action()`, which returns the action for its current state (in
 its own numbering). Known here beside that: Gymnasium's toy_text environments, whose transition table `P` is solved
-exactly, and MiniGrid's BabyAI levels by the bot that comes with them.
+exactly, MiniGrid's BabyAI levels by the bot that comes with them, and CarRacing, by a driver that looks ahead.
 """
 
 import functools
@@ -42,9 +42,11 @@ def make_expert(env: gym.Env, env_id: str) -> Expert:
         return lambda _: int(policy[int(raw.s)])
     if hasattr(raw, "instrs") and hasattr(raw, "mission"):  # a BabyAI level
         return _babyai(env, env_id)
+    if hasattr(raw, "track") and hasattr(raw, "car") and getattr(raw, "continuous", False):  # CarRacing
+        return lambda _: _drive(raw)
     raise EnvError(
         f"{env_id} has no expert: expected an environment with a method expert_action() that returns the action for "
-        "its present state, a toy_text one with a table P, or a BabyAI level"
+        "its present state, a toy_text one with a table P, a BabyAI level, or CarRacing"
     )
 
 
@@ -69,6 +71,21 @@ def _babyai(env: gym.Env, env_id: str) -> Expert:
         return int(bot.replan(before))
 
     return act
+
+
+AHEAD, TOP_SPEED, SLOW = 5, 45.0, 40.0  # tiles that CarRacing's driver looks ahead; m/s, and less by so much a radian
+
+
+def _drive(race: Any) -> np.ndarray:
+    """Steering, gas and brake, (3,), that take CarRacing's car towards a place of the road ahead of it."""
+    place, road = np.array(race.car.hull.position), np.array(race.track)[:, 2:]  # (2,), (tiles, 2)
+    nearest = int(np.linalg.norm(road - place, axis=1).argmin())
+    to = road[(nearest + AHEAD) % len(road)] - place
+    heading = race.car.hull.angle + np.pi / 2
+    off = (np.arctan2(to[1], to[0]) - heading + np.pi) % (2 * np.pi) - np.pi  # rad, to the left
+    speed = np.linalg.norm(race.car.hull.linearVelocity)
+    fast = speed - max(10.0, TOP_SPEED - SLOW * abs(off))  # m/s above what the bend allows
+    return np.array([np.clip(-1.5 * off, -1, 1), np.clip(-0.1 * fast, 0, 1), np.clip(0.05 * fast, 0, 0.8)], np.float32)
 
 
 Table = tuple[tuple[tuple[tuple[float, int, float, bool], ...], ...], ...]  # [state][action] -> outcomes

@@ -115,6 +115,8 @@ def resolve_actions(
         return entries, flat, source
     n, start = int(space.n), int(space.start)
     task = TASKS.get(env_id)
+    if task is not None and task.action_names is not None and len(task.action_names) != n:
+        task = None  # it was made with other actions
     attribute, meanings = attribute_of(env, "action_names"), attribute_of(env, "get_action_meanings")
     actions = attribute_of(env, "actions")
     names: Iterable[Any]
@@ -147,6 +149,8 @@ def _entry_names(env: gym.Env, env_id: str, count: int, argument: Sequence[str] 
     """The names of a vector's entries, and where they came from."""
     task, attribute = TASKS.get(env_id), attribute_of(env, "action_names")
     of_task = None if task is None else task.action_names
+    if of_task is not None and len(of_task) != count:
+        of_task = None  # of the environment's other form
     for names, source in (
         (argument, "the action_names argument"),
         (attribute, "the 'action_names' attribute"),

@@ -17,7 +17,8 @@ class Task:
 
     Attributes:
         instruction: What the policy reads.
-        action_names: One name an action, in the order of the action numbers.
+        action_names: One name an action, in the order of the action numbers, or an entry of an action vector; where an
+            environment is made with other actions, so many as there are not names, they say nothing.
         success_return: An episode succeeds from this return on; None leaves it to the other rules, or undefined.
         success_terminated: True where an episode must also terminate to succeed: the goal ends it, and running out
             of steps early would otherwise look like a good return.
@@ -64,6 +65,9 @@ TASKS: dict[str, Task] = {
         ("none", "left", "main", "right"),
         success_return=200.0,
     ),
+    "Pendulum-v1": Task("swing the pole up and hold it upright", ("torque",)),
+    "MountainCarContinuous-v0": Task("swing the car up the hill to the flag", ("force",), success_terminated=True),
+    "CarRacing-v3": Task("drive along the grey road", ("steering", "gas", "brake")),
     # Atari names its own actions. Its measure is the score: from where on it is a success, if anywhere, is for the
     # command line to say (success_return).
     "ALE/Pong-v5": Task("win the rally: hit the ball past the other paddle", None),

@@ -61,7 +61,7 @@ def short_number(value: float) -> str:
 
 def vector_in_words(action: Sequence[float] | np.ndarray) -> str:
     """Returns a vector's numbers."""
-    return "[" + ", ".join(short_number(value) for value in np.asarray(action).tolist()) + "]"
+    return "[" + ", ".join(short_number(value) for value in np.ravel(action).tolist()) + "]"
 
 
 def actions_in_words(space: gym.Space, names: Sequence[str]) -> str:

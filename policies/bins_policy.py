@@ -27,7 +27,7 @@ class BinsPolicy(VLMPolicy):
     """
 
     needs = ()
-    codec: BinCodec
+    codec: BinCodec  # type: ignore[assignment]  # what both have is what readings read
 
     def distribution(self, inputs: Rows, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """Raises PolicyError: the vectors are too many to list."""

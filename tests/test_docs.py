@@ -169,6 +169,9 @@ RUN = {
     "python experiments/evaluate.py --policy runs/...": "--num_envs 8 --episodes 8",
     "python experiments/check_model.py runs/.../final": "--num_envs 4",
     "python experiments/run_ppo.py --frames 4 --history 2": f"{PPO} --output_dir runs/past",
+    "python experiments/run_ppo.py --env manako/Pendulum-v0": (
+        f"{PPO} --env_kwargs '{{\"max_episode_steps\": 8}}' --output_dir runs/pendulum"
+    ),
     "python experiments/run_ppo.py --advantage grpo": f"{PPO} --num_steps 12 --output_dir runs/grpo",
     "python experiments/collect.py --episodes 8000 --num_envs 64 --output data/goto": "--episodes 16 --num_envs 8",
     "python experiments/run_sft.py --dataset data/goto --loss actions --epochs 4 --learning_rate 1e-3": (
@@ -300,7 +303,7 @@ def test_commands_run(folder, monkeypatch, capfd):
             run_main(runner_of(command.runner).main)
         assert stop.value.code == 0, f"{text}: {capfd.readouterr().err}"
     runs = {path.parent.name for path in (folder / "runs").glob("*/evaluation.json")}
-    assert runs == {"...", "past", "grpo", "imitation", "preferences", "world", "sft", "dpo", "ppo"}
+    assert runs == {"...", "past", "pendulum", "grpo", "imitation", "preferences", "world", "sft", "dpo", "ppo"}
     assert (folder / "data/lerobot/meta/info.json").is_file()
 
 

@@ -110,11 +110,11 @@ class ScriptedPlayer(Player):
             chosen = np.log(np.where(wrong, self.error_rate, 1 - self.error_rate)) / taken.shape[1]  # of which it was
             return self.vectors(taken, logprobs + torch.from_numpy(chosen)[:, None])
         if "action_masks" in inputs.columns:
-            others = inputs["action_masks"].scatter(1, experts[:, None], False).float()  # (B, A)
-            left = others.sum(1, keepdim=True)  # (B, 1)
-            wrong = torch.where(left > 0, self.error_rate, 0.0)
-            probabilities = others * wrong / left.clamp_min(1)
-            probabilities.scatter_(1, experts[:, None], 1 - wrong)
+            allowed = inputs["action_masks"].scatter(1, experts[:, None], False).float()  # (B, A), the others
+            left = allowed.sum(1, keepdim=True)  # (B, 1)
+            share = torch.where(left > 0, self.error_rate, 0.0)
+            probabilities = allowed * share / left.clamp_min(1)
+            probabilities.scatter_(1, experts[:, None], 1 - share)
             return self.sample_from(probabilities, draws, greedy)
         probabilities = torch.full((len(experts), count), self.error_rate / (count - 1))
         probabilities.scatter_(1, experts[:, None], 1 - self.error_rate)

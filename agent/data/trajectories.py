@@ -227,6 +227,25 @@ def without_masks(dataset: Dataset) -> Dataset:
     return dataset.remove_columns([name for name in MASKS if name in dataset.column_names])
 
 
+def with_the_experts_actions(dataset: Dataset) -> Dataset:
+    """Returns the dataset with what the env's expert would have done in place of what was done, to be imitated.
+
+    Raises:
+        TrainingError: the env has no expert.
+    """
+    experts = dataset["expert_action"][:]
+    if any(action is None or action == -1 for action in experts):
+        raise TrainingError(
+            "These trajectories know no expert: expected an environment that has one, or --target taken."
+        )
+    kept = dataset.remove_columns(["action", "action_name"])
+    features = {name: dataset.features[name] for name in ("action", "action_name")}
+    names = json.loads(dataset.info.description)["action_names"]
+    said = [", ".join(map(short_number, action)) if isinstance(action, list) else names[action] for action in experts]
+    kept = kept.add_column("action", experts, feature=features["action"])
+    return kept.add_column("action_name", said, feature=features["action_name"])
+
+
 def load_trajectories(
     folder: str,
     env_id: str | None = None,

@@ -17,8 +17,10 @@ from manako.agent.samples import Samples
 from manako.envs import EpisodeVectorEnv, Observations
 from manako.experiments.benchmarks.timing import Work
 from manako.experiments.benchmarks.workload import Workload
+from manako.experiments.common.command_line import UsageError
 from manako.policies import PolicySource, VLMPolicy, load_policy
 from manako.policies.interface import Draws, Rows, sample_categorical
+from manako.spaces import is_vector
 
 
 class Bench:
@@ -33,6 +35,11 @@ class Bench:
         torch.set_num_threads(workload.threads or torch.get_num_threads())
         torch.manual_seed(workload.seed)
         self.env = EpisodeVectorEnv(workload.env, workload.num_envs, seed=workload.seed)
+        if is_vector(self.env.action_space):
+            raise UsageError(
+                f"{workload.env} has actions that are vectors, and what is timed reads a list of actions: expected an "
+                "env of Discrete actions."
+            )
         source = PolicySource(
             workload.policy,
             trainable=workload.trainable,

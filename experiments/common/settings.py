@@ -165,6 +165,9 @@ class SFTSettings(TuningSettings):
     loss: Literal["tokens", "actions"] = setting(
         "tokens", "of instruct: the answer's tokens out of the vocabulary, or its action out of the actions (quicker)"
     )
+    target: Literal["taken", "expert"] = setting(
+        "taken", "of instruct: the action that was taken, or what the env's expert would have done there"
+    )
     only_success: bool = setting(False, "leave out episodes without success")
     captions: int = setting(1000, "frames to put into words, for represent and align", ge=1)
     warmup_steps: int = setting(0, "optimizer steps in which the learning rate rises from 0", ge=0)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from manako.agent.data.trajectories import load_trajectories, without_masks
+from manako.agent.data.trajectories import load_trajectories, with_the_experts_actions, without_masks
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.pretraining import PretrainingTrainer
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
@@ -173,6 +173,10 @@ def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list
     )
     if not command.environment.action_masks:
         trajectories = without_masks(trajectories)
+    if sft.target == "expert" and policy.next_frame_coef:
+        raise UsageError("--target expert leaves out what was done, of which the next frame is: give --target taken.")
+    if sft.target == "expert":
+        trajectories = with_the_experts_actions(trajectories)
     frames = sample_frames(trajectories, FITTED_FRAMES)
     if sft.loss == "actions":
         predicts = policy.next_frame_coef > 0

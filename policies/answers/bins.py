@@ -5,8 +5,8 @@
 
 The token of an entry is read after those of the entries before it, so the joint probability of a vector is exact: the
 product of one softmax over the entry's labels each, given what was said before. The bins of a `Box` include both of its
-bounds; `linear` spaces them evenly, `symlog` closer together around the middle. Labels are letters, then digits, as the
-tokenizer goes on with them.
+bounds; `linear` spaces them evenly, `symlog` closer together around the middle. Labels are the letters and digits that
+the tokenizer goes on with as tokens of their own.
 """
 
 import random
@@ -60,9 +60,10 @@ class BinCodec:
         go_on: an answer to the tokens by which the tokenizer goes on from the prompt with it.
 
     Raises:
-        PolicyError: more bins than labels, or a tokenizer that does not say them as one token each.
+        PolicyError: the tokenizer does not say as many labels as one token each.
 
     Attributes:
+        labels: what stands for the bins, in their order.
         values: for each entry what its bins stand for, (bins,).
         tokens: for each entry its labels' tokens, (bins,) int64.
         branches: the entries as nodes of a token trie, along the first label of each: what is checked of a model.
@@ -87,22 +88,17 @@ class BinCodec:
             self.values = [np.arange(int(count), dtype=np.float64) for count in space.nvec]
         else:
             self.values = [bin_values(low, high, bins, spacing) for low, high in ranges(space)]
-        most = max(map(len, self.values))
-        if most > len(LABELS):
-            raise PolicyError(
-                f"An entry of the actions has {most} values, and there are {len(LABELS)} labels for them: expected no "
-                "more, so give fewer --bins, or wrap the environment."
-            )
+        self.labels: tuple[str, ...] = ()
         problems = []
         for self.separator in (" ", ""):
-            problem = self._tokenize()
+            problem = self._tokenize(max(map(len, self.values)))
             if problem is None:
                 break
-            problems.append(problem)
+            problems.append(f"with {self.separator!r} between entries {problem}")
         else:
             raise PolicyError(
-                f"The tokenizer cannot say vectors as one token an entry ({'; '.join(problems)}): expected one that "
-                "has single letters as tokens; give fewer --bins, or use another model."
+                f"The tokenizer cannot say these action vectors ({'; '.join(problems)}): expected a letter or digit of "
+                "a token of its own for each bin, so give fewer --bins, wrap the environment, or use another model."
             )
         path = tuple(int(tokens[0]) for tokens in self.tokens)
         children = [tuple(tokens.tolist()) for tokens in self.tokens]
@@ -118,13 +114,13 @@ class BinCodec:
         """How the prompt lists the entries and their bins."""
         parts = []
         for name, values in zip(self.names, self.values, strict=True):
-            end = "" if len(values) == 1 else f" to {LABELS[len(values) - 1]} = {short_number(values[-1])}"
-            parts.append(f"{name} A = {short_number(values[0])}{end}")
+            end = "" if len(values) == 1 else f" to {self.labels[len(values) - 1]} = {short_number(values[-1])}"
+            parts.append(f"{name} {self.labels[0]} = {short_number(values[0])}{end}")
         return ", ".join(parts)
 
     def text(self, bins: Sequence[int]) -> str:
         """Returns what the policy says for the bins of a vector."""
-        return self.separator.join(LABELS[index] for index in bins)
+        return self.separator.join(self.labels[index] for index in bins)
 
     def said(self, bins: Tensor) -> Tensor:
         """Returns the tokens (B, k) int64 of the bins (B, k) of the first entries."""
@@ -146,28 +142,36 @@ class BinCodec:
         ]
         return np.stack(nearest, 1).astype(np.int64)
 
-    def _tokenize(self) -> str | None:
-        """Fills `tokens`; returns what is wrong with this separator, or None."""
-        special = set(special_vocabulary(self.tokenizer).values())
-        self.tokens: list[Tensor] = []
-        for entry, values in enumerate(self.values):
-            if entry > 1:  # as behind the first
-                before, start = self.text([0]), tuple(self.go_on(self.text([0])))
-            else:
-                before = self.text([0] * entry)
-                start = tuple(self.go_on(before)) if entry else ()
-            found = []
-            for label in LABELS[: len(values)]:
-                ids = tuple(self.go_on(f"{before}{self.separator}{label}" if entry else label))
-                if ids[: len(start)] != start or len(ids) != len(start) + 1 or ids[-1] in special:
-                    return f"{label!r} behind {before!r} is no token of its own"
-                found.append(ids[-1])
-            if len(set(found)) < len(found):
-                return "two labels share a token"
-            self.tokens.append(torch.tensor(found))
+    def _tokenize(self, count: int) -> str | None:
+        """Fills `labels` and `tokens`; returns what is wrong with this separator, or None."""
+        first = self._single("", count)  # label -> its token, behind the prompt
+        later = dict(first)
+        if len(self.values) > 1 and first:
+            later = self._single(next(iter(first)), len(LABELS), tuple(first))
+        self.labels = tuple(label for label in first if label in later)[:count]
+        if len(self.labels) < count:
+            return f"it has {len(self.labels)} labels, and an entry has {count} values"
+        self.tokens = [
+            torch.tensor([(later if entry else first)[label] for label in self.labels[: len(values)]])
+            for entry, values in enumerate(self.values)
+        ]
         drawn = random.Random(0)
         for _ in range(TRIALS):
             bins = [drawn.randrange(len(values)) for values in self.values]
             if tuple(self.go_on(self.text(bins))) != tuple(self.said(torch.tensor([bins]))[0].tolist()):
                 return f"{self.text(bins)!r} is not said label by label"
         return None
+
+    def _single(self, before: str, count: int, candidates: Sequence[str] = LABELS) -> dict[str, int]:
+        """The first `count` labels that are a token of their own behind what was said, and these tokens."""
+        special = set(special_vocabulary(self.tokenizer).values())
+        start = tuple(self.go_on(before)) if before else ()
+        found: dict[str, int] = {}
+        for label in candidates:
+            ids = tuple(self.go_on(f"{before}{self.separator}{label}" if before else label))
+            single = ids[: len(start)] == start and len(ids) == len(start) + 1
+            if single and ids[-1] not in special and ids[-1] not in found.values():
+                found[label] = ids[-1]
+            if len(found) == count:
+                break
+        return found

@@ -224,7 +224,15 @@ def test_demonstrations_are_answers_with_thoughts(shown, thinker):
 
 def test_both_losses_learn_answers(shown, thinker, relay, tmp_path):
     """The loss on actions is the answer's probability under the policy: a hand sum of its tokens'."""
-    args = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "num_train_epochs": 1, "save_strategy": "no"}
+    args = {
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+    }
     args |= {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "disable_tqdm": True, "max_length": None}
     rows = demonstrated_actions(shown, thoughts=True)
     policy = writer(relay, answer_template="json", answer_tokens=40)

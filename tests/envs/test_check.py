@@ -125,7 +125,11 @@ BAD = {
         changed(action_names=None, get_action_meanings=raises),
         "broke in its action names with RuntimeError",
     ),
-    "continuous actions": (changed(action_space=gym.spaces.Box(-1, 1, (2,))), "only Discrete spaces can be played"),
+    "unbounded actions": (changed(action_space=gym.spaces.Box(-np.inf, 1, (3,))), "expected finite bounds"),
+    "actions of several kinds": (
+        changed(action_space=gym.spaces.Tuple([gym.spaces.Discrete(3)])),
+        "only Discrete, MultiDiscrete, MultiBinary and bounded Box spaces can be played",
+    ),
     "reset raises": (changed(reset=raises), r"broke in reset\(seed=0\) with RuntimeError: out of order"),
     "reset gives no info": (changed(reset=lambda env, **kwargs: 0), r"returns a value of type int from reset\(\)"),
     "step raises": (changed(step=raises), r"broke in step\(\), action '(one|two|three)', with RuntimeError"),

@@ -137,6 +137,7 @@ def test_warm_start_from_a_run(finished, tmp_path, monkeypatch):
         {"vision_encoder": "convnext", "trainable": "adapter"},
         {"target_kl": 0.0005},
         {"env": "tests.helpers.small_envs:tests/Gates-v0"},  # with action masks
+        {"env": "manako/Pendulum-v0", "env_kwargs": '{"max_episode_steps": 6}', "trainable": "lora", "bins": 5},
     ],
 )
 def test_a_resumed_run_is_bit_equal(settings, tmp_path, monkeypatch):

@@ -96,14 +96,19 @@ def gates_maker() -> Any:
     return functools.partial(make_env, "tests/Gates-v0", {"limit": 6}, 3)
 
 
-def make_gates_policy() -> Any:
-    """The tiny policy for these."""
+def vectors_maker() -> Any:
+    """For workers: (first slot, number of slots) -> environments whose actions are vectors of floats."""
+    return functools.partial(make_env, "manako/Pendulum-v0", {"max_episode_steps": 6}, 3)
+
+
+def make_policy_for(maker: Any) -> Any:
+    """The tiny policy for what such a maker makes."""
     import torch
 
     from tests.helpers.small_envs import tiny_policy
 
     torch.set_num_threads(1)
-    return tiny_policy(gates_maker()(0, 1))
+    return tiny_policy(maker(0, 1))
 
 
 def local(num_envs: int, policy: Any, batch_size: int | None = None, maker: Any = None) -> Any:

@@ -226,7 +226,7 @@ def tiny_policy(env: "EpisodeVectorEnv", **source: Any) -> "VLMPolicy":
 
     from manako.policies import PolicySource, load_policy
 
-    policy = load_policy(PolicySource(**source), env.action_names, env.frame_shape)
+    policy = load_policy(PolicySource(**source), env.action_names, env.frame_shape, env.action_space)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
         policy.value_head.out.weight.normal_(std=0.3)

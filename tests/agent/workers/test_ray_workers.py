@@ -47,9 +47,10 @@ from tests.helpers.ray_segments import (
     gates_maker,
     local,
     make_folder_policy,
-    make_gates_policy,
     make_policy,
+    make_policy_for,
     replica_settings,
+    vectors_maker,
 )
 from tests.helpers.rollout_equality import breaks_of_drift, close_enough, same_bits
 from tests.helpers.small_runs import difference, ppo_config, weights
@@ -142,13 +143,14 @@ def test_the_past_that_a_policy_is_told_is_the_local_one(backend):
             same_bits(rollouts.collect(iteration), plain.collect(iteration))
 
 
+@pytest.mark.parametrize("maker", [gates_maker(), vectors_maker()], ids=["masks", "vectors"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_backend_obeys_action_masks(name):
+def test_every_backend_obeys_action_masks_and_plays_vectors(name, maker):
     """Gates breaks at what is not allowed; a state that is taken up is compared with its masks."""
-    policy, maker = make_gates_policy(), gates_maker()
+    policy = make_policy_for(maker)
     plain = local(NUM_ENVS, policy, batch_size=2, maker=maker)
     if name == "ray-replica":
-        made = replace(replica_settings(maker, 2), make_policy=make_gates_policy)
+        made = replace(replica_settings(maker, 2), make_policy=functools.partial(make_policy_for, maker))
         rollouts = ReplicaRollouts(made, policy, NUM_ENVS, 100, options())
     else:
         env = RayVectorEnv(maker, NUM_ENVS, policy.spec.action_names, options())
@@ -157,10 +159,11 @@ def test_every_backend_obeys_action_masks(name):
         ends = []
         for iteration in range(4):
             mine, theirs = plain.collect(iteration), rollouts.collect(iteration)
-            assert mine.inputs["action_mask"].shape == (NUM_ENVS * NUM_STEPS, 4)
+            masks = mine.inputs.columns.get("action_mask")
+            assert masks is None if policy.spec.vectors else masks.shape == (NUM_ENVS * NUM_STEPS, 4)
             same_bits(theirs, mine)
             ends.append((bool(mine.terminated.any()), len(mine.bootstrap_at) > 0))
-        assert all(map(any, zip(*ends, strict=True)))  # of both kinds
+        assert any(cut for _, cut in ends) and any(won for won, _ in ends) == (policy.spec.vectors is None)
         rollouts.load_state_dict(plain.state_dict(), {})
         same_bits(rollouts.collect(4), plain.collect(4))
 
