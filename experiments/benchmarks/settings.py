@@ -104,6 +104,27 @@ class FeatureCacheCommand:
 
 
 @dataclass(frozen=True)
+class WritingSettings:
+    """What writing.py measures."""
+
+    env: str = setting("manako/Relay-v0", "Gymnasium id")
+    policy: str = setting("tiny", "preset, model folder or run")
+    num_envs: int = setting(32, "environments side by side", ge=1)
+    answer_tokens: int = setting(24, "tokens of each answer", ge=2)
+    repeats: int = setting(5, "turns", ge=1)
+    seconds: float = setting(1.0, "least duration of one measurement", gt=0)
+    threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
+    output: str | None = setting(None, "JSON file for the results, must not exist")
+
+
+@dataclass(frozen=True)
+class WritingCommand:
+    """Settings of writing.py."""
+
+    benchmark: WritingSettings = section(WritingSettings, "benchmark")
+
+
+@dataclass(frozen=True)
 class RewardScaleSettings:
     """What reward_scale.py compares."""
 

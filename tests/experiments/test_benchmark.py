@@ -256,7 +256,7 @@ def test_sizes_that_do_not_fit_are_refused():
         make_workload(SpeedSettings(num_envs=3))
 
 
-@pytest.mark.parametrize("script", ["speed", "ray_workers", "compare_sb3", "feature_cache"])
+@pytest.mark.parametrize("script", ["speed", "ray_workers", "compare_sb3", "feature_cache", "writing"])
 def test_help_needs_no_torch(script):
     heavy = ("torch", "stable_baselines3")
     code = f"import sys, manako.experiments.benchmarks.{script}; print([m for m in {heavy} if m in sys.modules])"
