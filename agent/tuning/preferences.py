@@ -25,7 +25,14 @@ from datasets import Dataset, Features, Image, List, Value
 from manako.agent.data.pasts import NO_ROW, past_rows, past_turns, picture
 from manako.agent.data.trajectories import steps_with_actions
 from manako.agent.errors import TrainingError
-from manako.agent.tuning.supervised import MESSAGES, answer_messages, prompt_columns, stored_frames
+from manako.agent.tuning.supervised import (
+    MESSAGES,
+    answers_of,
+    assistant_message,
+    prompt_columns,
+    stored_frames,
+    stored_thoughts,
+)
 from manako.policies.interface import Policy
 
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
@@ -232,15 +239,27 @@ def pair_dataset(trajectories: Dataset, pairs: list[Pair], policy: Policy) -> Da
             "No two actions could be told apart (all returns are equal, player and expert agree, or the judge says "
             "neither): expected pairs, so collect with --group_size, with a weaker player, or choose other --pairs."
         )
-    answers = answer_messages(policy)
+    rows = [row for row, _, _ in pairs]
+    better, worse = ([pair[which] for pair in pairs] for which in (1, 2))
     return Dataset.from_dict(
         {
-            **prompt_columns(trajectories, policy, [row for row, _, _ in pairs]),
-            "chosen": [answers[chosen] for _, chosen, _ in pairs],
-            "rejected": [answers[rejected] for _, _, rejected in pairs],
+            **prompt_columns(trajectories, policy, rows),
+            "chosen": _messages(trajectories, policy, rows, better),
+            "rejected": _messages(trajectories, policy, rows, worse),
         },
         features=FEATURES,
     )
+
+
+def _messages(trajectories: Dataset, policy: Policy, rows: list[int], actions: list[int]) -> list[Any]:
+    """Answers that name actions, each behind the thought of whoever took it there: the player, or the expert."""
+    taken, thoughts = trajectories["action"], stored_thoughts(trajectories, "thought")
+    experts, reasons = trajectories["expert_action"], stored_thoughts(trajectories, "expert_thought")
+    behind = [
+        thoughts[row] if action == taken[row] else reasons[row] if action == experts[row] else ""
+        for row, action in zip(rows, actions, strict=True)
+    ]
+    return [assistant_message(text) for text in answers_of(policy, actions, behind)]
 
 
 def unpaired(pairs: Dataset) -> Dataset:

@@ -34,11 +34,6 @@ def every_action(policy: Policy) -> Rows:
     return policy.actions_from_env(np.arange(len(policy.spec.action_names)))
 
 
-def answer_messages(policy: Policy) -> list[list[dict[str, Any]]]:
-    """Returns the answer of each of the A actions as messages."""
-    return [assistant_message(answer) for answer in policy.answers(every_action(policy))]
-
-
 def demonstrations(trajectories: Dataset, policy: Policy, only_success: bool = False) -> Dataset:
     """Returns each step of the trajectories whose action was chosen as prompt and answer.
 

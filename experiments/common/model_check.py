@@ -42,6 +42,7 @@ from manako.policies.pretrained import quietly
 from manako.policies.reading import SharedPrefix
 from manako.policies.room import Needed, cache_bytes, check_training_room, free_memory, in_words, needed, row_bytes
 from manako.policies.sensitivity import sensitivity
+from manako.policies.text_policy import TextPolicy
 from manako.policies.trainable import READY_MADE, parameter_table, part_of, parts_of, set_trainable
 from manako.spaces import is_vector, random_vectors
 
@@ -216,6 +217,8 @@ def reading_in_words(policy: VLMPolicy) -> str:
 def answers_in_words(policy: VLMPolicy) -> str:
     """Returns the format and each action's tokens as text."""
     decode, codec = policy.processor.tokenizer.decode, policy.codec
+    if isinstance(policy, TextPolicy):
+        return f"as text: {policy.legend()}, in {policy.text.longest} tokens at most"
     if isinstance(codec, BinCodec):
         return f"as {codec.format}: {codec.legend}, such as {codec.answers[0]!r}"
     said = [" + ".join(repr(decode([token])) for token in tokens) for tokens in codec.token_ids]

@@ -11,6 +11,7 @@ from manako.agent.data.trajectories import load_trajectories, save_trajectories,
 from manako.agent.errors import TrainingError
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.evaluation import evaluate, record_episodes
+from manako.agent.tuning.preferences import expert_pairs, pair_dataset
 from manako.agent.tuning.supervised import demonstrated_actions, demonstrations
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer
 from manako.envs import EpisodeVectorEnv, held_out_seeds
@@ -274,3 +275,14 @@ def test_a_gif_shows_what_was_written(relay):
     episode = record_episodes(policy, env, held_out_seeds(1))[0]
     assert episode.answers == ["nothing", f'{{"thoughts": "so", "action": "{relay.action_names[0]}"}}']
     assert list(episode.actions) == [SKIP, 0]
+
+
+def test_pairs_name_each_action_behind_its_own_thought(shown, thinker):
+    pairs = pair_dataset(shown, expert_pairs(shown), thinker)
+    wrong = [row for row in shown if row["action"] != row["expert_action"]]
+    assert len(pairs) == len(wrong) > 0
+    for pair, row in zip(pairs, wrong, strict=True):
+        chosen, rejected = (pair[name][0]["content"][0]["text"] for name in ("chosen", "rejected"))
+        best = thinker.spec.action_names[row["expert_action"]]
+        assert chosen == f'{{"thoughts": "{row["expert_thought"]}", "action": "{best}"}}'
+        assert rejected == f'{{"thoughts": "", "action": "{row["action_name"]}"}}'
