@@ -174,7 +174,7 @@ RUN = {
     ),
     "python experiments/run_ppo.py --advantage grpo": f"{PPO} --num_steps 12 --output_dir runs/grpo",
     "python experiments/collect.py --episodes 8000 --num_envs 64 --output data/goto": "--episodes 16 --num_envs 8",
-    "python experiments/run_sft.py --dataset data/goto --loss actions --epochs 4 --learning_rate 1e-3": (
+    "python experiments/run_sft.py --dataset data/goto --loss actions --epochs 4": (
         f"{EVALUATION} --output_dir runs/imitation"
     ),
     "python experiments/run_dpo.py --policy runs/.../final --pairs expert": (

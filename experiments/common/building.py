@@ -160,6 +160,7 @@ def make_tuning_args(
         own: further arguments.
     """
     check_bf16(settings.bf16)
+    assert settings.learning_rate is not None, "the runner has chosen one"
     schedule: str = settings.lr_scheduler_type
     if schedule == "constant" and own.get("warmup_steps"):
         schedule = "constant_with_warmup"  # by `constant` the library leaves the rise out

@@ -146,7 +146,12 @@ class TuningSettings:
     dataset: str | None = setting(None, "folder of trajectories, of collect.py")
     epochs: int = setting(1, "passes over the data", ge=1)
     batch_size: int = setting(32, "examples or pairs of an optimizer step", ge=1)
-    learning_rate: float = setting(2e-4, "initial learning rate of AdamW", gt=0)
+    learning_rate: float | None = setting(
+        None,
+        "initial learning rate of AdamW; by default 2e-4, and for demonstrations 1e-3 where the language model began "
+        "random",
+        gt=0,
+    )
     adapter_learning_rate: float | None = setting(None, "initial learning rate of the adapter, if another", gt=0)
     lr_scheduler_type: Schedule = setting("linear", "decay of the learning rate")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", only_in_file=True, gt=0)

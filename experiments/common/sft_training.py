@@ -53,8 +53,9 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     Returns:
         The exit code.
     """
-    environment, sft, run = command.environment, command.sft, command.run
+    environment, run = command.environment, command.run
     command, policy, pretraining = _policy_of_stage(command)
+    sft = command.sft
     if pretraining is not None:
         return _pretrain(command, policy, pretraining, run_dir, started)
     check_learns_by_acting(policy, command.policy.trainable)
@@ -107,6 +108,9 @@ def _policy_of_stage(command: SFTCommand) -> tuple[SFTCommand, VLMPolicy, Pretra
         UsageError: a stage that this architecture does not have.
     """
     environment, run, source = command.environment, command.run, command.policy
+    if command.sft.learning_rate is None:
+        fast = command.sft.stage == "instruct" and trainable_of(source)[0] == "full"
+        command = replace(command, sft=replace(command.sft, learning_rate=1e-3 if fast else 2e-4))
     asked = source.trainable == AUTO
     if asked:  # a pretrained language model stays as it is until it is to act
         source = replace(source, trainable="full" if trainable_of(source)[0] == "full" else "adapter")

@@ -99,7 +99,7 @@ def test_align_and_instruct(recorded, tmp_path, monkeypatch, capsys):
     printed = run_here(**given, epochs=3, warmup_steps=2, lr_scheduler_type="constant", output_dir="instruct")
     assert "actions right" in printed and "standardises" not in printed  # by what align gave it
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "instruct/metrics.jsonl").open()]
-    assert rates == [0, 1e-4, *[2e-4] * (len(rates) - 2)] and len(rates) > 2
+    assert rates == [0, 5e-4, *[1e-3] * (len(rates) - 2)] and len(rates) > 2
     assert json.loads((tmp_path / "instruct/report.json").read_text())["loss"] > 0
 
 
