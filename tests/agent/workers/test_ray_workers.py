@@ -104,6 +104,7 @@ def central(policy, num_workers=2, batch_size=2, maker=None, **given):
 
 
 PAST = {"frames": 3, "history": 2}
+WRITING = {"action_format": "text", "answer_template": "plain", "answer_tokens": 4, "history": 1}
 BACKENDS = {"ray-env": central, "ray-replica": replica}
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 # where the supervisor does the same for both, and starting copies of the policy takes the time
@@ -132,11 +133,12 @@ def test_every_field_of_every_rollout_is_the_local_one(backend, num_workers, pol
 
 
 @backends
-def test_the_past_that_a_policy_is_told_is_the_local_one(backend):
-    """Frames and turns before the present, also where a worker was lost and another played its segment again."""
-    policy = make_policy(**PAST)
+@pytest.mark.parametrize("source", [PAST, WRITING], ids=["past", "writing"])
+def test_what_a_policy_is_told_and_writes_is_the_local_one(backend, source):
+    """Frames and turns before the present, turns without an action, also where a lost segment was played again."""
+    policy = make_policy(**source)
     plain = local(NUM_ENVS, policy, batch_size=2)
-    with backend(policy, 2, **(PAST if backend is replica else {})) as rollouts:
+    with backend(policy, 2, **(source if backend is replica else {})) as rollouts:
         for iteration in range(3):
             if iteration == 2:
                 kill(supervisor_of(rollouts).pids()[1])
