@@ -304,6 +304,7 @@ class RolloutCollector:
             seeds=torch.from_numpy(np.stack([step.seeds for step in steps])),
             steps=torch.from_numpy(np.stack([step.numbers for step in steps])),
             success=torch.from_numpy(np.stack([np.asarray(step.result.success) for step in steps])),
+            rewards=torch.from_numpy(np.stack([np.asarray(step.result.rewards, np.float32) for step in steps])),
             instructions=[text for step in steps for text in step.shown.instructions],
             images=np.concatenate([step.shown.images for step in steps]),
             expert_actions=torch.from_numpy(np.stack(advice)) if advice else None,

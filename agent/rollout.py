@@ -48,6 +48,7 @@ class Record(NamedTuple):
     seeds: Tensor  # (T, N) int64, of the episode that the step belongs to
     steps: Tensor  # (T, N) int64, number of the step in its episode, from 0
     success: Tensor  # (T, N) int8, see `Stepped`
+    rewards: Tensor  # (T, N) float32, what the environments paid
     instructions: list[str]  # T * N, as the env gave them
     images: np.ndarray  # (T * N, H, W, 3) uint8, the env's own frames
     expert_actions: Tensor | None  # (T, N) int64, what the env's expert would have done
@@ -165,6 +166,7 @@ def _merge_records(records: Sequence[Record], rows: Tensor, firsts: Sequence[int
         seeds=torch.cat([record.seeds for record in records], dim=1),
         steps=torch.cat([record.steps for record in records], dim=1),
         success=torch.cat([record.success for record in records], dim=1),
+        rewards=torch.cat([record.rewards for record in records], dim=1),
         instructions=[texts[row] for row in rows.tolist()],
         images=np.concatenate([record.images for record in records])[rows.numpy()],
         expert_actions=torch.cat(advice, dim=1) if advice else None,

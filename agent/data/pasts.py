@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, Image
 from PIL import Image as Picture
 
+from manako.agent.data.trajectories import TAKEN
 from manako.agent.errors import TrainingError
 from manako.memory import turns_before
 
@@ -38,7 +39,8 @@ def past_turns(trajectories: Dataset, count: int) -> list[np.ndarray]:
     """
     if not count:
         return [np.zeros((0, 2))] * len(trajectories)
-    actions, rewards = trajectories["action"], trajectories["reward"]
+    done = TAKEN if TAKEN in trajectories.column_names else "action"
+    actions, rewards = trajectories[done], trajectories["reward"]
     turns = []
     for row, step in enumerate(_steps_in_order(trajectories)):
         first = max(row - step, row - count)

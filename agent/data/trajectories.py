@@ -57,6 +57,7 @@ VECTORS = {  # in place of the indices, where actions are vectors
     "action": List(Value("float32")),  # as the env is given it; action_name are its numbers
     "expert_action": List(Value("float32")),  # None where the env has no expert
 }
+TAKEN = "taken"  # column: what was done, where `action` is what the expert would have done
 LATER = ("last_image", "outcome", "thought", "expert_thought")  # columns that older datasets lack
 MASKS = {"action_mask": List(Value("bool"))}  # of A actions, which were allowed; only of an env that says it
 
@@ -101,10 +102,11 @@ def to_dataset(
                 whole = ended and len(episode) == int(record.steps[t, slot]) + 1  # seen from its beginning
                 if whole and (quota is None or count - before < quota[slot]):
                     last = verdict(int(record.success[t, slot]))
-                    actions = [int(_record(rollouts[n]).to_env[at, slot]) for n, at in episode]
-                    paid = [float(rollouts[n].rewards[at, slot]) for n, at in episode]
+                    history = policy.spec.history  # 0 where actions are vectors
+                    actions = [int(_record(rollouts[n]).to_env[at, slot]) if history else 0 for n, at in episode]
+                    paid = [float(_record(rollouts[n]).rewards[at, slot]) for n, at in episode]
                     for step, (n, at) in enumerate(episode):
-                        turns = turns_before(actions, paid, step, policy.spec.history)
+                        turns = turns_before(actions, paid, step, history)
                         row = _row(rollouts[n], at, slot, policy, turns, *rows_of_actions[n])
                         row |= {"success": last, "episode_return": sum(paid), "episode": count}
                         row |= {"env_id": env_id, "policy": player}
@@ -173,7 +175,7 @@ def _row(
         "action_tokens": tokens[flat],
         "logprob": float(rollout.logprobs[t, slot][rollout.mask[t, slot]].sum()),
         "value": float(rollout.values[t, slot]),
-        "reward": float(rollout.rewards[t, slot]),
+        "reward": float(record.rewards[t, slot]),
         "terminated": bool(rollout.terminated[t, slot]),
         "truncated": bool(rollout.truncated[t, slot]),
         "expert_action": -1 if expert is None and not vector else expert,
@@ -238,8 +240,11 @@ def with_the_experts_actions(dataset: Dataset) -> Dataset:
         raise TrainingError(
             "These trajectories know no expert: expected an environment that has one, or --target taken."
         )
-    kept = dataset.remove_columns(["action", "action_name"])
+    replaced = [name for name in ("action", "action_name", "thought", "outcome") if name in dataset.column_names]
+    kept = dataset.remove_columns(replaced).add_column(TAKEN, dataset["action"][:], feature=dataset.features["action"])
     features = {name: dataset.features[name] for name in ("action", "action_name")}
+    if "expert_thought" in dataset.column_names:
+        kept = kept.add_column("thought", dataset["expert_thought"][:], feature=dataset.features["expert_thought"])
     names = json.loads(dataset.info.description)["action_names"]
     said = [", ".join(map(short_number, action)) if isinstance(action, list) else names[action] for action in experts]
     kept = kept.add_column("action", experts, feature=features["action"])

@@ -67,14 +67,18 @@ def stored_thoughts(trajectories: Dataset, column: str) -> list[str]:
     return [thought or "" for thought in trajectories[column]]
 
 
-def answers_of(policy: Policy, actions: Sequence[int], thoughts: Sequence[str]) -> list[str]:
+def answers_of(policy: Policy, actions: Sequence[Any], thoughts: Sequence[str]) -> list[str]:
     """Returns what the policy says for actions, each behind its thought where it writes some."""
-    different = list(dict.fromkeys(zip(actions, thoughts, strict=True)))
+    keys = [
+        (tuple(action) if isinstance(action, list) else action, thought)
+        for action, thought in zip(actions, thoughts, strict=True)
+    ]
+    different = list(dict.fromkeys(keys))
     of_actions = policy.actions_from_env(
         np.array([action for action, _ in different]), [thought for _, thought in different]
     )
     said = dict(zip(different, policy.answers(of_actions), strict=True))
-    return [said[key] for key in zip(actions, thoughts, strict=True)]
+    return [said[key] for key in keys]
 
 
 def demonstrated_actions(

@@ -24,6 +24,7 @@ from manako.agent.tuning.trainers import PolicyCloningTrainer, SFTCollator
 from manako.agent.workers.env_worker import EnvWorker
 from manako.agent.workers.segments import History, Segment
 from manako.envs import EpisodeVectorEnv, held_out_seeds
+from manako.memory import NO_ACTION
 from manako.policies import PolicySource, load_policy
 from manako.policies.interface import Rows
 from tests.helpers.rollout_equality import same_bits
@@ -150,7 +151,7 @@ def test_an_episode_that_does_not_replay_starts_with_an_empty_past():
     anew = env.episode_lengths == 0
     assert 0 < anew.sum() == env.given_up
     assert (env.memory.past_frames().any((2, 3, 4)).all(1) == ~anew).all()
-    assert ((env.memory.turns[:, 0, 0] == -1) == anew).all()
+    assert ((env.memory.turns[:, 0, 0] == NO_ACTION) == anew).all()
 
 
 def test_more_to_remember_ends_the_running_episodes():
@@ -267,7 +268,7 @@ def test_a_blank_image_blanks_all_frames_and_the_controls_leave_what_was_done(co
     shows = condition != "blank_image"
     assert len(seen) == 6 and all(image == shows for image, *_ in seen)
     assert [past[0] for _, past, _ in seen[:3]] == [[False, False], [False, shows], [shows, shows]]
-    assert seen[0][2] == -1 and all(action >= 0 for *_, action in seen[1:])
+    assert seen[0][2] == NO_ACTION and all(action >= 0 for *_, action in seen[1:])
 
 
 def test_evaluation_agreement_and_gifs_tell_the_past():
@@ -287,7 +288,7 @@ def test_evaluation_agreement_and_gifs_tell_the_past():
     ):
         told.clear()
         play()
-        assert len(told) == 6 and told[0] == -1 and min(told[1:]) >= 0
+        assert len(told) == 6 and told[0] == NO_ACTION and min(told[1:]) >= 0
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,13 @@ from trl import SFTConfig
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
-from manako.agent.data.trajectories import load_trajectories, save_trajectories, to_dataset
+from manako.agent.data.pasts import past_turns
+from manako.agent.data.trajectories import (
+    load_trajectories,
+    save_trajectories,
+    to_dataset,
+    with_the_experts_actions,
+)
 from manako.agent.errors import TrainingError
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.evaluation import evaluate, record_episodes
@@ -264,6 +270,7 @@ def test_own_play_is_recorded_as_it_was_written(relay, tmp_path):
         (SKIP, "unparsed", ""),
         (2, "legal", "so"),
     ]
+    assert data["reward"] == [0.0, 0.0, 0.0, 0.0]  # what was paid for an answer without an action is no reward
     assert data[2]["action_name"] == "" and data[0]["action_tokens"] == [*policy.prompts.go_on(good), policy.end_id]
     assert len(demonstrations(data, policy)) == 3
 
@@ -286,3 +293,13 @@ def test_pairs_name_each_action_behind_its_own_thought(shown, thinker):
         best = thinker.spec.action_names[row["expert_action"]]
         assert chosen == f'{{"thoughts": "{row["expert_thought"]}", "action": "{best}"}}'
         assert rejected == f'{{"thoughts": "", "action": "{row["action_name"]}"}}'
+
+
+def test_the_experts_actions_bring_its_thoughts_and_leave_the_past_as_it_was(shown, thinker):
+    told = with_the_experts_actions(shown)
+    assert told["action"] == shown["expert_action"] and told["thought"] == shown["expert_thought"]
+    assert told["action"] != shown["action"]
+    turns = [past.tolist() for past in past_turns(told, 1)]
+    assert turns == [past.tolist() for past in past_turns(shown, 1)]
+    texts = [row["completion"][0]["content"][0]["text"] for row in demonstrations(told, thinker)]
+    assert all(f'"{row["expert_thought"]}"' in text for row, text in zip(shown, texts, strict=True))

@@ -75,7 +75,6 @@ def test_an_answer_that_is_too_long_for_its_demonstrations_is_said(run):
     from manako.experiments import collect
 
     assert run(collect, "--env manako/ColorMatch-v0 --episodes 8 --num_envs 8 --output data")[0] == 0
-    code, _, err = run(
-        run_sft, f"--env manako/ColorMatch-v0 --dataset data {WRITING} --answer_tokens 2 --output_dir sft"
-    )
+    words = "--env manako/ColorMatch-v0 --dataset data --action_format text --answer_tokens 9 --output_dir sft"
+    code, _, err = run(run_sft, words)
     assert code == 2 and "tokens, and at most 9 are written: expected answer_tokens of" in err
