@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-CELL = 6  # pixels
+CELL = 8  # pixels
 AGENT, GOAL = (255, 255, 255), (40, 200, 80)
 
 
@@ -27,7 +27,7 @@ class Slide(gym.Env):
     action_names = ("across", "down")
     instruction = "slide onto the green square"
 
-    def __init__(self, size: int = 5, limit: int | None = None, render_mode: str | None = None) -> None:
+    def __init__(self, size: int = 4, limit: int | None = None, render_mode: str | None = None) -> None:
         if size < 3:
             raise ValueError(f"size is {size}: expected at least 3")
         self.size, self.limit, self.render_mode = size, limit or size, render_mode
@@ -52,7 +52,7 @@ class Slide(gym.Env):
         return self._observation(), float(won) - 0.05, won, self.steps >= self.limit and not won, {"success": won}
 
     def render(self) -> np.ndarray:
-        """Draws the board, (size * 6, size * 6, 3) uint8."""
+        """Draws the board, (size * 8, size * 8, 3) uint8."""
         frame = np.zeros((self.size * CELL, self.size * CELL, 3), np.uint8)
         for (across, down), color in ((self.goal, GOAL), (self.agent, AGENT)):
             frame[down * CELL : (down + 1) * CELL, across * CELL : (across + 1) * CELL] = color

@@ -187,7 +187,7 @@ class PromptBuilder:
                 self._prompts.clear()
                 self._read_as.clear()
             cleaned = self.clean(instruction)
-            prompt = self.processing.tokenize(self._render(cleaned, key[1])[1])
+            prompt = self.tokenize(cleaned, key[1])
             if self._count_special(prompt["input_ids"].tolist()) != self._special_count:
                 raise PolicyError(
                     f"The tokenizer makes a special token of a part of the instruction {cleaned[:200]!r}: expected "
@@ -209,9 +209,9 @@ class PromptBuilder:
         """Returns the token ids of the prompt with this instruction, image placeholders expanded."""
         return tuple(self.prompt(instruction, past)["input_ids"].tolist())
 
-    def tokenize(self, instruction: str) -> dict[str, Tensor]:
-        """Returns what the processor makes of the prompt with this text as it is."""
-        return self.processing.tokenize(self.render(instruction))
+    def tokenize(self, instruction: str, past: str | None = None) -> dict[str, Tensor]:
+        """Returns what the processor makes of the prompt with this text as it is; `past` as of `prompt`."""
+        return self.processing.tokenize(self._render(instruction, self.past(None) if past is None else past)[1])
 
     def go_on(self, answer: str) -> tuple[int, ...]:
         """Returns the tokens by which the tokenizer goes on from a prompt with an answer, the lead before it.

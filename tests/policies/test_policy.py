@@ -328,7 +328,7 @@ def test_an_instruction_longer_than_the_model_reads(sources):
 def test_a_tokenizer_that_joins_the_prefix_with_an_instruction(monkeypatch):
     policy = load_policy(PolicySource(), NAMES, FRAME)
     ids = policy.prompts.encode("go")
-    monkeypatch.setattr(policy.prompts, "encode", lambda instruction: (*ids[:10], 9, *ids[10:]))
+    monkeypatch.setattr(policy.prompts, "encode", lambda instruction, past: (*ids[:10], 9, *ids[10:]))
     with pytest.raises(PolicyError, match="joins the text before the instruction with the instruction 'go'"):
         policy.prepare(frames(1), ["go"])
 

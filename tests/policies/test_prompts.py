@@ -132,7 +132,9 @@ def test_each_instruction_is_tokenized_once(policies, monkeypatch):
     prompts = policies["tiny"].prompts
     calls = []
     tokenize = PromptBuilder.tokenize
-    monkeypatch.setattr(PromptBuilder, "tokenize", lambda self, text: calls.append(text) or tokenize(self, text))
+    monkeypatch.setattr(
+        PromptBuilder, "tokenize", lambda self, text, past: calls.append(text) or tokenize(self, text, past)
+    )
     assert prompts.encode("walk there") == prompts.encode("walk there")
     assert calls == ["walk there"]
     assert prompts.encode("walk  there") != prompts.encode("walk there")
