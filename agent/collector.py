@@ -18,8 +18,7 @@ from manako.agent.errors import TrainingError
 from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask, remember_for
 from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers, verdict
-from manako.policies.answers.illegal import LEGAL
-from manako.policies.interface import Acted, Draws, Policy, Rows
+from manako.policies.interface import LEGAL, Acted, Draws, Policy, Rows
 
 log = logging.getLogger("manako.rollouts")
 

@@ -31,8 +31,7 @@ from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
-from manako.policies.answers.illegal import LEGAL, OUTCOMES
-from manako.policies.interface import Policy
+from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
 ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
 Batch = dict[str, Any]  # the fields of Samples

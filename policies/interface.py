@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from manako.policies.answers.illegal import LEGAL as LEGAL
+from manako.policies.answers.illegal import OUTCOMES as OUTCOMES
 from manako.policies.answers.text import TextAnswers
 from manako.policies.errors import PolicyError
 from manako.policies.shared_frames import SharedFrames

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from manako.agent.backends import RolloutPlan
-from manako.agent.interfaces import ask
+from manako.agent.interfaces import ask, remember_for
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.workers.cluster import cluster
 from manako.agent.workers.options import WorkerOptions
@@ -101,6 +101,7 @@ def policy_of_run(
         policy = make_policy(source, env.action_names, env.frame_shape, torch_threads, env.action_space)
         check_instruction(environment.instruction, policy)
         if trial:
+            remember_for(env, policy)
             observations = env.reset()
             with policy.frozen_weights():
                 told = ask(env, policy.needs)

@@ -188,7 +188,7 @@ def say_each(policy: VLMPolicy, episodes: Sequence[Played]) -> np.ndarray:
     said = []
     for at in range(0, len(frames), BATCH):
         part = slice(at, at + BATCH)
-        told = {name: np.stack([each[name] for each in past[part]]) for name in policy.needs}
+        told = {name: np.stack([each[name] for each in past[part]]) for name in past[0]}
         inputs = policy.prepare(np.stack(frames[part]), texts[part], told).to(policy.device)
         said.append(policy.next_frame.imagine(inputs, actions[part]).cpu().numpy())
     return np.concatenate(said)
