@@ -26,7 +26,7 @@ LeRobot and without a video encoder: the frames are PNGs inside the parquet file
 
 An action is one-hot because LeRobot names the entries of an action vector and its policies regress them: an index would
 put an order among the actions, and LeRobot hands a feature of one entry to a policy as (B, T) where (B, T, A) is
-expected, on which ACT stops with an error. The largest entry of a policy's output is its action. Our own columns are
+expected, on which ACT stops with an error. Where an answer in text named no action, all are 0. The largest entry of a policy's output is its action. Our own columns are
 named `manako.` since LeRobot takes every feature that starts with `action` for an output of the policy, and every one
 that starts with `observation` for an input.
 
@@ -95,6 +95,11 @@ def export_lerobot(dataset: Dataset, about: dict[str, Any], folder: Path | str, 
     tasks = list(dict.fromkeys(dataset["instruction"]))
     write_folder(folder, lambda place: _write(dataset, about, place, fps, episodes, tasks))
     return Exported(len(episodes), len(dataset), len(tasks))
+
+
+def one_hot(actions: np.ndarray, count: int) -> np.ndarray:
+    """Returns (B, count) float32 of indices (B,); zeros for -1, which is an answer that named no action."""
+    return (actions[:, None] == np.arange(count)).astype(np.float32)
 
 
 def vector_statistics(values: np.ndarray) -> Statistics:
@@ -266,7 +271,7 @@ def _columns(
     frame_index = np.concatenate([np.arange(len(rows)) for rows in episodes])[:, None]
     number = {task: index for index, task in enumerate(tasks)}
     return {
-        "action": actions if vectors else np.eye(len(about["action_names"]), dtype=np.float32)[actions[:, 0]],
+        "action": actions if vectors else one_hot(actions[:, 0], len(about["action_names"])),
         "next.reward": column("reward", np.float32),
         "next.done": ended,
         "next.truncated": column("truncated", np.bool_),

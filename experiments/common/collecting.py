@@ -132,7 +132,8 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple
 def make_remote(command: CollectCommand, policy: VLMPolicy) -> RemotePolicy:
     """Returns the player of the server that the settings name; says what it may cost before it is asked."""
     spec, settings = policy.spec, with_whole_path(command.remote)
-    player = make_remote_policy(command.policy, settings, command.environment, spec.action_names, spec.frame_shape)
+    shown = spec.action_names, spec.frame_shape, spec.action_space
+    player = make_remote_policy(command.policy, settings, command.environment, *shown)
     for heading, text in player.describe():
         print(f"{heading:<13}{text}")
     print(f"estimate     a request for each step of {command.run.episodes or 500:,} episodes", flush=True)

@@ -76,7 +76,8 @@ def make_remote(command: EvaluateCommand) -> RemotePolicy:
     """Returns the policy of the server that the settings name; says what it may cost before it is asked."""
     environment, run, console = command.environment, command.run, plain_console()
     with contextlib.closing(make_vector_env(environment, 1, run.seed, held_out=True)) as env:
-        policy = make_remote_policy(command.policy, command.remote, environment, env.action_names, env.frame_shape)
+        shown = env.action_names, env.frame_shape, env.action_space
+        policy = make_remote_policy(command.policy, command.remote, environment, *shown)
     for heading, text in policy.describe():
         console.print(f"{heading:<13}{text}")
     asking = [row for row in CONDITIONS if row != "random"]

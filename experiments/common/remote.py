@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gymnasium as gym
+
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import UsageError, known_settings
 from manako.policies.plain_text import as_plain_text
 from manako.policies.remote.client import check_settings
 from manako.policies.remote.errors import RemoteError
 from manako.policies.remote.settings import REMOTE, RemoteSettings
+from manako.spaces import is_vector
 
 if TYPE_CHECKING:
     from manako.policies import PolicySource
@@ -78,17 +81,23 @@ def make_remote_policy(
     environment: EnvSettings,
     action_names: tuple[str, ...],
     frame_shape: tuple[int, int, int],
+    action_space: gym.Space,
 ) -> "RemotePolicy":
     """Returns the policy of a server for an environment.
 
     Raises:
-        UsageError: a replaced instruction that would be changed.
+        UsageError: a replaced instruction that would be changed, or actions without names.
         PolicyError: settings that cannot be used.
     """
     from manako.policies import PolicySource
     from manako.policies.interface import PolicySpec
     from manako.policies.remote_policy import RemotePolicy
 
+    if is_vector(action_space):
+        raise UsageError(
+            f"{environment.env} has the actions {action_space}, and a model behind a chat API names one of a list: "
+            "expected an environment of Discrete actions."
+        )
     text = environment.instruction
     if text is not None and as_plain_text(text, []) != text:
         raise UsageError(f"--instruction {text!r} holds control characters: expected plain text.")

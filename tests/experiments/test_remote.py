@@ -83,6 +83,17 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was(run, folder):
     assert sum(whole["policy"]["outcomes"].values()) == round(6 * whole["policy"]["length_mean"])
 
 
+@pytest.mark.parametrize("env", ["manako/Pendulum-v0", "manako/Slide-v0"])
+@pytest.mark.parametrize("runner", ["evaluate", "collect"])
+def test_actions_without_names_are_refused(run, folder, runner, env):
+    """The entries of a vector have names too, which are no actions."""
+    words = {"evaluate": ("--policy", "remote"), "collect": ("--player", "remote", "--output", "data")}[runner]
+    with ChatServer(by_frame) as server:
+        code, _, err = run(runner, "--env", env, "--episodes", "2", *words, server=server)
+    assert code == 2 and "a model behind a chat API names one of a list: expected an environment of Discrete" in err
+    assert not server.bodies and not (folder / "data").exists()
+
+
 def test_a_gif_of_letters(run, folder):
     with ChatServer(lambda body: letters({"A": -1.0, "B": -1.0, "C": -2.0, "D": -2.0})) as server:
         words = ("--policy", "remote", "--episodes", "2", "--num_envs", "2", "--gif", "a.gif", "--gif_episodes", "2")

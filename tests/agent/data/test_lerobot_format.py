@@ -16,7 +16,7 @@ from manako.agent.checkpoint import verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.data import lerobot_format
 from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
-from manako.agent.data.lerobot_format import export_lerobot, pixel_statistics
+from manako.agent.data.lerobot_format import export_lerobot, one_hot, pixel_statistics
 from manako.agent.data.trajectories import save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
 from manako.envs import EpisodeVectorEnv
@@ -187,6 +187,10 @@ def test_info_describes_the_files(exported):
     hugging = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     assert hugging["observation.image"] == {"_type": "Image"} and hugging["action"]["length"] == count
     assert load(folder, "manako.json") == about
+
+
+def test_an_answer_without_an_action_is_no_action():
+    assert one_hot(np.array([1, -1, 0]), 3).tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 0]]
 
 
 def test_action_tokens_are_filled_up(goto, tmp_path):
