@@ -26,9 +26,9 @@ LeRobot and without a video encoder: the frames are PNGs inside the parquet file
 
 An action is one-hot because LeRobot names the entries of an action vector and its policies regress them: an index would
 put an order among the actions, and LeRobot hands a feature of one entry to a policy as (B, T) where (B, T, A) is
-expected, on which ACT stops with an error. Where an answer in text named no action, all are 0. The largest entry of a policy's output is its action. Our own columns are
-named `manako.` since LeRobot takes every feature that starts with `action` for an output of the policy, and every one
-that starts with `observation` for an input.
+expected, on which ACT stops with an error. Where an answer in text named no action, all are 0. The largest entry of a
+policy's output is its action. Our own columns are named `manako.` since LeRobot takes every feature that starts with
+`action` for an output of the policy, and every one that starts with `observation` for an input.
 
 There is no observation.state: our policies see a frame and an instruction. Many of LeRobot's (ACT, diffusion, SmolVLA)
 demand one, so training those takes a state of your own.
