@@ -243,9 +243,14 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         said = rollout.outcomes
         if not said:
             return {}
+        writes = self.policy.writes(rollout.actions)
+        names = dict.fromkeys([*(OUTCOMES if writes else ()), *sorted(set(said))])
+        shares: dict[str, float | None] = {f"outcome/{name}": said.count(name) / len(said) for name in names}
+        if not writes:
+            return shares
         tokens = [len(answer) for answer in self.policy.answer_tokens(rollout.actions)]
         return {
-            **{f"outcome/{name}": said.count(name) / len(said) for name in OUTCOMES},
+            **shares,
             "answer_tokens": sum(tokens) / len(tokens),
             "tokens_per_second": sum(tokens) / rollout.seconds,
             "illegal_cost": self.policy.illegal_penalty * (1 - said.count(LEGAL) / len(said)),
