@@ -56,10 +56,10 @@ class Shown(NamedTuple):
     """What the environments show."""
 
     action_names: tuple[str, ...]
-    action_space: gym.Space
     frame_shape: tuple[int, int, int]
     seen: Observations  # of N environments
     sights: tuple[np.ndarray, list[str]]  # of several episodes, see `environments.sights`
+    action_space: gym.Space | None = None  # where the actions may be vectors
 
 
 class Learning(NamedTuple):
@@ -100,7 +100,8 @@ def check_models(command: CheckModelCommand) -> list[tuple[Row, int]]:
     torch.manual_seed(0)
     env = make_vector_env(command.environment, command.environment.num_envs, seed=0, held_out=True)
     try:
-        shown = Shown(env.action_names, env.action_space, env.frame_shape, env.reset(), sights(command.environment, 0))
+        seen, played = env.reset(), sights(command.environment, 0)
+        shown = Shown(env.action_names, env.frame_shape, seen, played, env.action_space)
     finally:
         env.close()
     checked = []

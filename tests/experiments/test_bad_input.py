@@ -51,7 +51,7 @@ class Breaks(Base):
     def step(self, action):
         raise RuntimeError("out of memory")
 class Box(Base):
-    action_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(-float("inf"), 1.0, (2,))
 for kind in (Base, NoRender, NoneRender, NaNReward, Later, Raises, Breaks, Box):
     gym.register(f"{kind.__name__}-v0", kind)
 """
@@ -103,7 +103,7 @@ FLAGS = {
     "no rgb_array": (["--env", "bad_plugin:NoRender-v0"], "rgb_array"),
     "render returns None": (["--env", "bad_plugin:NoneRender-v0"], "None"),
     "constructor raises": (["--env", "bad_plugin:Raises-v0"], "no licence"),
-    "box actions": (["--env", "bad_plugin:Box-v0"], "Discrete"),
+    "box actions without bounds": (["--env", "bad_plugin:Box-v0"], "expected finite bounds"),
     "plugin with a syntax error": (["--env", "broken_plugin:Mine-v0"], "broken_plugin"),
     "action names: count": (["--action_names", "up,down"], "4"),
     "action names: repeated": (["--action_names", "up,up,left,right"], "up"),
