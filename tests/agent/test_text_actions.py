@@ -156,7 +156,7 @@ def test_it_learns_from_experts_and_from_what_was_paid(tmp_path):
     assert played[0].answers and len(played[0].actions[0]) == 3
     episode_gif(played, env.action_names, tmp_path / "a.gif", 2)
     with pytest.raises(TrainingError, match="are texts, and LeRobot's are numbers"):
-        export_lerobot([str(tmp_path / "data")], tmp_path / "lerobot", 5)
+        export_lerobot(rows, about, tmp_path / "lerobot", 5)
 
 
 def test_random_players_write_texts():
