@@ -5,6 +5,7 @@
     MultiBinary, any shape          MultiDiscrete (d,) of 2
     Box of floats, any shape        Box (d,) float32            within its bounds
     Box of whole numbers            MultiDiscrete (d,) from 0   up to 256 values an entry
+    Text                            TextCodes (max_length,)     code points
 
 Bounds must be finite: bins are made of them.
 """
@@ -13,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 
 from manako.envs.errors import EnvError
+from manako.spaces import TextCodes
 
 MOST_VALUES = 256  # of an entry of whole numbers
 LARGEST = 1e30  # a bound beyond is none
@@ -46,10 +48,12 @@ class FlatActions:
             self._first = np.zeros(int(np.prod(space.shape)), np.int64)
         elif isinstance(space, gym.spaces.Box):
             self.space = self._of_box(space, env_id)
+        elif isinstance(space, gym.spaces.Text):
+            self.space = TextCodes(space)
         else:
             raise EnvError(
-                f"{env_id} has the action space {space}, and only Discrete, MultiDiscrete, MultiBinary and bounded Box "
-                "spaces can be played: wrap the environment so that it offers one of these"
+                f"{env_id} has the action space {space}, and only Discrete, MultiDiscrete, MultiBinary, bounded Box "
+                "and Text spaces can be played: wrap the environment so that it offers one of these"
             )
         if self.space.shape == (0,):
             raise EnvError(f"{env_id} has the action space {space} without a number in it: expected one at least")
@@ -59,6 +63,8 @@ class FlatActions:
         if isinstance(self.own, gym.spaces.Discrete):
             return int(action) + int(self._first)
         flat = np.asarray(action)
+        if isinstance(self.space, TextCodes):
+            return self.space.decode(flat)
         if isinstance(self.space, gym.spaces.MultiDiscrete):
             return (flat + self._first).reshape(self.own.shape).astype(self.own.dtype)
         assert isinstance(self.own, gym.spaces.Box)
@@ -68,6 +74,10 @@ class FlatActions:
         """Returns the flat action of the environment's own."""
         if isinstance(self.own, gym.spaces.Discrete):
             return int(action) - int(self._first)  # type: ignore[call-overload]
+        if isinstance(self.space, TextCodes):
+            if not isinstance(action, str) or not self.own.contains(action):
+                raise ValueError(f"it is {action!r}, which is not in {self.own}")
+            return self.space.encode(action)
         flat = np.asarray(action, dtype=self.own.dtype).flatten()
         if isinstance(self.space, gym.spaces.MultiDiscrete):
             return flat.astype(np.int64) - self._first

@@ -35,7 +35,7 @@ from manako.envs.observation import (
 )
 from manako.errors import type_and_text
 from manako.plain import holds_control_characters
-from manako.spaces import is_vector, random_vectors, ranges, vector_in_words
+from manako.spaces import TextCodes, is_vector, random_vectors, ranges, vector_in_words
 
 WARNING = "warning: "
 LONG_INSTRUCTION = 4_000  # characters
@@ -420,9 +420,9 @@ def _prepare(
 def _vectors(flat: FlatActions) -> tuple[list[str], list[Any]]:
     """Action vectors to play, in words and as the environment takes them: both ends, and some in between."""
     draw = np.random.default_rng(0)
-    ends = np.array(ranges(flat.space)).T  # (2, d)
+    ends = () if isinstance(flat.space, TextCodes) else np.array(ranges(flat.space)).T  # (2, d)
     made = [*ends, *random_vectors(flat.space, lambda: draw.random(VECTORS))]
-    return [vector_in_words(action) for action in made], [flat.to_env(action) for action in made]
+    return [vector_in_words(action, flat.space) for action in made], [flat.to_env(action) for action in made]
 
 
 def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:

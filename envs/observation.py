@@ -43,14 +43,13 @@ from manako.envs.masks import KEY, read_mask
 from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
 from manako.plain import holds_control_characters, written_out
-from manako.spaces import action_shape, is_vector, vector_in_words
+from manako.spaces import TextCodes, action_shape, is_skip, is_vector, vector_in_words
 
 ImageSource = Literal["auto", "observation", "render"]
 IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
 
 MOST_OF_CODES = 31  # a uint8 grid of no larger number is taken for symbols, unless all of it is 0
 MIN_IMAGE_SIDE = 16  # pixels; a smaller uint8 grid is taken for symbols
-SKIP = -1  # in place of an action: a turn without one, see `VLMObservation.step`
 MOST_SKIPPED = 32  # turns of an episode without an action; the last of them truncates it
 MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, not an instruction
 
@@ -111,7 +110,8 @@ def resolve_actions(
     """
     space, flat = env.action_space, FlatActions(env.action_space, env_id)
     if not isinstance(space, gym.spaces.Discrete):
-        entries, source = _entry_names(env, env_id, action_shape(flat.space)[0], action_names)
+        count = 1 if isinstance(flat.space, TextCodes) else action_shape(flat.space)[0]
+        entries, source = _entry_names(env, env_id, count, action_names)
         return entries, flat, source
     n, start = int(space.n), int(space.start)
     task = TASKS.get(env_id)
@@ -399,8 +399,7 @@ class VLMObservation(gym.Wrapper):
         The environment is not stepped then: a turn without an action shows the same again and pays nothing. The last
         of `MOST_SKIPPED` of them truncates the episode, which is no success then.
         """
-        skips = not is_vector(self.action_space) and int(action) == SKIP
-        if skips and self._last is not None:
+        if is_skip(self.action_space, action) and self._last is not None:
             self._skipped += 1
             (shown, info), over = self._last, self._skipped == MOST_SKIPPED
             return shown, 0.0, False, over, {**info, "is_success": False} if over else info
@@ -422,7 +421,8 @@ class VLMObservation(gym.Wrapper):
         taken = np.array(action, dtype=self.action_space.dtype)
         self._action = taken
         if not self.action_space.contains(taken):
-            self._fail(f"got an action that is not in {self.action_space}: expected one within it")
+            what = vector_in_words(taken, self.action_space)
+            self._fail(f"got the action {what}, which is not in {self.action_space}: expected one within it")
         return taken
 
     def _checked_choice(self, number: int) -> int:
@@ -455,7 +455,8 @@ class VLMObservation(gym.Wrapper):
                 self._broke("its expert", error)
             if not isinstance(action, int):
                 if not self.action_space.contains(action):
-                    self._fail(f"has an expert that wants {vector_in_words(action)}, expected {self.action_space}")
+                    wanted = vector_in_words(action, self.action_space)
+                    self._fail(f"has an expert that wants {wanted}, expected {self.action_space}")
                 return action
             if 0 <= action < len(self.action_names) and not self.action_mask[action]:
                 self._fail(
@@ -581,7 +582,7 @@ class VLMObservation(gym.Wrapper):
         place = [] if self.slot is None else [f"slot {self.slot}"]
         place += ["unseeded episode" if self._seed is None else f"episode seed {self._seed}", f"step {self._step}"]
         if isinstance(self._action, np.ndarray):
-            place.append(f"action {vector_in_words(self._action)}")
+            place.append(f"action {vector_in_words(self._action, self.action_space)}")
         elif self._action is not None:
             named = 0 <= self._action < len(self.action_names)
             place.append(f"action {self.action_names[self._action]!r}" if named else f"action {self._action}")

@@ -31,9 +31,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from manako.envs.errors import EnvError
 from manako.envs.making import make_vlm_env
 from manako.envs.masks import random_actions
-from manako.envs.observation import SKIP, ImageSource, VLMObservation
+from manako.envs.observation import ImageSource, VLMObservation
 from manako.memory import Memory
-from manako.spaces import action_dtype, action_shape, is_vector, random_vectors
+from manako.spaces import action_dtype, action_shape, is_skip, is_vector, random_vectors
 
 TRAINING, HELD_OUT = 0, 1  # splits
 
@@ -307,7 +307,9 @@ class EpisodeVectorEnv:
         actions = []
         for slot, env in enumerate(self._envs):
             expert, before = self._experts[slot], self._actions[slot][-1] if self._actions[slot] else None
-            if expert is None or before == SKIP:  # a new one plans from the current state
+            if expert is None or (
+                before is not None and is_skip(self.action_space, before)
+            ):  # a new one plans from the current state
                 expert, before = env.expert(), None
                 self._experts[slot] = expert
             actions.append(expert(before))

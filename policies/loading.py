@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from manako.policies.answers.text import FORMAT as TEXT
+from manako.policies.answers.text import TextAnswers
 from manako.policies.architectures import name_parts
 from manako.policies.architectures.composed.build import swap_parts
 from manako.policies.architectures.model import Model
@@ -44,7 +45,7 @@ from manako.policies.source import SYSTEM, TEXT_FIELDS, PolicySource
 from manako.policies.text_policy import TextPolicy
 from manako.policies.trainable import parts_of, set_trainable
 from manako.policies.vlm_policy import VLMPolicy
-from manako.spaces import is_vector
+from manako.spaces import TextCodes, is_vector
 
 OF_PRESETS = (
     "vision_encoder",
@@ -132,7 +133,7 @@ def put_policy_around(
         (height, width, channels),
         source.action_format,
         source.system,
-        text=source.text,
+        text=_text_of(source, vectors),
         frames=source.frames,
         history=source.history,
         vectors=vectors,
@@ -143,7 +144,7 @@ def put_policy_around(
         raise PolicyError(
             f"--history {source.history} came for the actions {vectors}, which have no names to tell: leave it out."
         )
-    if vectors is not None and spec.text is not None:
+    if vectors is not None and spec.text is not None and not isinstance(vectors, TextCodes):
         raise PolicyError(
             f"--action_format text came for the actions {vectors}: expected actions with names; leave it out."
         )
@@ -165,11 +166,23 @@ def put_policy_around(
     return policy
 
 
+def _text_of(source: PolicySource, vectors: gym.Space | None) -> TextAnswers | None:
+    """The settings of answers in text, where actions are said so: as the source says, or since they are texts."""
+    if isinstance(vectors, TextCodes):
+        if source.action_format not in ("auto", TEXT):
+            raise PolicyError(
+                f"--action_format {source.action_format} came for the actions {vectors}, which are written: expected "
+                "text, or leave it out."
+            )
+        return source.text_answers("plain")
+    return source.text_answers() if source.action_format == TEXT else None
+
+
 def _kind_of(spec: PolicySpec) -> type[VLMPolicy]:
     """What plays: by how its actions are said."""
-    if spec.vectors is not None:
-        return BinsPolicy
-    return VLMPolicy if spec.text is None else TextPolicy
+    if spec.text is not None:
+        return TextPolicy
+    return VLMPolicy if spec.vectors is None else BinsPolicy
 
 
 def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[int, int, int]) -> Loaded:
@@ -291,7 +304,7 @@ def _fill_in(
         source = replace(source, system=description["system"])
     if source.action_format == "auto" and list(action_names) == description["action_names"]:
         source = replace(source, action_format=description["action_format"])
-    if source.action_format == TEXT:
+    if source.action_format == TEXT or description.get("action_space", {}).get("kind") == "Text":
         given = {name for name in TEXT_FIELDS if getattr(source, name) is not None}
         source = replace(source, **{name: getattr(saved, name) for name in TEXT_FIELDS if name not in given})
     for name in ("frames", "history"):

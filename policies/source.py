@@ -99,10 +99,11 @@ class PolicySource:
     )
     seed: int = setting(0, "of random weights", ge=0, lt=2**31)
 
-    @property
-    def text(self) -> TextAnswers | None:
-        """The settings of answers in text; None where actions are said otherwise."""
-        if self.action_format != TEXT:
-            return None
+    def text_answers(self, template: str = TextAnswers.template) -> TextAnswers:
+        """Returns the settings of answers in text.
+
+        Args:
+            template: by default.
+        """
         given = {field: getattr(self, name) for name, field in TEXT_FIELDS.items()}
-        return TextAnswers(**{field: value for field, value in given.items() if value is not None})
+        return TextAnswers(**{"template": template, **{f: value for f, value in given.items() if value is not None}})

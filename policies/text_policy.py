@@ -11,12 +11,14 @@ temperature, behind the cue of a constrained answer over what can go on to an al
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from manako.policies.answers.choice import LABELS
+from manako.policies.answers.closed_set import ActionCodec
 from manako.policies.answers.illegal import CUT, LEGAL, NOT_ALLOWED, SKIP, UNPARSED, stands_in
 from manako.policies.answers.template import action_named
 from manako.policies.answers.text import TextAnswers
@@ -25,6 +27,7 @@ from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
 from manako.policies.interface import ACTION_MASK, Acted, Draws, Evaluated, PolicySpec, Rows, sample_categorical
 from manako.policies.vlm_policy import VLMPolicy
+from manako.spaces import TextCodes, is_skip, text_in_words
 
 Before = tuple[list[int], Sequence[bool] | None]  # an answer's tokens so far, and which actions are allowed
 TOKENS, FILLER = "tokens", -1  # of an answer, in the rows of actions
@@ -38,6 +41,7 @@ class Read(NamedTuple):
     action: int  # SKIP where it names none
     thought: str
     text: str
+    written: str | None = None  # the action, where it is a text
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class TextPolicy(VLMPolicy):
     def __init__(self, model: Model, spec: PolicySpec, check: bool = True) -> None:
         assert spec.text is not None, "put_policy_around gives it"
         self.text: TextAnswers = spec.text
-        self.template = self.text.check(spec.action_names)
+        self.texts = spec.vectors if isinstance(spec.vectors, TextCodes) else None
+        self.template = self.text.check(spec.action_names, self.texts)
         if model.one_token_answers:
             raise PolicyError(
                 f"{type(model.base_vlm).__name__} answers with one token at a mask, so it writes no text: expected "
@@ -106,6 +111,12 @@ class TextPolicy(VLMPolicy):
         self._spelled: dict[str, list[int]] | None = None
         self._computed = self._needed = 0  # tokens, in updates
 
+    def _make_codec(self, end_id: int | None) -> ActionCodec:
+        if self.texts is None:
+            return super()._make_codec(end_id)
+        # there is no list to choose from: two labels stand where the reading is compared with the library's
+        return ActionCodec(self.processor.tokenizer, LABELS[:2], "auto", self.prompts.go_on, end_id)
+
     # ---- what VLMPolicy asks -------------------------------------------------------------------------------------
 
     @property
@@ -125,7 +136,8 @@ class TextPolicy(VLMPolicy):
 
     def legend(self) -> str:
         """How the prompt lists the actions, and what form it asks for."""
-        return f"{', '.join(self.spec.action_names)}; answer in the form {self.template.form}"
+        actions = ", ".join(self.spec.action_names) if self.texts is None else text_in_words(self.texts)
+        return f"{actions}; answer in the form {self.template.form}"
 
     def describe(self) -> list[tuple[str, str]]:
         """Returns the lines of the header."""
@@ -181,7 +193,7 @@ class TextPolicy(VLMPolicy):
             logprobs, mask = self._weighted(logprobs, mask, self._action_tokens(tokens)), mask[:, :1]
         return Acted(
             Rows({TOKENS: tokens}, {TOKENS: FILLER}),
-            np.array([self._to_env(answer) for answer in read], np.int64),
+            np.array([self._to_env(answer) for answer in read], np.int64),  # (B,), or texts (B, d)
             logprobs,
             mask,
             values,
@@ -262,6 +274,9 @@ class TextPolicy(VLMPolicy):
             return Read(CUT, SKIP, "" if parsed is None else parsed.thought, text)
         if parsed is None:
             return Read(UNPARSED, SKIP, "", text)
+        if self.texts is not None:
+            fits = self.texts.text.contains(parsed.action)
+            return Read(LEGAL if fits else NOT_ALLOWED, SKIP, parsed.thought, text, parsed.action if fits else None)
         action = action_named(parsed.action, self.spec.action_names)
         if action is None:
             return Read(UNPARSED, SKIP, parsed.thought, text)
@@ -289,12 +304,13 @@ class TextPolicy(VLMPolicy):
         """Returns the tokens of each answer."""
         return self._trimmed(actions[TOKENS].cpu())
 
-    def answer_for(self, action: int, thought: str = "") -> str:
-        """Returns the answer that names an action, with a thought before it."""
-        return self.template.write(self.spec.action_names[action], thought)
+    def answer_for(self, action: Any, thought: str = "") -> str:
+        """Returns the answer that names an action, or the code points (d,) of one, with a thought before it."""
+        named = self.spec.action_names[action] if self.texts is None else self.texts.decode(action)
+        return self.template.write(named, thought)
 
     def actions_from_env(self, to_env: np.ndarray, thoughts: Sequence[str] | None = None) -> Rows:
-        """Returns the answers that name actions (B,) int64, as the tokenizer writes them.
+        """Returns the answers that name actions (B,) int64, or texts (B, d), as the tokenizer writes them.
 
         Args:
             to_env: actions.
@@ -305,7 +321,7 @@ class TextPolicy(VLMPolicy):
         """
         rows = []
         for place, action in enumerate(np.asarray(to_env).tolist()):
-            if action == SKIP:
+            if is_skip(self.spec.action_space, action):
                 raise PolicyError("An answer that named no action has no other words: expected its own tokens.")
             answer = self.answer_for(action, "" if thoughts is None else thoughts[place])
             rows.append([*self._spell(answer), self.end_id])
@@ -323,7 +339,10 @@ class TextPolicy(VLMPolicy):
     def _spell(self, answer: str) -> tuple[int, ...]:
         return self.prompts.go_on_once(answer)
 
-    def _to_env(self, answer: Read) -> int:
+    def _to_env(self, answer: Read) -> Any:
+        if self.texts is not None:
+            stated = self.text.illegal_action if answer.written is None else answer.written
+            return self.texts.skipped if stated is None else self.texts.encode(stated)
         if answer.outcome == LEGAL:
             return answer.action
         return stands_in(self.spec.action_names, self.text.illegal_action)

@@ -30,7 +30,7 @@ from torch import Tensor
 from manako.agent.data.recordings import Recording
 from manako.agent.errors import TrainingError
 from manako.policies.interface import Acted, Draws, Policy, PolicySpec, Rows, act_categorical
-from manako.spaces import action_dtype, is_vector, random_vectors, ranges
+from manako.spaces import TextCodes, action_dtype, is_vector, random_vectors, ranges
 
 
 class Player(Policy):
@@ -71,6 +71,8 @@ class Player(Policy):
     def chance(self, draws: Draws) -> tuple[np.ndarray, Tensor]:
         """Returns vectors (B, d) uniform over all, and their log-probabilities (B, d)."""
         space = self.spec.action_space
+        if isinstance(space, TextCodes):
+            return random_vectors(space, draws.next), torch.zeros(len(draws), *space.shape)  # not asked for
         wide = np.array([high - low for low, high in ranges(space)]) + isinstance(space, gym.spaces.MultiDiscrete)
         logprobs = -np.log(np.where(wide > 0, wide, 1))  # of 1 / values, or of the density
         return random_vectors(space, draws.next), torch.from_numpy(logprobs).expand(len(draws), -1)

@@ -151,6 +151,10 @@ def pixel_statistics(histogram: np.ndarray, num_frames: int) -> Statistics:
 def _write(
     dataset: Dataset, about: dict[str, Any], place: Path, fps: int, episodes: list[range], tasks: list[str]
 ) -> None:
+    if about.get("action_space", {}).get("kind") == "Text":
+        raise TrainingError(
+            f"The actions of {about['env_id']} are texts, and LeRobot's are numbers: expected other actions."
+        )
     columns = _columns(dataset, about, fps, episodes, tasks)
     encoded = dataset.cast_column("image", Image(decode=False))
     shape = _pixels(encoded[0]["image"]).shape

@@ -28,7 +28,7 @@ import gymnasium as gym
 import numpy as np
 
 from manako.agent.errors import TrainingError
-from manako.spaces import action_dtype, is_vector, ranges
+from manako.spaces import TextCodes, action_dtype, is_vector, ranges
 
 SEEDS = 2**31  # some environments take no larger ones
 EXAMPLE = '{"seed": 12, "actions": ["up", "left"]}'
@@ -202,6 +202,13 @@ def _episode(
 
 
 def _vectors(actions: list[Any], space: gym.Space, place: str) -> tuple[list[float], ...]:
+    if isinstance(space, TextCodes):
+        for step, action in enumerate(actions):
+            if not isinstance(action, str) or not space.text.contains(action):
+                raise TrainingError(
+                    f"The action of step {step} in {place} is {reprlib.repr(action)}: expected one in {space}."
+                )
+        return tuple(space.encode(action).tolist() for action in actions)
     for step, action in enumerate(actions):
         numbers = isinstance(action, list) and all(isinstance(n, int | float) and n == n for n in action)
         if not numbers or not space.contains(np.array(action, action_dtype(space))):

@@ -23,7 +23,7 @@ from manako.agent.rollout import Record, Rollout, verdict
 from manako.errors import full_text
 from manako.memory import turns_before
 from manako.policies.interface import Policy
-from manako.spaces import is_vector, short_number, space_to_json
+from manako.spaces import TextCodes, is_vector, short_number, space_to_json
 
 FORMAT = 1
 FEATURES = Features(
@@ -191,6 +191,8 @@ def _row(
 
 def _named(action: Any, policy: Policy, is_vector: bool) -> str:
     """An action in words; "" where the environment was not stepped."""
+    if isinstance(policy.spec.action_space, TextCodes):
+        return policy.spec.action_space.decode(action)
     if is_vector:
         return ", ".join(map(short_number, action))
     return policy.spec.action_names[action] if action >= 0 else ""
@@ -246,7 +248,15 @@ def with_the_experts_actions(dataset: Dataset) -> Dataset:
     if "expert_thought" in dataset.column_names:
         kept = kept.add_column("thought", dataset["expert_thought"][:], feature=dataset.features["expert_thought"])
     names = json.loads(dataset.info.description)["action_names"]
-    said = [", ".join(map(short_number, action)) if isinstance(action, list) else names[action] for action in experts]
+    texts = json.loads(dataset.info.description).get("action_space", {}).get("kind") == "Text"
+    said = [
+        TextCodes.decode(action)
+        if texts
+        else ", ".join(map(short_number, action))
+        if isinstance(action, list)
+        else names[action]
+        for action in experts
+    ]
     kept = kept.add_column("action", experts, feature=features["action"])
     return kept.add_column("action_name", said, feature=features["action_name"])
 

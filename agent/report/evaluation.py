@@ -20,7 +20,7 @@ from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.agent.rollout import Episode, success_rate, verdict
 from manako.policies.interface import Draws, Policy
-from manako.spaces import is_vector, shares
+from manako.spaces import TextCodes, is_vector, shares
 
 Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
 CONDITIONS: tuple[Condition, ...] = ("policy", "random", "blank_image", "replaced_instruction")
@@ -253,6 +253,8 @@ def _same_actions(policy: Policy, chosen: np.ndarray, expert: np.ndarray) -> np.
     """(N,) bool; vectors are the same where they fall into the same bins."""
     if chosen.ndim == 1:
         return chosen == expert
+    if isinstance(policy.spec.action_space, TextCodes):
+        return (chosen == expert).all(1)
     one, other = (policy.actions_from_env(actions).columns for actions in (chosen, expert))
     return np.all([(one[name] == other[name]).numpy().all(1) for name in one], axis=0)
 
@@ -291,10 +293,10 @@ def record_episodes(
             inputs = policy.prepare(observations.images, observations.instructions, ask(env, policy.needs))
             acted = policy.act(inputs, draws, greedy=True)
             texts: list[str] = []
-            if is_vector(env.action_space):
-                bars = shares(env.action_space, acted.to_env)
-            elif policy.writes(acted.actions):
+            if policy.writes(acted.actions):
                 bars, texts = np.zeros((env.num_envs, len(env.action_names))), policy.answers(acted.actions)
+            elif is_vector(env.action_space):
+                bars = shares(env.action_space, acted.to_env)
             else:
                 said = policy.evaluate_actions(inputs.to(policy.device), acted.actions.to(policy.device)).distribution
                 assert said is not None, "the bars of a GIF are those of a closed set"

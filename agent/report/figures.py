@@ -20,7 +20,7 @@ import numpy as np
 from manako.agent.errors import TrainingError
 from manako.agent.report.statistics import Interval
 from manako.places import grid_of
-from manako.spaces import short_number
+from manako.spaces import SKIPPED, TextCodes, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -404,8 +404,11 @@ def _picture(
         lines = wrapped(episode.answers[t], right - left, _ANSWER_LINES)
         for line, text in enumerate(lines):
             draw.text((left, bars_top + _BAR * line), text, fill=_FAINT, font=normal)
-        action = int(episode.actions[t])
-        named = action_names[action] if action >= 0 else "no action"
+        action: Any = episode.actions[t]
+        if np.ndim(action):  # a text
+            named = TextCodes.decode(action) if action[0] != SKIPPED else "no action"
+        else:
+            named = action_names[action] if action >= 0 else "no action"
         draw.text((left, bars_top + _BAR * len(lines)), named, fill=_TAKEN_COLOR, font=normal)
         foot = f"reward {float(episode.rewards[t]):+.2f}      return {paid:+.2f}"
     else:

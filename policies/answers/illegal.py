@@ -13,9 +13,9 @@ Only a legal answer is an action. For any other the environment is not stepped, 
 from collections.abc import Sequence
 
 from manako.policies.errors import PolicyError
+from manako.spaces import SKIP
 
 LEGAL, UNPARSED, NOT_ALLOWED, CUT, REFUSED = OUTCOMES = ("legal", "unparsed", "not allowed", "cut", "refused")
-SKIP = -1  # in place of an action: the environment is not stepped
 
 
 def stands_in(names: Sequence[str], stated: str | None) -> int:

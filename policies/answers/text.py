@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from manako.policies.answers.illegal import stands_in
 from manako.policies.answers.template import Template
 from manako.policies.errors import PolicyError
+from manako.spaces import TextCodes
 
 FORMAT = "text"  # of `--action_format`
 
@@ -31,13 +32,25 @@ class TextAnswers:
     illegal_penalty: float = 0.1
     temperature: float = 1.0
 
-    def check(self, action_names: tuple[str, ...]) -> Template:
+    def check(self, action_names: tuple[str, ...], texts: TextCodes | None = None) -> Template:
         """Returns the template.
+
+        Args:
+            action_names: (A,), the list that an answer names one of.
+            texts: what can be written where there is no list.
 
         Raises:
             PolicyError: a setting that does not fit the others or the actions.
         """
-        stands_in(action_names, self.illegal_action)
+        if texts is None:
+            stands_in(action_names, self.illegal_action)
+        elif self.illegal_action is not None and not texts.text.contains(self.illegal_action):
+            raise PolicyError(f"--illegal_action is {self.illegal_action!r}: expected a text in {texts}.")
+        if texts is not None and self.constrained:
+            raise PolicyError(
+                f"--constrain_actions came for the actions {texts}: expected actions with names, which can be held to; "
+                "leave it out."
+            )
         template = Template(self.template)
         if self.thought_coef is not None and not template.has_thought:
             raise PolicyError(

@@ -58,7 +58,7 @@ def test_bounds_survive_the_way_through_float32():
         (Box(-np.inf, np.inf, (2,)), "entry 0 goes from -inf to inf: expected finite bounds"),
         (Box(np.float32([0, 0]), np.float32([1, np.inf])), "entry 1 goes from 0 to inf: expected finite bounds"),
         (Box(-3e38, 3e38, (1,)), "expected finite bounds"),
-        (gym.spaces.Dict(a=gym.spaces.Discrete(2)), "only Discrete, MultiDiscrete, MultiBinary and bounded Box"),
+        (gym.spaces.Dict(a=gym.spaces.Discrete(2)), "only Discrete, MultiDiscrete, MultiBinary, bounded Box and Text"),
         (Box(0, 10_000, (2,), np.int32), "with up to 10,001 values an entry: expected 256 at most"),
         (Box(np.zeros(0, np.float32), np.ones(0, np.float32)), "without a number in it"),
     ],
@@ -90,7 +90,9 @@ def test_the_env_is_given_its_own_shape_and_what_does_not_fit_is_refused():
     env.step(np.float32([0.5, 2]))
     assert np.array_equal(env.unwrapped.played[-1], np.float32([[0.5, 2]]))
     for wrong in ([0.5, 2.1], [np.nan, 0], [0.0], [[0.5, 1.0]]):
-        with pytest.raises(EnvError, match=r"got an action that is not in Box.*\(episode seed 3, step \d, action \["):
+        with pytest.raises(
+            EnvError, match=r"got the action .*not in Box.*\(episode seed 3, step \d, action \["
+        ):
             env.step(np.array(wrong, np.float32))
     one, other = VLMObservation(Vectors(action_names=None)), VLMObservation(Vectors(), action_names=["a", "b"])
     assert (one.action_names, one.action_names_from) == (("action 1", "action 2"), "their numbers")
