@@ -37,6 +37,7 @@ for _id, _entry_point, _limit in (
     ("manako/Pendulum-v0", "manako.envs.pendulum:Pendulum", 200),
     ("manako/Relay-v0", "manako.envs.relay:Relay", None),
     ("manako/Slide-v0", "manako.envs.slide:Slide", None),
+    ("manako/Spell-v0", "manako.envs.spell:Spell", None),
     ("manako/Touch-v0", "manako.envs.touch:Touch", None),
     ("manako/Track-v0", "manako.envs.track:Track", None),
 ):

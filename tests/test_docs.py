@@ -171,6 +171,7 @@ RUN = {
     "python experiments/run_ppo.py --action_format text --constrain_actions true": (
         f"{PPO} --answer_tokens 8 --output_dir runs/text"
     ),
+    "python experiments/run_ppo.py --env manako/Spell-v0 --answer_tokens 5": f"{PPO} --output_dir runs/spell",
     "python experiments/run_ppo.py --frames 4 --history 2": f"{PPO} --output_dir runs/past",
     "python experiments/run_ppo.py --env manako/Pendulum-v0": (
         f"{PPO} --env_kwargs '{{\"max_episode_steps\": 8}}' --output_dir runs/pendulum"
@@ -306,7 +307,20 @@ def test_commands_run(folder, monkeypatch, capfd):
             run_main(runner_of(command.runner).main)
         assert stop.value.code == 0, f"{text}: {capfd.readouterr().err}"
     runs = {path.parent.name for path in (folder / "runs").glob("*/evaluation.json")}
-    assert runs == {"...", "past", "pendulum", "text", "grpo", "imitation", "preferences", "world", "sft", "dpo", "ppo"}
+    assert runs == {
+        "...",
+        "past",
+        "pendulum",
+        "text",
+        "spell",
+        "grpo",
+        "imitation",
+        "preferences",
+        "world",
+        "sft",
+        "dpo",
+        "ppo",
+    }
     assert (folder / "data/lerobot/meta/info.json").is_file()
 
 

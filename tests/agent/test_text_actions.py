@@ -23,7 +23,7 @@ from manako.policies.interface import Draws, PolicySpec
 from manako.spaces import TextCodes, random_vectors, space_from_json, space_to_json
 from tests.helpers.small_runs import ppo_config
 
-SPELL = "tests/Spell-v0"
+SPELL = "manako/Spell-v0"
 
 
 def spell(num_envs=4, **options):

@@ -90,9 +90,7 @@ def test_the_env_is_given_its_own_shape_and_what_does_not_fit_is_refused():
     env.step(np.float32([0.5, 2]))
     assert np.array_equal(env.unwrapped.played[-1], np.float32([[0.5, 2]]))
     for wrong in ([0.5, 2.1], [np.nan, 0], [0.0], [[0.5, 1.0]]):
-        with pytest.raises(
-            EnvError, match=r"got the action .*not in Box.*\(episode seed 3, step \d, action \["
-        ):
+        with pytest.raises(EnvError, match=r"got the action .*not in Box.*\(episode seed 3, step \d, action \["):
             env.step(np.array(wrong, np.float32))
     one, other = VLMObservation(Vectors(action_names=None)), VLMObservation(Vectors(), action_names=["a", "b"])
     assert (one.action_names, one.action_names_from) == (("action 1", "action 2"), "their numbers")

@@ -209,50 +209,12 @@ class Gates(gym.Env):
         return frame
 
 
-class Spell(gym.Env):
-    """Two coloured squares side by side; the action writes their initials, such as "rb". Three tries an episode.
-
-    Args:
-        words: how long what is written may be.
-    """
-
-    metadata = {"render_modes": ["rgb_array"]}
-    observation_space = gym.spaces.Discrete(9)
-    instruction = "write the initials of both colours"
-
-    def __init__(self, longest: int = 3, render_mode: str | None = None) -> None:
-        self.action_space = gym.spaces.Text(longest, min_length=1, charset="rgb")
-        self.render_mode, self.word, self.tries = render_mode, "rr", 0
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict]:
-        super().reset(seed=seed)
-        self.word, self.tries = "".join(self.np_random.choice(list("rgb"), 2)), 0
-        return 0, {"success": False}
-
-    def step(self, action: str) -> tuple[int, float, bool, bool, dict]:
-        assert isinstance(action, str) and self.action_space.contains(action)
-        self.tries += 1
-        right = action == self.word
-        return 0, float(right), right, self.tries == 3 and not right, {"success": right}
-
-    def expert_action(self) -> str:
-        return self.word
-
-    def render(self) -> np.ndarray:
-        frame = np.zeros((16, 32, 3), np.uint8)
-        for place, letter in enumerate(self.word):
-            frame[:, 16 * place : 16 * place + 16, "rgb".index(letter)] = 255
-        frame[0, self.tries] = 255
-        return frame
-
-
 for _id, _kind in (
     ("tests/Gates-v0", Gates),
     ("tests/Corridor-v0", Corridor),
     ("tests/Poison-v0", Poison),
     ("tests/Halves-v0", Halves),
     ("tests/Drift-v0", Drift),
-    ("tests/Spell-v0", Spell),
 ):
     if _id not in gym.registry:  # this file is imported under two names
         gym.register(_id, entry_point=_kind)
