@@ -18,6 +18,7 @@ from manako.agent.tuning import preferences
 from manako.agent.tuning.supervised import FEATURES, assistant_message, check_tokens, every_action
 from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, PolicySFTTrainer
 from manako.envs import EpisodeVectorEnv
+from manako.memory import NO_ACTION
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.library_models import load_config, load_processor
 from manako.policies.trainable import part_of
@@ -133,7 +134,7 @@ def test_several_frames_and_what_was_done_are_read_as_plain_transformers_reads_t
     policy = load(folder, frames=count, history=2)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     images = np.stack([frames(count, (64, 64, 3), seed=seed) for seed in (3, 4)])  # (2, k, H, W, 3)
-    turns = np.array([[[-1, 0.0], [1, -0.25]], [[0, 1.0], [2, 0.0]]])  # (2, turns, 2)
+    turns = np.array([[[NO_ACTION, 0.0], [1, -0.25]], [[0, 1.0], [2, 0.0]]])  # (2, turns, 2)
     rows = torch.tensor(policy.codec.token_ids)[:, 0]
     expected = []
     for each, instruction, done in zip(images, INSTRUCTIONS, turns, strict=True):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from manako.memory import Memory, before, in_words, turns_before
+from manako.memory import NO_ACTION, Memory, before, in_words, turns_before
 
 
 def frame(shade):
@@ -22,9 +22,9 @@ def test_an_episode_begins_black_and_keeps_the_last_frames_in_order():
         memory.step(1, frame(shown), number, reward)
     assert shades(memory.past_frames()) == [[0, 0], [12, 13]]
     assert memory.turns[1].tolist() == [[1, 0.5], [2, -1.0], [3, 0.0]]
-    assert memory.turns[0].tolist() == [[-1, 0.0]] * 3
+    assert memory.turns[0].tolist() == [[NO_ACTION, 0.0]] * 3
     memory.start(1, frame(20))
-    assert shades(memory.past_frames()) == [[0, 0], [0, 0]] and memory.turns[1, :, 0].tolist() == [-1, -1, -1]
+    assert shades(memory.past_frames()) == [[0, 0], [0, 0]] and memory.turns[1, :, 0].tolist() == [NO_ACTION] * 3
 
 
 def test_frames_are_kept_as_they_came_and_not_copied():
@@ -45,7 +45,7 @@ def test_the_same_of_a_whole_episode_that_lies_before_us():
             assert np.array_equal(turns_before(actions, rewards, t, 2), memory.turns[0])
             memory.step(0, frames[t], actions[t], rewards[t])
     assert shades(before(frames, 1, 2)) == [0, 10]
-    assert turns_before(actions, rewards, 1, 2).tolist() == [[-1, 0.0], [3, 0.0]]
+    assert turns_before(actions, rewards, 1, 2).tolist() == [[NO_ACTION, 0.0], [3, 0.0]]
 
 
 def test_another_process_s_memory_is_taken_over():
@@ -69,6 +69,7 @@ def test_rewards_are_those_that_data_sets_store():
 
 def test_turns_in_words():
     names = ("up", "row 1, column 2")
-    assert in_words(None, names) == in_words(np.array([[-1, 0.0]]), names) == "Done: nothing."
-    turns = np.array([[-1, 0.0], [0, 0.0], [1, np.float32(-0.2)], [0, 1.0]])
+    assert in_words(None, names) == in_words(np.array([[NO_ACTION, 0.0]]), names) == "Done: nothing."
+    assert in_words(np.array([[0, 0.0], [-1, 0.0]]), names) == "Done: up, no action."  # an answer named none
+    turns = np.array([[NO_ACTION, 0.0], [0, 0.0], [1, np.float32(-0.2)], [0, 1.0]])
     assert in_words(turns, names) == "Done: up, row 1, column 2 (reward -0.2), up (reward 1)."

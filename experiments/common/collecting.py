@@ -58,7 +58,10 @@ def _collect(
     command: CollectCommand, recordings: Sequence[Recording], has_expert: bool, unseeded: str | None, started: float
 ) -> int:
     environment, run = command.environment, command.run
-    policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    source = command.policy
+    if run.player == "remote":  # who acts then; the policy's prompts and answers are recorded
+        source = dataclasses.replace(source, illegal_action=None)
+    policy, _ = policy_of_run(environment, source, run.seed, run.torch_threads)
     if recordings:
         rollouts, quota = _replay(command, policy, recordings, has_expert)
     else:

@@ -128,7 +128,7 @@ BAD = {
     "unbounded actions": (changed(action_space=gym.spaces.Box(-np.inf, 1, (3,))), "expected finite bounds"),
     "actions of several kinds": (
         changed(action_space=gym.spaces.Tuple([gym.spaces.Discrete(3)])),
-        "only Discrete, MultiDiscrete, MultiBinary and bounded Box spaces can be played",
+        "only Discrete, MultiDiscrete, MultiBinary, bounded Box and Text spaces can be played",
     ),
     "reset raises": (changed(reset=raises), r"broke in reset\(seed=0\) with RuntimeError: out of order"),
     "reset gives no info": (changed(reset=lambda env, **kwargs: 0), r"returns a value of type int from reset\(\)"),

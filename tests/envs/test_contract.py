@@ -466,7 +466,10 @@ def test_actions_that_start_elsewhere_are_numbered_from_0():
             r"values \[1, 2\], and its action space runs from 0 to 1",
         ),
         ({"action_space": gym.spaces.Box(-np.inf, 1, (2,))}, "expected finite bounds"),
-        ({"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])}, "only Discrete, MultiDiscrete, MultiBinary and"),
+        (
+            {"action_space": gym.spaces.Tuple([gym.spaces.Discrete(2)])},
+            "only Discrete, MultiDiscrete, MultiBinary, bounded Box and",
+        ),
     ],
 )
 def test_actions_that_cannot_be_named(attributes, says):

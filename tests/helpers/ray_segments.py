@@ -79,7 +79,7 @@ def env_maker(env_id: str = "tests/Corridor-v0", seed: int = 3, **kwargs: Any) -
     return functools.partial(make_env, env_id, {**SETTINGS, **kwargs}, seed)
 
 
-def make_policy(trainable: str = "full", dtype: str = "float32", frames: int = 1, history: int = 0) -> Any:
+def make_policy(trainable: str = "full", dtype: str = "float32", **source: Any) -> Any:
     """The tiny policy for Corridor, with a value head that is not zero."""
     import torch
 
@@ -87,8 +87,7 @@ def make_policy(trainable: str = "full", dtype: str = "float32", frames: int = 1
 
     torch.set_num_threads(1)
     register()
-    told = {"frames": frames, "history": history}
-    return tiny_policy(make_env("tests/Corridor-v0", SETTINGS, 3, 0, 1), trainable=trainable, dtype=dtype, **told)
+    return tiny_policy(make_env("tests/Corridor-v0", SETTINGS, 3, 0, 1), trainable=trainable, dtype=dtype, **source)
 
 
 def gates_maker() -> Any:
@@ -99,6 +98,11 @@ def gates_maker() -> Any:
 def vectors_maker() -> Any:
     """For workers: (first slot, number of slots) -> environments whose actions are vectors of floats."""
     return functools.partial(make_env, "manako/Pendulum-v0", {"max_episode_steps": 6}, 3)
+
+
+def texts_maker() -> Any:
+    """For workers: (first slot, number of slots) -> environments whose actions are texts."""
+    return functools.partial(make_env, "manako/Spell-v0", {}, 3)
 
 
 def make_policy_for(maker: Any) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from manako.memory import NO_ACTION
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.features import COLUMN
 from manako.policies.interface import Draws, Rows
@@ -35,12 +36,13 @@ def test_without_a_past_it_is_an_episode_s_start():
     policy = load(frames=3, history=2)
     now = pictures(2)
     start = policy.prepare(now, ["go", "stay"])
-    black = told(np.zeros((2, 2, *SHAPE), np.uint8), np.tile([-1.0, 0.0], (2, 2, 1)))
+    black = told(np.zeros((2, 2, *SHAPE), np.uint8), np.tile([NO_ACTION, 0.0], (2, 2, 1)))
     same = policy.prepare(now, ["go", "stay"], black)
     assert torch.equal(start["frames"], same["frames"]) and torch.equal(start["input_ids"], same["input_ids"])
     assert "go\nDone: nothing." in policy.prompt("go")
-    assert policy.needs == ("past_frames", "past_turns") and load().needs == () == ColorNamer.needs
-    assert load(frames=2).needs == ("past_frames",) and load(history=1).needs == ("past_turns",)
+    assert policy.needs == ("action_masks", "past_frames", "past_turns")
+    assert load().needs == ("action_masks",) and ColorNamer.needs == ()
+    assert load(frames=2).needs[1:] == ("past_frames",) and load(history=1).needs[1:] == ("past_turns",)
 
 
 def test_of_a_longer_memory_it_takes_the_latest():
@@ -54,7 +56,7 @@ def test_of_a_longer_memory_it_takes_the_latest():
 
 def test_prompts_say_what_was_done_and_any_reward():
     policy = load(history=3)
-    said = policy.prompt("go to it", np.array([[-1, 0.0], [2, 0.25], [0, 0.0]]))
+    said = policy.prompt("go to it", np.array([[NO_ACTION, 0.0], [2, 0.25], [0, 0.0]]))
     assert "go to it\nDone: left (reward 0.25), up.<image>" in said
     assert policy.messages("go", np.array([[1, 1.0]]))[1]["content"][0]["text"] == "go\nDone: down (reward 1)."
     with pytest.raises(PolicyError, match="special token"):
@@ -97,7 +99,7 @@ def test_rows_that_read_one_image_say_so(preset):
     says = "--frames 4 came, but \\w+ reads one image a prompt: expected --frames 1, or a model that reads several"
     with pytest.raises(PolicyError, match=says):
         load(preset, frames=4)
-    assert load(preset, history=2).needs == ("past_turns",)
+    assert load(preset, history=2).needs == ("action_masks", "past_turns")
 
 
 def test_a_prompt_that_grew_too_long_names_the_flag():

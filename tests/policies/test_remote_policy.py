@@ -183,7 +183,7 @@ def test_rows_hold_what_came_and_halves_act_as_the_whole(made):
         ]
         assert whole.to_env.tolist() == [index for half in halves for index in half.to_env.tolist()]
         parts = [body["messages"][1]["content"] for body in server.bodies]
-        assert {part[0]["text"] for part in parts if len(part) == 2} == {"go", "日本 up", "x" * 300}
+        assert {part[0]["text"] for part in parts if len(part) == 2} == {"go", "日本 \\x07up", "x" * 300}
         assert [len(part) for part in parts].count(1) == 1  # an empty instruction is no part
         apart = [policy.prepare(frames(4)[slot : slot + 1], texts[slot : slot + 1]) for slot in range(4)]
         assert torch.equal(Rows.join(apart).digests(), rows.digests())

@@ -50,6 +50,7 @@ from tests.helpers.ray_segments import (
     make_policy,
     make_policy_for,
     replica_settings,
+    texts_maker,
     vectors_maker,
 )
 from tests.helpers.rollout_equality import breaks_of_drift, close_enough, same_bits
@@ -145,7 +146,7 @@ def test_what_a_policy_is_told_and_writes_is_the_local_one(backend, source):
             same_bits(rollouts.collect(iteration), plain.collect(iteration))
 
 
-@pytest.mark.parametrize("maker", [gates_maker(), vectors_maker()], ids=["masks", "vectors"])
+@pytest.mark.parametrize("maker", [gates_maker(), vectors_maker(), texts_maker()], ids=["masks", "vectors", "texts"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_obeys_action_masks_and_plays_vectors(name, maker):
     """Gates breaks at what is not allowed; a state that is taken up is compared with its masks."""
