@@ -37,6 +37,7 @@ from manako.envs.settings import EnvSettings
 from manako.experiments.common.building import make_plan, policy_of_run
 from manako.experiments.common.environments import make_segment
 from manako.policies import PolicySource
+from manako.spaces import TextCodes
 from tests.helpers import ray_segments
 from tests.helpers.families import FAMILIES
 from tests.helpers.families.more import MORE
@@ -166,7 +167,8 @@ def test_every_backend_obeys_action_masks_and_plays_vectors(name, maker):
             assert masks is None if policy.spec.vectors else masks.shape == (NUM_ENVS * NUM_STEPS, 4)
             same_bits(theirs, mine)
             ends.append((bool(mine.terminated.any()), len(mine.bootstrap_at) > 0))
-        assert any(cut for _, cut in ends) and any(won for won, _ in ends) == (policy.spec.vectors is None)
+        if not isinstance(policy.spec.vectors, TextCodes):  # most of whose answers name no action at first
+            assert any(cut for _, cut in ends) and any(won for won, _ in ends) == (policy.spec.vectors is None)
         rollouts.load_state_dict(plain.state_dict(), {})
         same_bits(rollouts.collect(4), plain.collect(4))
 
