@@ -18,7 +18,7 @@ LETTERS = {name[0]: name for name in ("red", "green", "blue")}
 SIDE, TRIES = 2 * TILE, 3  # pixels of a square
 
 
-class Spell(gym.Env[int, str]):
+class Spell(gym.Env[Any, str]):
     """Two squares side by side, and a word for them."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
