@@ -47,6 +47,7 @@ ONE_IMAGE = {"flamingo", "preset_kosmos2", "uniter", "vilbert", "paligemma", "bl
 ONE_IMAGE |= {"instructblip_t5", "kosmos2", "idefics", "git", "florence2"}
 ONE_IMAGE_SAYS = "reads one image a prompt: expected --frames 1, or a model that reads several, such as the preset tiny"
 ONE_PLACE = "does not hold a system text, an instruction and 3 images .it gives 1 places for an image"  # PaliGemma's
+USUAL = ("llava", "qwen2_vl", "gemma3", "idefics3", "internvl")  # what is held for all of them when tests may be slow
 ACTING = [*OWN_ROWS, *(family for family in FAMILIES if family not in REFUSED)]
 ONE_SIZE = {*MORE, *OWN_ROWS}  # of frames; a preset's encoder is made for one
 CONTRACT = [pytest.param(family, marks=[pytest.mark.slow] if family in MORE else []) for family in ACTING]
@@ -123,7 +124,10 @@ def test_a_policy_computes_what_plain_transformers_computes(family, folders):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ACTING)
+@pytest.mark.parametrize(
+    "family",
+    [family if family in (*OWN_ROWS, *USUAL) else pytest.param(family, marks=pytest.mark.slow) for family in ACTING],
+)
 def test_several_frames_and_what_was_done_are_read_as_plain_transformers_reads_them(family, folders):
     """Three images and two turns a prompt; a family that reads one image a prompt says so in a sentence."""
     folder, count = folders[family], 3
