@@ -377,6 +377,8 @@ class TextPolicy(VLMPolicy):
         if start is None:
             return None
         written = text[start:]
+        if self.texts is not None:
+            return self._continues(written) or None
         endings = tuple(
             rest[len(written) :]
             for place, name in enumerate(self.spec.action_names)
@@ -390,22 +392,46 @@ class TextPolicy(VLMPolicy):
             self._tries[endings] = self._first_tokens(endings)
         return self._tries[endings] or None
 
+    def _continues(self, written: str) -> list[int]:
+        """The tokens by which a text that has begun goes on within the space; [] where it has left it."""
+        assert self.texts is not None, "there is a list of actions"
+        space, after = self.texts.text, self.template.after
+        characters = set(space.character_list)
+        known = next((at for at, character in enumerate(written) if character not in characters), len(written))
+        if known > space.max_length or not after.startswith(written[known:]):
+            return []
+        ends = self._first_tokens((after[len(written) - known :],)) if known >= space.min_length else []
+        if known < len(written):  # what stands behind the text has begun
+            return ends
+        key = (str(space.max_length - known),)
+        if key not in self._tries:
+            spelled = self._spelling()
+            room = int(space.max_length) - known
+            fits = [ids for said, ids in spelled.items() if len(said) <= room and characters.issuperset(said)]
+            self._tries[key] = [token for ids in fits for token in ids]
+        return sorted({*self._tries[key], *ends})
+
     def _first_tokens(self, endings: tuple[str, ...]) -> list[int]:
         """The tokens by which a text can go on to one of these; the end token where nothing is left."""
+        spelled = self._spelling()
+        found = {self.end_id} if "" in endings else set()
+        for ending in endings:
+            for stop in range(1, len(ending) + 1):
+                found.update(spelled.get(ending[:stop], ()))
+        return sorted(found)
+
+    def _spelling(self) -> dict[str, list[int]]:
+        """Of each text that is one token, which tokens say it behind something."""
         if self._spelled is None:
             tokenizer, self._spelled = self.processor.tokenizer, {}
             anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
             stem = tokenizer.decode(anchor)
             for token in range(min(len(tokenizer), len(self._banned))):
                 if not self._banned[token] and token != self.end_id:
-                    said = tokenizer.decode([*anchor, token])  # as it is said behind something
+                    said = tokenizer.decode([*anchor, token])
                     if said.startswith(stem) and len(said) > len(stem):
                         self._spelled.setdefault(said[len(stem) :], []).append(token)
-        found = {self.end_id} if "" in endings else set()
-        for ending in endings:
-            for stop in range(1, len(ending) + 1):
-                found.update(self._spelled.get(ending[:stop], ()))
-        return sorted(found)
+        return self._spelled
 
     def _action_tokens(self, tokens: Tensor) -> Tensor:
         """(B, S) bool: what belongs to the action and not to the thought; all of an answer without a cue is thought."""

@@ -171,7 +171,9 @@ RUN = {
     "python experiments/run_ppo.py --action_format text --constrain_actions true": (
         f"{PPO} --answer_tokens 8 --output_dir runs/text"
     ),
-    "python experiments/run_ppo.py --env manako/Spell-v0 --answer_tokens 5": f"{PPO} --output_dir runs/spell",
+    "python experiments/run_ppo.py --env manako/Spell-v0 --answer_tokens 5 --constrain_actions true": (
+        f"{PPO} --output_dir runs/spell"
+    ),
     "python experiments/run_ppo.py --frames 4 --history 2": f"{PPO} --output_dir runs/past",
     "python experiments/run_ppo.py --env manako/Pendulum-v0": (
         f"{PPO} --env_kwargs '{{\"max_episode_steps\": 8}}' --output_dir runs/pendulum"

@@ -46,11 +46,6 @@ class TextAnswers:
             stands_in(action_names, self.illegal_action)
         elif self.illegal_action is not None and not texts.text.contains(self.illegal_action):
             raise PolicyError(f"--illegal_action is {self.illegal_action!r}: expected a text in {texts}.")
-        if texts is not None and self.constrained:
-            raise PolicyError(
-                f"--constrain_actions came for the actions {texts}: expected actions with names, which can be held to; "
-                "leave it out."
-            )
         template = Template(self.template)
         if self.thought_coef is not None and not template.has_thought:
             raise PolicyError(

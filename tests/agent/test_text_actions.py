@@ -19,7 +19,8 @@ from manako.agent.report.figures import episode_gif
 from manako.agent.tuning.supervised import demonstrations
 from manako.envs import EpisodeVectorEnv, held_out_seeds
 from manako.policies import PolicyError, PolicySource, load_policy
-from manako.policies.interface import Draws, PolicySpec
+from manako.policies.interface import Draws, PolicySpec, Rows
+from manako.policies.text_policy import FILLER, TOKENS
 from manako.spaces import TextCodes, random_vectors, space_from_json, space_to_json
 from tests.helpers.small_runs import ppo_config
 
@@ -90,6 +91,34 @@ def test_what_a_policy_writes():
     ]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("template", ["plain", "[{action}]"])
+def test_constrained_texts_are_in_the_space_and_add_up_to_one(template):
+    """All ways to spell all texts, token by token: their probabilities are 1 in sum."""
+    env = spell(1)
+    policy = writer(env, constrain_actions=True, answer_template=template, answer_tokens=8)
+    seen = env.reset()
+    inputs = policy.prepare(seen.images, seen.instructions)
+    lead = list(policy.prompts.go_on("[")) if template != "plain" else []
+    total, ways, texts = 0.0, [lead], set()
+    while ways:
+        way = ways.pop()
+        for token in policy._allowed(way, None):
+            if token != policy.end_id:
+                ways.append([*way, token])
+                continue
+            rows = Rows({TOKENS: torch.tensor([[*way, token]])}, {TOKENS: FILLER})
+            read = policy.reads(rows)[0]
+            assert read.outcome == "legal"
+            texts.add(read.written)
+            logprobs = policy.evaluate_actions(inputs, rows).logprobs[0, len(lead) :]
+            total += float(logprobs.sum().exp())
+    assert len(texts) == 3 + 9 + 27 and total == pytest.approx(1, abs=1e-4)
+    if template == "plain":
+        acted = policy.act(inputs, Draws([np.random.default_rng(0)]))
+        assert acted.outcomes == ["legal"]
+
+
 def test_it_is_saved_and_loaded_without_flags(tmp_path):
     env = spell()
     policy = writer(env, answer_template="[{action}]", illegal_action="r")
@@ -102,7 +131,6 @@ def test_it_is_saved_and_loaded_without_flags(tmp_path):
     ("settings", "says"),
     [
         ({"action_format": "token"}, "--action_format token came for the actions Text"),
-        ({"constrain_actions": True}, "--constrain_actions came for the actions Text"),
         ({"illegal_action": "x"}, "--illegal_action is 'x': expected a text in Text"),
         ({"history": 2}, "which have no names to tell"),
     ],
