@@ -160,6 +160,11 @@ class GoTo(gym.Env[dict[str, Any], Any]):
             frontier = edge
         return 0  # unreachable: the named object always has a way
 
+    def expert_thought(self) -> str:
+        """Returns where the agent is and where the named object."""
+        places = [place_name(*cell, self.size, self.size) for cell in (self.agent, self.target)]
+        return f"cross {places[0]}, {self.instruction.removeprefix('go to the ')} {places[1]}"
+
     def _observe(self) -> dict[str, Any]:
         return {"image": draw(self._tiles, self._board), "instruction": self.instruction}
 
