@@ -63,6 +63,7 @@ class Supervisor:
         self._results: dict[int, Any] = {}
         self._failures: Counter[int] = Counter()
         self._submit: Submit | None = None
+        self.last_reason = ""
         try:
             self._await_places()
         except BaseException:
@@ -192,7 +193,7 @@ class Supervisor:
                 self._lose(worker, cause)
                 return
             if not isinstance(cause, ManakoError | SegmentNotHere):
-                log.warning("%s", error)  # the traceback of something that nobody expected
+                log.debug("%s", error)  # the traceback of something that nobody expected
             worker.job = None
             self._failed(worker.segment, cause)
         except RayError as error:
@@ -244,6 +245,7 @@ class Supervisor:
     def _failed(self, segment: int, why: BaseException | str) -> None:
         """Queues a segment again, three times in a row at most."""
         self._failures[segment] += 1
+        self.last_reason = reason_of(why)
         self._pending.appendleft(segment)
         if self._failures[segment] >= MAX_FAILURES:
             text = reason_of(why)

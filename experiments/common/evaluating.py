@@ -36,7 +36,8 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     set_sampling(run, policy)
     warn_of(dead_frames(environment.env, *sights(environment, run.seed)))
     count = min(environment.num_envs, run.episodes)
-    with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
+    env = make_vector_env(environment, count, run.seed, held_out=True, on_fault="give up")
+    with contextlib.closing(env):
         evaluations = evaluate_all(
             policy,
             env,

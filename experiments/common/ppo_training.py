@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manako.agent.backends import make_rollouts
+from manako.agent.faults import ERRORS, FaultLog
 from manako.agent.interfaces import SEEDED
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
@@ -85,6 +86,7 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
             iteration = int(checkpoint.name.split("-")[1])
             cut_metrics(run_dir, iteration)
             set_aside(run_dir, iteration)
+        trainer.faults = FaultLog(command.workers.max_fault_rate, run_dir / ERRORS)
         metrics = MetricsCallback(run_dir)
         saver = CheckpointCallback(trainer, run_dir, run.save_every, run.keep_checkpoints)
         progress = Progress(run_dir, command, policy, args.num_iterations, trainer.num_samples, started)

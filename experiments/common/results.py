@@ -38,7 +38,8 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     run, environment = command.run, command.environment
     seeds = held_out_seeds(max(run.eval_episodes, run.gif_episodes), run.seed)
     count = min(num_envs, run.eval_episodes)
-    with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
+    env = make_vector_env(environment, count, run.seed, held_out=True, on_fault="give up")
+    with contextlib.closing(env):
         done = RowsDone(plain_console(), run.eval_episodes, run.eval_steps)
         rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes], done=done, most_steps=run.eval_steps)
     success = {name: [episode.success for episode in result.episodes] for name, result in rows.items()}
@@ -50,6 +51,8 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
         "success": success,
         "returns": returns,
     }
+    if any(result.failed for result in rows.values()):
+        said["failed"] = {name: result.failed for name, result in rows.items()}
     write_text(run_dir / "episodes.json", json.dumps(said))
     write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
     return {name: result.summary() for name, result in rows.items()}
