@@ -22,7 +22,7 @@ class Soak(gym.Env):
     Args:
         log: a folder for the lines; "" for none.
         rate: share of the steps that break.
-        kind: how: `raise`, `exit` (sys.exit), `die` (os._exit) or `hang`.
+        kind: how: `raise`, `exit` (sys.exit), `die` (os._exit) `hang`, or `wait` for ever.
         always: episodes of seeds that this divides break at their second step, each time; 0 for none.
         limit: steps of an episode.
         render_mode: "rgb_array".
@@ -82,6 +82,9 @@ class Soak(gym.Env):
             os._exit(1)
         if self.kind == "hang":
             time.sleep(3600)
+        if self.kind == "wait":  # hears of an exception
+            while True:
+                time.sleep(0.01)
         raise RuntimeError("the simulator broke")
 
     def _write(self, what: str) -> None:

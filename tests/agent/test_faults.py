@@ -93,9 +93,7 @@ def test_one_that_breaks_always_is_given_up_and_the_others_keep_their_step():
 def test_three_in_a_row_without_a_step_end_it_with_one_sentence():
     env = environments(1, rate=1.0)
     env.reset()
-    with pytest.raises(
-        EnvError, match=r"broke \(slot 0, .* as it has 3 times in a row without a step between"
-    ) as caught:
+    with pytest.raises(EnvError, match=r"broke \(slot 0, .* 3 times in a row without a step between") as caught:
         for _ in range(9):
             env.reset_done(env.step(np.ones(1, int)).failed)
     assert "\n" not in str(caught.value) and len(env.take_faults()) == 3
