@@ -149,7 +149,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         if samples.importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
         parts = self.num_samples // args.per_device_train_batch_size
-        for minibatch in minibatches(samples, args, self.iteration, parts):
+        for minibatch in minibatches(samples, args, self.iteration, parts, self.policy):
             yield {name: value for name, value in minibatch._asdict().items() if value is not None and name != "usable"}
 
     def compute_loss(
