@@ -4,6 +4,8 @@
 class ManakoError(ValueError):
     """Bad input or a broken part of the user's own, in one sentence: what came, what was expected, what to do."""
 
+    exit_code = 2  # of a runner: 2 for bad input, 1 for a fault
+
 
 def first_line(error: BaseException, longest: int | None = 160) -> str:
     """Returns the first line of an error's text, or its type where it has none, without a full stop at the end."""
