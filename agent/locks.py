@@ -67,7 +67,7 @@ def held_beside(*outputs: Path | str | None) -> Iterator[None]:
         OSError: nothing can be written there.
     """
     with contextlib.ExitStack() as stack:
-        for output in map(Path, filter(None, outputs)):
+        for output in [Path(name) for name in outputs if name]:
             folder = output.absolute().parent
             made = [place for place in (folder, *folder.parents) if not place.exists()]
             stack.callback(_remove_empty, made)

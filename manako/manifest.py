@@ -2,11 +2,11 @@
 
     {"format": 1, "files": {"model.safetensors": {"sha256": "9f86d0...", "bytes": 880472}, ...}}
 
-`manifest.json` lies in checkpoints, in final/ and every other folder of `save_policy`, and in trajectories. A folder that
-is read is compared with it as a whole: files that are missing, cut short or changed are faults, and so are files that it
-does not name, since a library would read them, too. Hidden files, pictures and texts for people are nobody's input
-(what the Hub's client and a desktop put beside a download). Nothing outside the folder is opened, whatever a manifest
-or a link says; only the Hub's own cache, whose files are links, is followed into the place where it keeps them.
+`manifest.json` lies in checkpoints, in final/ and every other folder of `save_policy`, and in trajectories. A folder
+that is read is compared with it as a whole: files that are missing, cut short or changed are faults, and so are files
+that it does not name, since a library would read them, too. Hidden files, pictures and texts for people are nobody's
+input (what the Hub's client and a desktop put beside a download). Nothing outside the folder is opened, whatever a
+manifest or a link says; only the Hub's own cache, whose files are links, is followed to where it keeps them.
 
 Each file is hashed once a process: its sum is kept while size, times and inode are the same.
 """
@@ -99,9 +99,6 @@ def faults(folder: Path, needed: Iterable[str] = ()) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    for names in needed:
-        if not any(name in entries for name in names.split("|")):
-            yield f"{MANIFEST} does not name {names.replace('|', ' or ')}, which has to be there"
     for name, entry in entries.items():
         try:
             found = _fault_of(folder, name, entry)
@@ -111,6 +108,9 @@ def faults(folder: Path, needed: Iterable[str] = ()) -> Iterator[str]:
             found = f"{name} cannot be read ({error.strerror or error})"
         if found:
             yield found
+    for names in needed:
+        if not any(name in entries for name in names.split("|")):
+            yield f"{MANIFEST} does not name {names.replace('|', ' or ')}, which has to be there"
     for name in sorted(_held(folder) - {MANIFEST, *entries}):
         yield f"{name} is there, which {MANIFEST} does not name"
 

@@ -155,20 +155,30 @@ def read_run_settings(file: Path) -> dict[str, Any]:
         return read_yaml(file)  # says why
     line, _, text = content.partition(b"\n")
     if re.fullmatch(re.escape(SEAL).encode() + rb"[0-9a-f]{64}", line) is None:
-        print(
-            f"warning: the settings in {str(file)!r} have no sum: nothing says that they are the run's", file=sys.stderr
-        )
+        print(f"warning: nothing says that the settings in {str(file)!r} are those that were written", flush=True)
     elif line.decode().removeprefix(SEAL) != hashlib.sha256(text).hexdigest():
         raise UsageError(
-            f"The settings in {str(file)!r} are not those that were written (their SHA-256 sum is another): use another "
-            "copy of the run; if you changed them on purpose, take out the first line."
+            f"The settings in {str(file)!r} are not those that were written (their SHA-256 sum is another): use "
+            "another copy of the run; if you changed them on purpose, take out the first line."
         )
     return read_yaml(file)
 
 
 def is_run(folder: Path) -> bool:
-    """Says whether a runner that trains made this folder."""
-    return (folder / "config.yaml").is_file() and (folder / "run.json").is_file()
+    """Says whether a runner that trains made this folder.
+
+    Raises:
+        UsageError: it did, and one of the two files that say how is missing.
+    """
+    settings, described = folder / "config.yaml", folder / "run.json"
+    if settings.is_file() == described.is_file():
+        return settings.is_file()
+    missing = described if settings.is_file() else settings
+    if not any((folder / name).is_dir() for name in ("final", "checkpoints")):
+        return False
+    if missing == described and not settings.read_bytes().startswith(SEAL.encode()):
+        return False  # of another program
+    raise UsageError(f"The run {str(folder)!r} lacks {missing.name}: use another copy of it.")
 
 
 def policy_folder(name: str) -> str:
