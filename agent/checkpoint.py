@@ -20,6 +20,7 @@ from pathlib import Path
 
 from manako import manifest
 from manako.agent.errors import DiskError, TrainingError
+from manako.errors import OF_THE_DISK
 
 MANIFEST = manifest.MANIFEST
 TEMPORARY = ".tmp-"
@@ -152,7 +153,7 @@ def _refuse_existing(final_path: Path) -> None:
 def is_of_the_disk(error: BaseException) -> bool:
     """Says whether an error of Python, torch or safetensors is a disk that refused to take something."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+        return error.errno in OF_THE_DISK
     return any(words in str(error) for words in _REFUSED)
 
 

@@ -179,7 +179,7 @@ def stage(folder: Path, module: Path | None) -> None:
     elif module is not None:
         shutil.copy(module, folder)
     (folder / "experiments").mkdir(exist_ok=True)  # a user's own may be there
-    (folder / "experiments/run_ppo.py").write_text(RUNNER)
+    (folder / "experiments/run_ppo.py").write_text(RUNNER, encoding="utf-8")
 
 
 async def _print_log(client: Any, job: str) -> None:

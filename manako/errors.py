@@ -1,5 +1,9 @@
 """The base class of all errors that a user can repair, and how a sentence of ours quotes somebody else's error."""
 
+import errno
+
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # it takes nothing more
+
 
 class ManakoError(ValueError):
     """Bad input or a broken part of the user's own, in one sentence: what came, what was expected, what to do."""

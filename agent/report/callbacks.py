@@ -42,7 +42,7 @@ class MetricsCallback(TrainerCallback):
         if not logs or "iteration" not in logs:
             return
         row = {key: _finite(value) for key, value in logs.items() if key != "epoch"}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if value is not None and key not in ("iteration", "env_steps"):
@@ -61,7 +61,7 @@ def _finite(value: Any) -> Any:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out."""
     path, rows = run_dir / METRICS_FILE, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -73,7 +73,7 @@ def cut_metrics(run_dir: Path, iteration: int) -> None:
     """Drops the rows past `iteration`: a resumed run writes them again."""
     rows = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
     temporary = run_dir / (METRICS_FILE + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(run_dir / METRICS_FILE)
 
 

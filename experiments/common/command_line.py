@@ -24,7 +24,9 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
 
-from manako.errors import ManakoError, full_text
+from manako.errors import OF_THE_DISK, ManakoError, full_text
+from manako.experiments.common.outlet import open_outlets
+from manako.plain import written_out
 
 Command = TypeVar("Command")
 # what other frameworks call a setting: the first of the names that a runner has is the one meant
@@ -398,19 +400,30 @@ def show_loading() -> None:
 
 def show(name: str, text: str) -> None:
     """Prints a line of a runner's header at once, before the heavy libraries are loaded."""
-    print(f"{name:<13}{text}", flush=True)
+    print(f"{name:<13}{written_out(text)}", flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback.
 
-    Ctrl-C ends it with exit code 130.
+    A fault, such as a full disk, is a sentence too, and exit code 1. Ctrl-C ends it with exit code 130.
     """
+    open_outlets()
     try:
         code = main()
     except ManakoError as error:
-        print(f"error: {full_text(error)}", file=sys.stderr)
-        code = 2
+        print(f"error: {written_out(full_text(error))}", file=sys.stderr)
+        code = error.exit_code
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        place = repr(error.filename) if error.filename else "a file"
+        print(
+            f"error: The disk refused to take {place} ({error.strerror}): make room, or write elsewhere; what was "
+            "written before is whole.",
+            file=sys.stderr,
+        )
+        code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130

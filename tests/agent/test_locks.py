@@ -44,7 +44,8 @@ def test_a_second_process_is_told_who_and_touches_nothing(tmp_path):
         for refused in (held_folder, new_folder, refuse_held):
             with pytest.raises(InUseError) as caught:
                 enter(refused(tmp_path))
-            assert f"{tmp_path} is in use, process {process.pid} on {socket.gethostname()}, since 20" in str(caught.value)
+            who = f"process {process.pid} on {socket.gethostname()}, since 20"
+            assert f"{tmp_path} is in use, {who}" in str(caught.value)
         assert everything(tmp_path) == before
     finally:
         process.kill()
