@@ -20,7 +20,7 @@ from pathlib import Path
 
 from manako import manifest
 from manako.agent.errors import DiskError, TrainingError
-from manako.errors import OF_THE_DISK
+from manako.errors import is_of_the_disk
 
 MANIFEST = manifest.MANIFEST
 TEMPORARY = ".tmp-"
@@ -36,17 +36,6 @@ OF_A_RUN = (  # what a checkpoint that a run goes on from has to hold, beside th
 )
 
 _OLDER = "use an older checkpoint"
-_REFUSED = (  # what torch and safetensors say where a file could not be written
-    "PytorchStreamWriter",
-    "file write failed",
-    "unexpected pos",
-    "iostream error",
-    "No space left",
-    "Disk quota exceeded",
-    "File too large",
-    "Read-only file system",
-    "Input/output error",
-)
 
 
 def write_folder(final_path: Path | str, writer: Callable[[Path], None]) -> None:
@@ -72,8 +61,10 @@ def write_folder(final_path: Path | str, writer: Callable[[Path], None]) -> None
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-    except OSError as error:
-        raise disk_refused(final_path, error) from error
+    except Exception as error:  # torch, safetensors and tokenizers have errors of their own for a full disk
+        if isinstance(error, OSError) or is_of_the_disk(error):
+            raise disk_refused(final_path, error) from error
+        raise
 
 
 def finalize_folder(folder: Path | str, final_path: Path | str) -> None:
@@ -150,17 +141,10 @@ def _refuse_existing(final_path: Path) -> None:
         )
 
 
-def is_of_the_disk(error: BaseException) -> bool:
-    """Says whether an error of Python, torch or safetensors is a disk that refused to take something."""
-    if isinstance(error, OSError):
-        return error.errno in OF_THE_DISK
-    return any(words in str(error) for words in _REFUSED)
-
-
-def disk_refused(final_path: Path, error: BaseException) -> DiskError:
+def disk_refused(what: Path | str, error: BaseException) -> DiskError:
     """Returns the sentence for what a disk refused to take."""
     return DiskError(
-        f"{final_path} could not be written ({' '.join(str(error).split())[:200]}): expected a writable disk with room "
+        f"{what} could not be written ({' '.join(str(error).split())[:200]}): expected a writable disk with room "
         "for it; the checkpoints before it are untouched, so make room and resume from the last one."
     )
 

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
-from manako.agent.checkpoint import OF_A_RUN, disk_refused, is_of_the_disk, verify_folder
+from manako.agent.checkpoint import OF_A_RUN, disk_refused, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import TrainingError, WorkersError
@@ -35,6 +34,7 @@ from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
+from manako.errors import is_of_the_disk
 from manako.manifest import write_manifest
 from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
@@ -201,11 +201,11 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         try:
             super()._save_checkpoint(model, trial)
             write_manifest(folder, trusted=True)
-        except (OSError, RuntimeError, SafetensorError) as error:  # how Python, torch and safetensors say it
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             if not is_of_the_disk(error):
                 raise
-            raise disk_refused(folder, error) from error
+            raise disk_refused(f"The checkpoint of iteration {self.iteration}", error) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -24,9 +24,9 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
 
-from manako.errors import OF_THE_DISK, ManakoError, full_text
-from manako.experiments.common.outlet import open_outlets
-from manako.plain import written_out
+from manako.errors import ManakoError, full_text, is_of_the_disk
+from manako.experiments.common.outlet import be_utf8, open_outlets
+from manako.plain import shown
 
 Command = TypeVar("Command")
 # what other frameworks call a setting: the first of the names that a runner has is the one meant
@@ -229,6 +229,9 @@ def read_command_line(
         UsageError: an unknown flag or key, a file that cannot be read, a value of the wrong type or out of range.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if any("\ud800" <= char <= "\udfff" for char in word):  # bytes that are no text
+            raise UsageError(f"{word!r} is no UTF-8: give a name or text in UTF-8; libraries take no other.")
     known = known_settings(kind)
     parser = _parser(kind, known, description, positional)
     _refuse_unknown_flags(parser, known, words)
@@ -400,7 +403,7 @@ def show_loading() -> None:
 
 def show(name: str, text: str) -> None:
     """Prints a line of a runner's header at once, before the heavy libraries are loaded."""
-    print(f"{name:<13}{written_out(text)}", flush=True)
+    print(f"{name:<13}{shown(text)}", flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -408,19 +411,19 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
     A fault, such as a full disk, is a sentence too, and exit code 1. Ctrl-C ends it with exit code 130.
     """
+    be_utf8()
     open_outlets()
     try:
         code = main()
     except ManakoError as error:
-        print(f"error: {written_out(full_text(error))}", file=sys.stderr)
+        print(f"error: {shown(full_text(error))}", file=sys.stderr)
         code = error.exit_code
-    except OSError as error:
-        if error.errno not in OF_THE_DISK:
+    except Exception as error:
+        if not is_of_the_disk(error):
             raise
-        place = repr(error.filename) if error.filename else "a file"
         print(
-            f"error: The disk refused to take {place} ({error.strerror}): make room, or write elsewhere; what was "
-            "written before is whole.",
+            f"error: The disk refused to take a file ({shown(full_text(error))[:200]}): make room, or write "
+            "elsewhere; what was written before is whole.",
             file=sys.stderr,
         )
         code = 1

@@ -8,7 +8,7 @@ from manako.experiments.common.command_line import UsageError
 from manako.policies.interface import Policy
 
 MOMENTS = 2  # of AdamW, as large as what learns
-REST = 64 * 2**20  # bytes of everything else: tokenizer, pictures, metrics, the libraries' own files
+REST = 16 * 2**20  # bytes of everything else: tokenizer, pictures, metrics, the libraries' own files
 
 
 def checkpoint_bytes(policy: Policy) -> int:

@@ -5,17 +5,20 @@ r"""What a runner's words are written to: streams that neither end it nor obey w
     a locale that lacks a letter (LC_ALL=C)                    it is written as `\u76ee`
     control characters in a name or text from elsewhere        written out; a terminal obeys none but the console's own
 
-Text files are UTF-8 whatever the locale; this is of the standard streams alone.
+A runner whose locale is not of UTF-8 starts itself again in Python's UTF-8 mode: names of files, the words of the
+command line and what libraries write are UTF-8 then, and the standard streams stay as they were.
 """
 
 import contextlib
 import errno
 import io
+import locale
 import os
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
-from manako.plain import written_out
+from manako.plain import shown
 
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
@@ -25,7 +28,7 @@ class Outlet(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """Writes a text, its control characters as text."""
-        super().write(written_out(text))
+        super().write(shown(text))
         return len(text)
 
 
@@ -61,6 +64,21 @@ class _Descriptor(io.FileIO):
                 with contextlib.suppress(OSError):
                     os.write(2, f"warning: what is printed is lost from here on ({error.strerror})\n".encode())
             return len(data)
+
+
+def be_utf8() -> None:
+    """Starts this program again in UTF-8 mode, where it is a runner and its locale is another."""
+    encodings = {sys.getfilesystemencoding(), locale.getpreferredencoding(False)}
+    if sys.flags.utf8_mode or {name.lower().replace("-", "") for name in encodings} == {"utf8"}:
+        return
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program is None or Path(__file__).resolve().parents[1] not in Path(program).resolve().parents:
+        return
+    stream = sys.stdout or sys.stderr
+    if stream is not None:
+        os.environ.setdefault("PYTHONIOENCODING", stream.encoding)
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def open_outlets() -> None:
