@@ -3,11 +3,12 @@
 transformers' Trainer brings optimizer, scheduler, accelerate, mixed precision, callbacks and resumable checkpoints. One
 PPO iteration is one Trainer epoch: the data loader's `__iter__` plays the environments, computes advantages, and yields
 num_ppo_epochs x (samples / minibatch) minibatches, shuffled anew in each PPO epoch. What is overridden: `compute_loss`,
-`get_train_dataloader`, `log`, `save_model`, and three private methods: `_load_from_checkpoint` (the original loads
-weights by name and says nothing where names differ), `_save_checkpoint` (a manifest; a full disk is one sentence) and
-`_send_telemetry` (off).
+`get_train_dataloader`, `log`, `save_model`, and private methods: `_load_from_checkpoint` (the original loads
+weights by name and says nothing where names differ), `_load_optimizer_and_scheduler`, `_load_rng_state` and
+`_save_checkpoint` (a sentence for what they raise; a manifest), `_send_telemetry` (off).
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -34,7 +35,7 @@ from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
-from manako.errors import is_of_the_disk
+from manako.errors import first_line, is_of_the_disk
 from manako.manifest import write_manifest
 from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
@@ -223,6 +224,14 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         tensors = folder / ROLLOUT_TENSORS
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
 
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with _numbers_alone("optimizer.pt or scheduler.pt", checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with _numbers_alone("rng_state.pth", checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _send_telemetry(self) -> None:
         """Sends nothing."""
 
@@ -308,6 +317,18 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             "first_ratio_error": self.first_ratio_error,
             "updates": self._updates,  # minibatches that were learned from
         }
+
+
+@contextlib.contextmanager
+def _numbers_alone(files: str, checkpoint: Any) -> Iterator[None]:
+    """One sentence where a checkpoint's file holds anything else: torch reads no object out of it, nothing is run."""
+    try:
+        yield
+    except Exception as error:  # whatever torch and the objects say to what they find
+        raise TrainingError(
+            f"The {files} of {checkpoint} cannot be read as numbers alone ({first_line(error)}); use an older "
+            "checkpoint."
+        ) from error
 
 
 class _PPOStops(TrainerCallback):

@@ -46,6 +46,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
 )
 from manako.experiments.common.ladder_table import TABLE  # noqa: E402
+from manako.experiments.common.named_modules import check_named  # noqa: E402
 from manako.experiments.common.run_folder import check_job_folder, going_on, making, write_text  # noqa: E402
 from manako.experiments.common.settings import (  # noqa: E402
     OF_PRESETS,
@@ -97,6 +98,11 @@ def main() -> int:
 def run(given: LadderSettings, folder: Path, ladder: dict[str, Any]) -> int:
     """Runs a ladder in a folder that is held; returns the exit code."""
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))
+    for step in steps:
+        played = settings_of(step["runner"], own_sections(step), ladder.get("common", {})).get("environment", {})
+        env = str(played.get("env", ""))
+        look = f"run `python experiments/check_env.py {env}` once"
+        check_named(env, f"The ladder {str(given.ladder or folder / LADDER_FILE)!r}", look)
     show("ladder", f"{folder}, {len(steps)} steps")
     done: dict[str, dict[str, Any]] = {}
     before = START

@@ -39,6 +39,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
     show_loading,
 )
+from manako.experiments.common.named_modules import check_named  # noqa: E402
 from manako.experiments.common.run_folder import (  # noqa: E402
     check_job_folder,
     going_on,
@@ -115,7 +116,7 @@ def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path]:
         UsageError: no run there, a finished one, no whole checkpoint, or other flags beside --resume.
     """
     run_dir = run_to_resume(line)
-    changed = sorted(line.given - {"resume", *OF_THE_MACHINE})
+    changed = sorted(line.given - {"resume", "env", *OF_THE_MACHINE})
     if changed:
         raise UsageError(f"--resume goes on with the run's own settings, but --{changed[0]} came too: leave it out.")
     if (run_dir / "evaluation.json").exists():
@@ -124,6 +125,12 @@ def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path]:
         )
     file = run_dir / "config.yaml"
     command = build(PPOCommand, checked_sections(PPOCommand, read_run_settings(file), str(file)))
+    if "env" in line.given and line.settings.environment.env != command.environment.env:
+        raise UsageError(
+            f"--env {line.settings.environment.env} came, and the run in {str(run_dir)!r} is of "
+            f"{command.environment.env}: leave it out, or start a new run."
+        )
+    check_named(command.environment.env, f"The run {str(run_dir)!r}")
     command = dataclasses.replace(command, workers=moved(command.workers, line.given, line.settings.workers))
     with warnings.catch_warnings(record=True) as faults:
         warnings.simplefilter("always")

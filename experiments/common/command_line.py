@@ -258,7 +258,16 @@ def read_command_line(
         part: {name: value for name, value in values.items() if known[name].section == part}
         for part in {setting.section for setting in known.values()}
     }
-    return CommandLine(build(kind, sections), frozenset(given), file)
+    line = CommandLine(build(kind, sections), frozenset(given), file)
+    environment = getattr(line.settings, "environment", None)
+    if environment is not None:
+        from manako.experiments.common.named_modules import check_named, remember  # which raises this file's error
+
+        if file is None or "env" in flags or file.lstrip().startswith("{"):
+            remember(environment.env)
+        elif "env" in from_file:
+            check_named(environment.env, f"The configuration {file!r}")
+    return line
 
 
 def build(kind: type[Command], sections: Mapping[str, Mapping[str, Any]]) -> Command:

@@ -13,6 +13,7 @@ from manako.experiments.common.command_line import (
     checked_sections,
     read_command_line,
 )
+from manako.experiments.common.named_modules import check_named
 from manako.experiments.common.run_folder import is_run, policy_folder, read_run_settings
 from manako.experiments.common.settings import OF_PRESETS, EvaluateCommand, ImagineCommand, PPOCommand
 from manako.policies import PolicySource
@@ -62,6 +63,7 @@ def with_the_runs(line: CommandLine[Played]) -> Played:
     played.pop("num_envs", None)
     of_policy = {name: value for name, value in source.items() if name not in ("policy", *OF_PRESETS)}
     environment = EnvSettings(**{**played, **_given(command.environment, given)})
+    check_named(environment.env, f"The run {str(run)!r}")
     policy_source = PolicySource(**{**of_policy, **_given(command.policy, given), "policy": policy})
     seed = {} if "seed" in given else {"seed": written["run"]["seed"]}
     return dataclasses.replace(
