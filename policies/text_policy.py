@@ -31,6 +31,8 @@ from manako.spaces import TextCodes, is_skip, text_in_words
 
 Before = tuple[list[int], Sequence[bool] | None]  # an answer's tokens so far, and which actions are allowed
 TOKENS, FILLER = "tokens", -1  # of an answer, in the rows of actions
+HALF = "\ufffd"  # what a part of a character is decoded to
+MOST_OF_CHARACTER = 8  # tokens of one character
 KEPT_SHARE = 0.5  # of the answers that are still written; below it the others are left out of the forward
 
 
@@ -107,7 +109,8 @@ class TextPolicy(VLMPolicy):
             banned[model.placeholder_id] = True
         self.register_buffer("_banned", banned, persistent=False)
         self._banned: Tensor
-        self._tries: dict[tuple[str, ...], list[int]] = {}
+        self._tries: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
+        self._parts: dict[str, tuple[int, ...]] = {}  # tokens of the characters that are several
         self._spelled: dict[str, list[int]] | None = None
         self._computed = self._needed = 0  # tokens, in updates
 
@@ -269,7 +272,7 @@ class TextPolicy(VLMPolicy):
         """
         ended = bool(tokens) and tokens[-1] == self.end_id
         text = self.processor.tokenizer.decode(list(tokens[:-1] if ended else tokens))
-        parsed = self.template.parse(text)
+        parsed = self.template.parse(text, exact=self.texts is not None)
         if not ended:
             return Read(CUT, SKIP, "" if parsed is None else parsed.thought, text)
         if parsed is None:
@@ -372,13 +375,14 @@ class TextPolicy(VLMPolicy):
 
     def _allowed(self, before: list[int], actions: Sequence[bool] | None) -> list[int] | None:
         """What may follow in a constrained answer; None: anything, since there is no cue yet, or it went astray."""
-        text = self.processor.tokenizer.decode(before)
+        begun, pending = self._whole_characters(before)
+        text = self.processor.tokenizer.decode(begun)
         start = self.template.action_part(text)
         if start is None:
             return None
         written = text[start:]
         if self.texts is not None:
-            return self._continues(written) or None
+            return self._continues(written, pending) or None
         endings = tuple(
             rest[len(written) :]
             for place, name in enumerate(self.spec.action_names)
@@ -388,37 +392,75 @@ class TextPolicy(VLMPolicy):
         )
         if not endings:
             return None
-        if endings not in self._tries:
-            self._tries[endings] = self._first_tokens(endings)
-        return self._tries[endings] or None
+        if (endings, pending) not in self._tries:
+            self._tries[endings, pending] = self._first_tokens(endings, pending)
+        return self._tries[endings, pending] or None
 
-    def _continues(self, written: str) -> list[int]:
+    def _whole_characters(self, tokens: list[int]) -> tuple[list[int], tuple[int, ...]]:
+        """The tokens up to the last whole character, and those by which the next one has begun."""
+        decode = self.processor.tokenizer.decode
+        for count in range(min(MOST_OF_CHARACTER, len(tokens) + 1)):
+            whole = tokens[: len(tokens) - count]
+            if not decode(whole).endswith(HALF):
+                return whole, tuple(tokens[len(whole) :])
+        return tokens, ()
+
+    def _continues(self, written: str, pending: tuple[int, ...]) -> list[int]:
         """The tokens by which a text that has begun goes on within the space; [] where it has left it."""
         assert self.texts is not None, "there is a list of actions"
         space, after = self.texts.text, self.template.after
-        characters = set(space.character_list)
+        characters = space.character_set
         known = next((at for at, character in enumerate(written) if character not in characters), len(written))
         if known > space.max_length or not after.startswith(written[known:]):
             return []
-        ends = self._first_tokens((after[len(written) - known :],)) if known >= space.min_length else []
+        ends = self._first_tokens((after[len(written) - known :],), pending) if known >= space.min_length else []
         if known < len(written):  # what stands behind the text has begun
             return ends
-        key = (str(space.max_length - known),)
+        room = int(space.max_length) - known
+        key = ((str(room),), pending)
         if key not in self._tries:
-            spelled = self._spelling()
-            room = int(space.max_length) - known
-            fits = [ids for said, ids in spelled.items() if len(said) <= room and characters.issuperset(said)]
-            self._tries[key] = [token for ids in fits for token in ids]
+            found = self._next_parts(space.character_list, pending) if room else set()
+            for said, ids in () if pending else self._spelling().items():
+                if len(said) <= room and characters.issuperset(said):
+                    found.update(ids)
+            self._tries[key] = sorted(found)
         return sorted({*self._tries[key], *ends})
 
-    def _first_tokens(self, endings: tuple[str, ...]) -> list[int]:
-        """The tokens by which a text can go on to one of these; the end token where nothing is left."""
-        spelled = self._spelling()
-        found = {self.end_id} if "" in endings else set()
-        for ending in endings:
-            for stop in range(1, len(ending) + 1):
-                found.update(spelled.get(ending[:stop], ()))
+    def _first_tokens(self, endings: tuple[str, ...], pending: tuple[int, ...] = ()) -> list[int]:
+        """The tokens by which a text can go on to one of these; the end token where nothing is left.
+
+        Args:
+            endings: what is to come.
+            pending: tokens by which its first character has begun.
+        """
+        found = self._next_parts([ending[0] for ending in endings if ending], pending)
+        if not pending:
+            spelled = self._spelling()
+            found |= {self.end_id} if "" in endings else set()
+            for ending in endings:
+                for stop in range(1, len(ending) + 1):
+                    found.update(spelled.get(ending[:stop], ()))
         return sorted(found)
+
+    def _next_parts(self, characters: Sequence[str], pending: tuple[int, ...]) -> set[int]:
+        """The tokens by which one of these characters goes on, of those that are several tokens."""
+        found, done = set(), len(pending)
+        for character in characters:
+            if character not in self._parts:
+                parts = () if character in self._spelling() else self._written_alone(character)
+                self._parts[character] = parts
+            parts = self._parts[character]
+            if len(parts) > done and parts[:done] == pending:
+                found.add(parts[done])
+        return found
+
+    def _written_alone(self, character: str) -> tuple[int, ...]:
+        """The tokens of a character behind something; () where the tokenizer cannot write it."""
+        tokenizer = self.processor.tokenizer
+        anchor = tokenizer.encode("a", add_special_tokens=False)
+        ids = tokenizer.encode("a" + character, add_special_tokens=False)
+        written = ids[: len(anchor)] == anchor and tokenizer.decode(ids) == "a" + character
+        return tuple(ids[len(anchor) :]) if written and not self._banned[ids].any() else ()
 
     def _spelling(self) -> dict[str, list[int]]:
         """Of each text that is one token, which tokens say it behind something."""

@@ -77,11 +77,17 @@ class Template:
             )
         return self.text.replace(THOUGHT, thought).replace(ACTION, action)
 
-    def parse(self, answer: str) -> Parsed | None:
-        """Returns the fields of an answer; None where it does not have this form."""
-        answer = answer.strip()
-        before, after = self.before.lstrip(), self.after.rstrip()
-        cue = self.cue if self.has_thought else self.cue.lstrip()
+    def parse(self, answer: str, exact: bool = False) -> Parsed | None:
+        """Returns the fields of an answer; None where it does not have this form.
+
+        Args:
+            answer: what was written.
+            exact: white space at both ends belongs to the answer, as where an action is any text.
+        """
+        before, cue, after = self.before, self.cue, self.after
+        if not exact:
+            answer, before, after = answer.strip(), before.lstrip(), after.rstrip()
+            cue = cue if self.has_thought else cue.lstrip()
         if not answer.startswith(before) or not answer.endswith(after):
             return None
         inner = answer[len(before) : len(answer) - len(after)]

@@ -195,3 +195,54 @@ def test_random_players_write_texts():
     rollout.record = True
     played = rollout.collect(0)
     assert all(env.action_space.contains(codes) for codes in played.record.to_env.reshape(-1, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("space", "template", "texts"),
+    [
+        (gym.spaces.Text(2, min_length=0, charset="a眼"), "plain", 1 + 2 + 4),
+        (gym.spaces.Text(2, min_length=0, charset="🙂"), "tags", 3),
+        (gym.spaces.Text(2, min_length=1, charset="🙂🙁 "), "<{action}>", 3 + 9),
+    ],
+)
+def test_characters_of_several_tokens_and_no_characters_at_all(space, template, texts):
+    """Every text of the space can be sampled, nothing else, and what is sampled is what the environment is given."""
+    policy = load_policy(
+        PolicySource(answer_tokens=60, constrain_actions=True, answer_template=template),
+        ("text",),
+        (16, 16, 3),
+        TextCodes(space),
+    )
+    cue = policy.template.write("", "").removesuffix(policy.template.after)
+    lead = list(policy.prompts.go_on(cue)) if cue else []
+    found, ways = set(), [lead]
+    while ways:
+        way = ways.pop()
+        for token in policy._allowed(way, None):
+            if token != policy.end_id:
+                ways.append([*way, token])
+                continue
+            answer = policy.read([*way, token])
+            assert answer.outcome == "legal"
+            found.add(answer.written)
+    assert len(found) == texts and all(map(space.contains, found))
+    inputs = policy.prepare(np.zeros((8, 16, 16, 3), np.uint8), ["say it"] * 8)
+    acted = policy.act(inputs, Draws([np.random.default_rng(slot) for slot in range(8)]))
+    for codes, outcome in zip(acted.to_env, acted.outcomes, strict=True):
+        assert policy.texts.contains(codes) == (outcome == "legal")
+    assert (policy.evaluate_actions(inputs, acted.actions).logprobs - acted.logprobs).abs().max() < 1e-4
+    vectors = np.stack([policy.texts.encode(text) for text in sorted(found)])
+    again = policy.reads(policy.actions_from_env(vectors))
+    assert [answer.written for answer in again] == sorted(found)
+    assert {answer.outcome for answer in again} == {"legal"}
+
+
+@torch.no_grad()
+def test_constrained_names_of_characters_of_several_tokens():
+    names = ("上", "下", "🙂 wait", "up")
+    source = PolicySource(action_format="text", answer_template="plain", constrain_actions=True, answer_tokens=24)
+    policy = load_policy(source, names, (16, 16, 3))
+    inputs = policy.prepare(np.random.default_rng(0).integers(0, 255, (64, 16, 16, 3), np.uint8), ["say it"] * 64)
+    acted = policy.act(inputs, Draws([np.random.default_rng(slot) for slot in range(64)]))
+    assert set(acted.outcomes) == {"legal"} and set(acted.to_env.tolist()) == {0, 1, 2, 3}
