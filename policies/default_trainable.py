@@ -47,11 +47,12 @@ def began_random(source: PolicySource, followed: tuple[str, ...] = ()) -> bool:
     if source.policy in PRESETS:
         return PRESETS[source.policy].language_model in RANDOM_LANGUAGE_MODELS
     try:
-        description: dict[str, Any] = json.loads((Path(source.policy).expanduser() / POLICY_FILE).read_text())
+        file = Path(source.policy).expanduser() / POLICY_FILE
+        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if IS_RANDOM in description:
             return bool(description[IS_RANDOM])
         before = PolicySource(**description["source"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False  # no folder of a policy, or a damaged one, which loading will say
     followed = (*followed, source.policy)
     return before.policy not in followed and began_random(before, followed)

@@ -208,7 +208,7 @@ def processor_class(name: str, config: Any) -> str:
 def read_json(name: str, file: str) -> dict[str, Any] | None:
     """Returns a JSON file of a folder or Hub id, None where there is none."""
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else dict(json.loads(Path(path).read_text()))
+    return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def real_class(name: str) -> Any:

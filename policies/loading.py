@@ -41,6 +41,7 @@ from manako.policies.saving import (
     read_tensors,
     weight_fault,
 )
+from manako.policies.sealed import check_folder
 from manako.policies.source import SYSTEM, TEXT_FIELDS, PolicySource
 from manako.policies.text_policy import TextPolicy
 from manako.policies.trainable import parts_of, set_trainable
@@ -204,6 +205,7 @@ def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[
 
 def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> Loaded:
     """Goes on from a folder of `save_policy`: LoRA on the same base stays what it was, else it is merged."""
+    check_folder(folder)
     saved, description = read_description(folder)
     source = _fill_in(source, saved, action_names, description)
     model, head = _load_own(folder, saved, description)
@@ -354,6 +356,7 @@ def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) 
         if saved.policy in PRESETS:
             base = _build_preset(saved, tuple(description["frame_shape"]))
         elif (place / LORA_CONFIG_FILE).is_file():  # LoRA on a policy whose own LoRA was merged
+            check_folder(place)
             inner, _ = _load_own(place, *read_description(place))
             base = inner._replace(vlm=inner.vlm.float().merge_and_unload())
         else:

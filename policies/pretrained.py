@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from manako.errors import full_text
 from manako.policies.errors import PolicyError
+from manako.policies.sealed import check_folder
 
 FILE_ENDS = (".txt", ".json", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".zip")
 OWN_FOLDERS = (
@@ -163,6 +164,7 @@ def check_holds(name: str, pattern: str, file: str) -> None:
 def _check_files(name: str) -> None:
     """Raises PolicyError at the first file of a folder that the library would read wrong, or not at all."""
     folder = Path(name)
+    check_folder(folder)
     if not (folder / "config.json").is_file():
         raise PolicyError(f"The folder {name!r} holds no config.json: expected a model folder or a run's checkpoint.")
     for file in sorted(folder.iterdir()):

@@ -60,7 +60,7 @@ class StepMetricsCallback(TrainerCallback):
                 "learning_rate."
             )
         self.rows.append(row)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
             shares = "".join(f"  {name} {row[key]:.1%}" for key, name in SHARES.items() if key in row)
