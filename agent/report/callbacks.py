@@ -18,7 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from manako.agent.checkpoint import finalize_folder
+from manako.agent.errors import TrainingError
 from manako.agent.ppo_trainer import PPOTrainer
+from manako.bounded import BadText, json_object, read_text
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -59,13 +61,31 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out."""
+    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises:
+        TrainingError: another line is no row.
+    """
     path, rows = run_dir / METRICS_FILE, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    try:
+        text = read_text(path) if path.is_file() else ""
+    except (OSError, BadText) as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}): move it away, or use another copy of the run."
+        ) from error
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json_object(line)
+            if not all(type(row.get(name)) is int for name in ("iteration", "env_steps")):
+                raise BadText("it has no whole numbers iteration and env_steps")
+        except BadText as error:
+            if not line.endswith("\n"):
+                break
+            raise TrainingError(
+                f"Line {number} of {path} is no row of a run ({error}): take the line out, or use another copy of the "
+                "run."
+            ) from error
+        rows.append(row)
     return rows
 
 
