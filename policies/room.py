@@ -28,7 +28,7 @@ CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 class Needed(NamedTuple):
@@ -90,7 +90,8 @@ def check_room(name: str, config: Any, dtype: torch.dtype, auto: Any = AutoModel
         return
     try:
         model = without_weights(config, dtype, auto)
-        weights = needed(model).weights + sum(buffer.nbytes for buffer in model.buffers())
+        tables = sum(buffer.nbytes for buffer in model.buffers())  # such as masks of all positions
+        weights = max(needed(model).weights, tables)
     except Exception:  # a configuration that makes no model: reading its weights says so
         return
     _check_weights(repr(name), weights, dtype, torch.device("cpu"))

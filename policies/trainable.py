@@ -175,7 +175,8 @@ def parameter_table(model: Model, value_head: nn.Module) -> list[tuple[str, int,
 
 def _sides(linear: nn.Module) -> tuple[int, int]:
     """In and out, in either order."""
-    rows, columns = linear.weight.shape
+    weight: Any = linear.weight
+    rows, columns = weight.shape
     return int(rows), int(columns)
 
 
