@@ -85,8 +85,8 @@ class Ledger:
         running = {seed for seed, _, _ in self.running.values()}
         if both := (ended & failed) | (ended & running) | (failed & running):
             found.append(f"{len(both)} episodes are two of ended, lost and running, such as {min(both)}")
-        if strange := set(self.ended) - written["end"]:
-            found.append(f"{len(strange)} ended episodes that no environment wrote, such as {min(strange)}")
+        if unknown := set(self.ended) - written["end"]:
+            found.append(f"{len(unknown)} ended episodes that no environment wrote, such as {min(unknown)}")
         started = {seed for seed, _, _ in written["start"]}
         if strange := (ended | failed | running) - started:
             found.append(f"{len(strange)} episodes that no environment started, such as {min(strange)}")

@@ -94,4 +94,4 @@ class Soak(gym.Env):
 
 
 if ENV_ID not in gym.registry:
-    gym.register(ENV_ID, Soak)
+    gym.register(ENV_ID, "manako.experiments.benchmarks.soak_env:Soak")

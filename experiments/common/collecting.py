@@ -134,8 +134,9 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple
         record=True,
         ask_expert=has_expert,
     )
-    own = {"seed_lists": seed_lists, "step_timeout": workers.step_timeout}
-    segment = functools.partial(make_segment, environment, run.seed, 1, **own)
+    segment = functools.partial(
+        make_segment, environment, run.seed, 1, seed_lists=seed_lists, step_timeout=workers.step_timeout
+    )
     plan = dataclasses.replace(plan, make_segment=segment)
     with contextlib.closing(make_rollouts(workers.rollout_backend, plan)) as source:
         return play_to_the_end(source, quota, environment.env, log=FaultLog(workers.max_fault_rate)), quota

@@ -48,7 +48,7 @@ def rollouts_of(backend, folder, timeout=30.0, step_timeout=None, **kwargs):
     [
         ("ray-env", "raise", 3),
         ("ray-env", "exit", 0),
-        ("ray-env", "die", 0),
+        pytest.param("ray-env", "die", 0, marks=pytest.mark.slow),
         pytest.param("ray-replica", "raise", 3, marks=pytest.mark.slow),
     ],
 )
