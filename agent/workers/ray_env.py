@@ -137,7 +137,7 @@ class RayVectorEnv:
             history = self._histories[segment]
             known = not failures and self._holders[segment] == actor
             self._holders[segment] = actor
-            if failures == MAX_FAILURES - 1:  # its replay was lost as well: its episodes are given up
+            if self.supervisor.losses[segment] == MAX_FAILURES - 1:  # its replay's worker was lost as well
                 first, size = self.segments[segment]
                 return actor.begin_anew.remote(
                     self.segments[segment], self.started[first : first + size], self.memory.size

@@ -66,6 +66,7 @@ class Supervisor:
         self._failures: Counter[int] = Counter()
         self._submit: Submit | None = None
         self.last_reason = ""
+        self.losses: Counter[int] = Counter()  # of the round: workers that were lost with a segment's job
         try:
             self._await_places()
         except BaseException:
@@ -99,6 +100,7 @@ class Supervisor:
         self._submit = submit
         self.settle_starts()
         self._pending, self._results, self._failures = deque(range(self.num_segments)), {}, Counter()
+        self.losses = Counter()
         self._balance()
         self._assign()
 
@@ -262,6 +264,7 @@ class Supervisor:
         new.failed_starts, new.lost_at = failed_starts, time.monotonic()
         self._workers[worker.number] = new
         if had_job:
+            self.losses[segment] += 1
             self._failed(segment, f"its worker was lost ({reason})")
 
     def _failed(self, segment: int, why: BaseException | str) -> None:

@@ -22,7 +22,7 @@ class Soak(gym.Env):
     Args:
         log: a folder for the lines; "" for none.
         rate: share of the steps that break.
-        kind: how: `raise`, `exit` (sys.exit), `die` (os._exit) `hang`, or `wait` for ever.
+        kind: how: `raise`, `exit` (sys.exit), `die` (os._exit) `hang`, `wait` for ever, or `text` as a reward.
         always: episodes of seeds that this divides break at their second step, each time; 0 for none.
         limit: steps of an episode.
         render_mode: "rgb_array".
@@ -60,6 +60,8 @@ class Soak(gym.Env):
         fixed = self.always and (self.seed or 0) % self.always == 0 and self.steps == 2
         if fixed or self.chance.random() < self.rate:
             self._write("break")
+            if self.kind == "text":
+                return self.place, "1.0", False, False, {}  # type: ignore[return-value]
             self._break()
         self.place += 1 if action else -1
         reward = 1.0 if self.place == 11 else -0.125  # whose sums are exact

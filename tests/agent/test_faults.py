@@ -1,6 +1,7 @@
 """Environments that break by chance: what is learned, counted and written of it, by hand and through every backend."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -260,3 +261,34 @@ def test_a_dataset_has_no_failed_episode_and_no_other_in_its_place():
     data = to_dataset(rollouts, policy, ENV_ID, "policy", {}, quota=[3, 3])
     assert sorted(set(data["seed"])) == [5, 7, 9, 11]
     assert data["step"].count(0) == 4
+
+
+# ---- steps that do not come back -------------------------------------------------------------------------------------
+
+
+def test_a_local_step_that_takes_long_is_told_with_its_place(monkeypatch, caplog):
+    monkeypatch.setattr("manako.envs.faults.WARN_AFTER", 0.2)
+    env = environments(2, rate=0.0)
+    kind = type(env._envs[0].unwrapped)
+    step = kind.step
+    monkeypatch.setattr(kind, "step", lambda self, action: time.sleep(0.6) or step(self, action))
+    env.reset()
+    with caplog.at_level("WARNING"):
+        env.step(np.ones(2, int))
+    env.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and f"slot 1, episode seed {env.episode_seeds[1]}, step 1" in told[1]
+    assert all("has not returned for" in text and "--step_timeout" in text for text in told)
+
+
+def test_a_step_that_hangs_is_broken_off_and_its_episode_is_lost_alone():
+    env = EpisodeVectorEnv(
+        ENV_ID, 2, on_fault="give up", step_timeout=0.3, env_kwargs={"rate": 0.0, "kind": "wait", "always": 1}
+    )
+    env.reset()
+    env.step(np.ones(2, int))
+    env._envs[0].unwrapped.always = 0
+    result = env.step(np.ones(2, int))
+    assert result.failed.tolist() == [False, True] and result.rewards[0] == -0.125
+    assert "did not return in time (slot 1, episode seed" in env.take_faults()[0].sentence
+    env.close()

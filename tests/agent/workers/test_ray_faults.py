@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from manako.agent.errors import WorkersError
 from manako.agent.workers.cluster import cluster
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.ray_env import CentralRollouts, RayVectorEnv
@@ -131,3 +132,12 @@ def test_a_lost_head_ends_the_run_soon_with_a_checkpoint_and_no_orphans(process,
     error = done.stdout.split("ERR ")[1].split("\nOUT")[0]
     assert error.startswith("error: ") and "\n" not in error and "Traceback" not in error, done.stdout
     assert list((tmp_path / "run/checkpoints").glob("checkpoint-*")) and "--resume" in done.stdout
+
+
+def test_a_value_outside_the_contract_ends_it_with_its_sentence_and_is_never_given_up(tmp_path):
+    message = "gave the reward '1.0' of type str.*slot .*episode seed .*step 2"
+    with (
+        rollouts_of("ray-env", tmp_path, rate=0.0, kind="text", always=2) as rollouts,
+        pytest.raises(WorkersError, match=message),
+    ):
+        rollouts.collect(0)
