@@ -294,3 +294,20 @@ def test_bad_submissions(words, message, folder):
     done = command(sys.executable, SUBMIT, *words, folder=folder)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_ray_that_does_not_start_is_a_sentence_and_leaves_nothing(tmp_path):
+    """Its folder cannot be made; a machine with no room for its processes comes the same way, after Ray's 30 s."""
+    start = "from manako.agent.workers.cluster import cluster\nwith cluster(num_cpus=1): pass"
+    code = (
+        "import os\nfrom manako.errors import ManakoError\nbefore = os.environ.get('PYTHONPATH')\n"
+        f"try: exec({start!r})\nexcept ManakoError as error: print(error)\n"
+        "assert os.environ.get('PYTHONPATH') == before"
+    )
+    environment = {**os.environ, "RAY_TMPDIR": "/dev/null/ray", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.stdout.startswith("Ray did not start on this machine (NotADirectoryError") and done.stdout.count("\n") == 1
+    )
+    assert "--rollout_backend local" in done.stdout
