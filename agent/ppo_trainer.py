@@ -38,7 +38,7 @@ from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.bounded import json_object, read_text
-from manako.errors import first_line, is_of_the_disk, type_and_text
+from manako.errors import ManakoError, first_line, is_of_the_disk, type_and_text
 from manako.manifest import write_manifest
 from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
@@ -126,6 +126,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.scale = return_scale(args, source.num_envs)
         self.failure: WorkersError | None = None
         self.faults = FaultLog()
+        self._too_many: WorkersError | None = None
         self._ended = EpisodeCount(rounds=args.advantage != "gae")
         self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
@@ -150,11 +151,19 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self._reset_metrics()
         with self.compute_loss_context_manager():  # the same autocast as in updates
             try:
+                if self._too_many is not None:
+                    raise self._too_many
                 rollout = self.collector.collect(self.iteration)
-                faults = self.faults.take(rollout, self.iteration)
-            except WorkersError as error:  # no weight has changed since the last iteration: it can still be saved
-                self.failure = error
+            except ManakoError as error:
+                self.faults.write(self.collector.take_faults(), self.iteration)
+                if not isinstance(error, WorkersError):
+                    raise
+                self.failure = error  # no weight has changed since the last iteration: it can still be saved
                 return
+            try:
+                faults = self.faults.take(rollout, self.iteration)
+            except WorkersError as error:  # what was played is whole: it is learned from, and the next is not begun
+                self._too_many, faults = error, self.faults.metrics()
             lag = self.iteration - rollout.version
             samples = samples_of(rollout, self.policy, args, self.scale, lag)
         self._rollout_metrics(rollout, samples)
@@ -269,7 +278,9 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
                 if self.args.advantage == "gae" or samples.usable is None
                 else {
                     "usable_samples": samples.usable.float().mean().item(),
-                    "whole_groups": whole_groups(rollout.terminated | rollout.truncated, self.args.group_size),
+                    "whole_groups": whole_groups(
+                        rollout.terminated | rollout.truncated, self.args.group_size, rollout.failed
+                    ),
                 }
             ),
             **({} if self.scale is None else {"return_deviation": self.scale.deviation}),
