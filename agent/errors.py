@@ -9,3 +9,7 @@ class TrainingError(ManakoError):
 
 class WorkersError(TrainingError):
     """Rollout workers, or the environments in them, are lost for good; what was learned so far can still be saved."""
+
+
+class NotFiniteError(TrainingError):
+    """What the policy computes is no number any more: its last update, or one before, was too large."""

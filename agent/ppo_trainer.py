@@ -3,8 +3,9 @@
 transformers' Trainer brings optimizer, scheduler, accelerate, mixed precision, callbacks and resumable checkpoints. One
 PPO iteration is one Trainer epoch: the data loader's `__iter__` plays the environments, computes advantages, and yields
 num_ppo_epochs x (samples / minibatch) minibatches, shuffled anew in each PPO epoch. What is overridden: `compute_loss`,
-`get_train_dataloader`, `log`, `save_model`, and two private methods: `_load_from_checkpoint` (the original loads
-weights by name and says nothing where names differ) and `_send_telemetry` (off).
+`get_train_dataloader`, `log`, `save_model`, and three private methods: `_load_from_checkpoint` (the original loads
+weights by name and says nothing where names differ), `_load_optimizer_and_scheduler` (the original's learning rate is
+that of the checkpoint, whatever the settings say) and `_send_telemetry` (off).
 """
 
 import json
@@ -22,7 +23,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
-from manako.agent.errors import TrainingError, WorkersError
+from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
 from manako.agent.group_advantages import METHODS, whole_groups
 from manako.agent.interfaces import NOT_FIXED, SEEDED, EvaluationEnv, Rollouts
 from manako.agent.losses import explained_variance, ppo_loss
@@ -115,6 +116,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.iteration = 0
         self.scale = return_scale(args, source.num_envs)
         self.failure: WorkersError | None = None
+        self.brought_back: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None  # by `LastIterations`
         self._ended = EpisodeCount(rounds=args.advantage != "gae")
         self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
@@ -179,6 +181,13 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder)
+        state, tensors = self.brought_back or (self.run_state(), self.collector.tensors())
+        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
+        if tensors:
+            save_file(tensors, folder / ROLLOUT_TENSORS)
+
+    def run_state(self) -> dict[str, Any]:
+        """Returns where the run is, as JSON: what a checkpoint holds beside weights, optimizer and chance."""
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "env": self.collector.state_dict(),
@@ -186,9 +195,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         }
         if self.scale is not None:
             state["return_scale"] = self.scale.state_dict()
-        (folder / ROLLOUT_STATE).write_text(json.dumps(state))
-        if tensors := self.collector.tensors():
-            save_file(tensors, folder / ROLLOUT_TENSORS)
+        return state
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -204,6 +211,22 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             self._ended.load_state_dict(state["episodes"])
         tensors = folder / ROLLOUT_TENSORS
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads both, and keeps the learning rates and the schedule that this run was given.
+
+        Of a run that goes on as it was they are the checkpoint's, to the bit.
+        """
+        rates = list(self.lr_scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.lr_scheduler.base_lrs = rates
+        steps = self.lr_scheduler.last_epoch
+        now = [rate * share(steps) for rate, share in zip(rates, self.lr_scheduler.lr_lambdas, strict=True)]
+        for group, base, rate in zip(self.optimizer.param_groups, rates, now, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+        self.lr_scheduler._last_lr = list(now)
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""
@@ -260,9 +283,9 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         """Stops on NaN and on a first ratio other than 1; keeps the numbers for the log."""
         if not torch.isfinite(measured["loss"]):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in measured.items())
-            raise TrainingError(
-                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers; start again from "
-                "the last checkpoint with a smaller learning_rate."
+            raise NotFiniteError(
+                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers, which a smaller "
+                "learning_rate keeps."
             )
         if not self._measured:
             self.first_ratio_error = (ratio - 1).abs().max().item()
@@ -309,9 +332,9 @@ class _PPOStops(TrainerCallback):
         trainer = self.trainer
         gradients = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise TrainingError(
-                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers; start again from "
-                "the last checkpoint with a smaller learning_rate."
+            raise NotFiniteError(
+                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers, which a smaller "
+                "learning_rate keeps."
             )
         if args.target_kl is not None:
             last = trainer._measured[-args.gradient_accumulation_steps :]

@@ -20,6 +20,7 @@ is given up, and its slot starts another one from the same seed.
 import functools
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ from manako.envs.masks import random_actions
 from manako.envs.observation import ImageSource, VLMObservation
 from manako.memory import Memory
 from manako.spaces import action_dtype, action_shape, is_skip, is_vector, random_vectors
+
+log = logging.getLogger("manako.envs")
 
 TRAINING, HELD_OUT = 0, 1  # splits
 
@@ -449,8 +452,21 @@ class EpisodeVectorEnv:
         return np.array([started > len(seeds) for started, seeds in pairs])
 
     def close(self) -> None:
-        """Closes the environments; a second call does nothing."""
-        self._vector.close()
+        """Closes the environments; a second call does nothing.
+
+        What their own close() raises is warned of, once: all that they had to give has been read by then.
+        """
+        faults = []
+        for env in [] if self._vector.closed else self._envs:
+            try:
+                env.close()
+            except EnvError as error:
+                faults.append(str(error))
+        self._vector.closed = True
+        if faults:
+            log.warning(
+                "warning: %s; %d of %d environments did so when they were closed", faults[0], len(faults), self.num_envs
+            )
 
     def _identity(self) -> dict[str, Any]:
         """Returns what must be the same where a state is saved and where it is loaded."""

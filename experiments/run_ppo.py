@@ -7,10 +7,10 @@
 
 In order: environments, policy, before.gif, training, evaluation beside a random policy and two controls, after.gif. All
 of it lands in a run folder (see the README); an existing one is never overwritten. Ctrl-C or SIGTERM saves a checkpoint
-at the end of the iteration and prints the command that goes on from it.
+at the end of the iteration and prints the command that goes on from it, as does whatever else ends it. What may change
+then, such as --learning_rate and --total_steps, is in experiments/common/resuming.py.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -31,15 +31,14 @@ from manako.agent.checkpoint import latest_checkpoint  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     UsageError,
-    build,
     read_command_line,
-    read_settings,
     run_main,
     show,
     show_loading,
 )
+from manako.experiments.common.resuming import Changes, check_length, goes_on  # noqa: E402
 from manako.experiments.common.run_folder import check_job_folder, new_run_dir  # noqa: E402
-from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together, moved  # noqa: E402
+from manako.experiments.common.settings import GOTO, PPOCommand, check_together  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
 
@@ -48,19 +47,20 @@ def main() -> int:
     started = time.perf_counter()
     line = read_line()
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.
-    command, run_dir, checkpoint = (
-        resumed(line) if line.settings.run.resume else (line.settings, new_run_dir(line.settings), None)
-    )
-    show("run", f"{run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
+    if line.settings.run.resume:
+        command, run_dir, checkpoint, changes = resumed(line)
+    else:
+        command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
+    show("run", f"{run_dir}" + ("" if changes is None else f", from {checkpoint.name if checkpoint else 'its start'}"))
     if line.file is not None:
         names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
         show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
     command = with_trainable(command)
     check_together(command)
-    show_loading()
+    show_loading("nothing was begun, give the same command again")
     from manako.experiments.common.ppo_training import train  # torch and all
 
-    return train(command, run_dir, checkpoint, started)
+    return train(command, run_dir, checkpoint, changes, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]:
@@ -77,36 +77,30 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]
     )
 
 
-def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path]:
-    """Returns the settings of the run to go on with, its folder and its last whole checkpoint.
+def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path | None, Changes]:
+    """Returns the settings of the run to go on with, its folder, its last whole checkpoint, and what came that is new.
+
+    A run that was stopped before its first checkpoint has none, and begins again.
 
     Raises:
-        UsageError: no run there, a finished one, no whole checkpoint, or other flags beside --resume.
+        UsageError: no run there, a finished one, damaged checkpoints alone, or flags that a run keeps from its start.
     """
     run_dir = Path(str(line.settings.run.resume))
     check_job_folder(str(run_dir), "--resume")
     if not (run_dir / "config.yaml").is_file():
         raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
-    changed = sorted(line.given - {"resume", *OF_THE_MACHINE})
-    if changed:
-        raise UsageError(f"--resume goes on with the run's own settings, but --{changed[0]} came too: leave it out.")
-    if (run_dir / "evaluation.json").exists():
-        raise UsageError(
-            f"The run in {str(run_dir)!r} is finished: start a new one, with --policy {run_dir}/final if you like."
-        )
-    command = build(PPOCommand, read_settings(PPOCommand, str(run_dir / "config.yaml")))
-    command = dataclasses.replace(command, workers=moved(command.workers, line.given, line.settings.workers))
+    command, changes = goes_on(line, run_dir)
     with warnings.catch_warnings(record=True) as faults:
         warnings.simplefilter("always")
         checkpoint = latest_checkpoint(run_dir)
     found = "; ".join(str(fault.message).removeprefix("Passed over: ").split(";")[0] for fault in faults)
-    if checkpoint is None:
-        raise UsageError(
-            f"{run_dir} holds no whole checkpoint ({found or 'none was written'}): start a new run without --resume."
-        )
-    if found:
+    if checkpoint is None and found:
+        raise UsageError(f"{run_dir} holds no whole checkpoint ({found}): start a new run without --resume.")
+    if checkpoint is not None and found:
         print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
-    return command, run_dir, checkpoint
+    iteration = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+    check_length(changes, run_dir, iteration, command.environment.num_envs * command.ppo.num_steps)
+    return command, run_dir, checkpoint, changes
 
 
 if __name__ == "__main__":

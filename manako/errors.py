@@ -4,6 +4,8 @@
 class ManakoError(ValueError):
     """Bad input or a broken part of the user's own, in one sentence: what came, what was expected, what to do."""
 
+    exit_code = 2  # of a runner that it ends: bad input; 1 is a fault of a run that had begun
+
 
 def first_line(error: BaseException, longest: int | None = 160) -> str:
     """Returns the first line of an error's text, or its type where it has none, without a full stop at the end."""

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +19,12 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from manako.agent.checkpoint import finalize_folder
+from manako.agent.errors import NotFiniteError
 from manako.agent.ppo_trainer import PPOTrainer
+from manako.agent.rescue import LastIterations
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+SAVING_SHARE = 0.05  # of a run's time, at most, goes into checkpoints by the clock
 
 
 class MetricsCallback(TrainerCallback):
@@ -86,7 +90,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def set_aside(run_dir: Path, iteration: int) -> list[Path]:
-    """Renames the checkpoints past `iteration`, which were found damaged, so that a resumed run can write them again.
+    """Renames the checkpoints past `iteration`, which were found damaged or broken, so that a resumed run can write them again.
 
     Returns:
         Their new places, damaged-checkpoint-<iteration>.
@@ -104,25 +108,57 @@ def _iteration(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-class CheckpointCallback(TrainerCallback):
-    """Checkpoints every `every` iterations, at the end, and after Ctrl-C or SIGTERM.
+class Clock:
+    """Says when the next checkpoint is due by the clock.
 
-    A signal ends the run at the end of its iteration, a second one at once, with what the last checkpoint holds.
+    Args:
+        minutes: between two of them; more where writing one takes long, so that `SAVING_SHARE` is the most it costs.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds, self._last = 60 * minutes, time.monotonic()
+
+    def due(self) -> bool:
+        """Says whether it is time."""
+        return time.monotonic() - self._last >= self.seconds
+
+    def saved(self, began: float) -> None:
+        """Hears of a checkpoint that has just been written, and when (`time.monotonic()`) that began."""
+        self._last = time.monotonic()
+        self.seconds = max(self.seconds, (self._last - began) / SAVING_SHARE)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Checkpoints every `every` iterations, by the clock, at the end, and after Ctrl-C or SIGTERM.
+
+    A signal ends the run at the end of its iteration, a second one at once, with what the last iteration left.
 
     Args:
         trainer: the trainer.
         run_dir: the run folder.
         every: iterations between checkpoints.
         keep: how many are kept, the newest ones.
+        minutes: between checkpoints, if iterations take longer.
 
     Attributes:
         interrupted: whether a signal came.
+        last: the newest checkpoint, None before there is one.
     """
 
-    def __init__(self, trainer: PPOTrainer, run_dir: Path, every: int, keep: int = 2) -> None:
+    def __init__(
+        self, trainer: PPOTrainer, run_dir: Path, every: int, keep: int = 2, minutes: float = math.inf
+    ) -> None:
         self.trainer, self.run_dir, self.every, self.keep = trainer, run_dir, every, keep
         self.interrupted = False
+        self.clock, self.last_iterations = Clock(minutes), LastIterations(trainer)
+        trainer.add_callback(self.last_iterations)
+        self._began = 0.0  # to be written, the checkpoint that is
         self._handlers: dict[int, Any] = {}
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint."""
+        return next(iter(checkpoints(self.run_dir)[::-1]), None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes over the signals: from here on one is answered at the end of the iteration."""
@@ -145,7 +181,9 @@ class CheckpointCallback(TrainerCallback):
         if self.trainer.failure is not None:
             control.should_save = self.trainer.iteration > 0 and not self._path().exists()
             return
-        control.should_save = self.interrupted or last or self.trainer.iteration % self.every == 0
+        by_number = last or self.trainer.iteration % self.every == 0
+        control.should_save = self.interrupted or by_number or self.clock.due()
+        self._began = time.monotonic()
         control.should_training_stop = control.should_training_stop or self.interrupted
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,6 +191,31 @@ class CheckpointCallback(TrainerCallback):
         finalize_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._path())
         for old in checkpoints(self.run_dir)[: -self.keep]:
             shutil.rmtree(old)
+        self.clock.saved(self._began)
+
+    def keep_last(self, error: BaseException) -> None:
+        """Writes a checkpoint of the last good iteration after `error` ended the training in the middle of one.
+
+        Where the numbers broke, later checkpoints, which hold what broke them, are set aside. Nothing is written where
+        the newest checkpoint is of that iteration already, or nothing was learned.
+        """
+        broken, trainer = isinstance(error, NotFiniteError), self.trainer
+        if not self.last_iterations.bring_back(broken):
+            if broken and not trainer._updates:  # what this start began from is what broke
+                set_aside(self.run_dir, trainer.iteration - 1)
+            return
+        if broken:
+            set_aside(self.run_dir, trainer.iteration)
+        newest = self.last
+        if newest is not None and _iteration(newest) >= trainer.iteration:
+            return
+        self._began = time.monotonic()
+        trainer._save_checkpoint(trainer.model, None)  # as the Trainer's own loop does
+        self.on_save(trainer.args, trainer.state, trainer.control)
+
+    def interrupted_whole(self, error: BaseException) -> bool:
+        """Says whether a first signal ended the training at the end of an iteration, which is then on disk."""
+        return self.interrupted and isinstance(error, KeyboardInterrupt) and self._path().exists()
 
     def _path(self) -> Path:
         """Where the checkpoint of this iteration is."""

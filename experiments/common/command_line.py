@@ -25,6 +25,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import yaml
 
 from manako.errors import ManakoError, full_text
+from manako.experiments.common import stopping
 
 Command = TypeVar("Command")
 # what other frameworks call a setting: the first of the names that a runner has is the one meant
@@ -391,8 +392,12 @@ def check_new_file(file: str | None, flag: str) -> None:
         raise UsageError(f"The folder of {flag} {file!r} does not exist: make it or give another file.")
 
 
-def show_loading() -> None:
-    """Says why nothing happens for a while: torch and what stands on it take longer to import than all before."""
+def show_loading(hint: str = "nothing was begun, start it again") -> None:
+    """Says why nothing happens for a while: torch and what stands on it take longer to import than all before.
+
+    Ctrl-C ends the process at once then, with `hint`; who goes on calls `stopping.tidy_up_from_here`.
+    """
+    stopping.answer_signals(hint)
     show("loading", "torch, transformers and the policy, some 10 s")
 
 
@@ -404,16 +409,18 @@ def show(name: str, text: str) -> None:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback.
 
-    Ctrl-C ends it with exit code 130.
+    A fault of a run that had begun is exit code 1; Ctrl-C and SIGTERM end it with exit code 130.
     """
+    stopping.tidy_up_from_here()
     try:
         code = main()
     except ManakoError as error:
         print(f"error: {full_text(error)}", file=sys.stderr)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        code = 130
+        code = stopping.STOPPED
+    stopping.forget()
     sys.stdout.flush()
     sys.exit(code or 0)
 

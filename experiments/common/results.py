@@ -9,6 +9,7 @@ from manako.agent.checkpoint import write_folder
 from manako.agent.report import evaluation, figures
 from manako.envs import held_out_seeds
 from manako.envs.settings import EnvSettings
+from manako.experiments.common.ending import only_warned
 from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.progress import RowsDone, plain_console
 from manako.experiments.common.run_folder import write_text
@@ -51,7 +52,8 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
         "returns": returns,
     }
     write_text(run_dir / "episodes.json", json.dumps(said))
-    write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
+    with only_warned("after.gif"):
+        write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
     return {name: result.summary() for name, result in rows.items()}
 
 

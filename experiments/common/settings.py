@@ -55,6 +55,7 @@ class PPORunSettings(RunSettings):
 
     total_steps: int = setting(100_000, "env steps to collect, rounded up to whole rollouts", ge=1)
     save_every: int = setting(20, "iterations between checkpoints", ge=1)
+    save_minutes: float = setting(2.0, "minutes between checkpoints, where iterations take longer", gt=0)
     keep_checkpoints: int = setting(2, "checkpoints kept, the newest", only_in_file=True, ge=1)
     resume: str | None = setting(None, "run folder to go on with, by its own settings")
 
