@@ -87,6 +87,7 @@ class EpisodeVectorEnv:
         action_names: One name an action, (A,), or an entry of a vector, (d,).
         frame_shape: (H, W, 3).
         success_rule: How an episode's success is judged, in words.
+        limit: After how many steps an episode is truncated; `limit_from` says it in words.
         gives_masks: Whether the environment says which actions are allowed, and is obeyed.
         episode_returns: (N,) float64, the current episodes' rewards so far.
         episode_lengths: (N,) int64, their steps so far. Both may be read between `step` and `reset_done`.
@@ -113,11 +114,12 @@ class EpisodeVectorEnv:
         image_source: ImageSource = "auto",
         success_return: float | None = None,
         action_masks: bool = True,
+        max_episode_steps: int | None = None,
     ) -> None:
         """Makes the environments; nothing is started before `reset`.
 
         Args:
-            env_id: See `make_vlm_env`, as for the last six arguments.
+            env_id: See `make_vlm_env`, as for the last seven arguments.
             num_envs: N.
             seed: The run's seed, from 0 on.
             split: `TRAINING` or `HELD_OUT`.
@@ -131,6 +133,7 @@ class EpisodeVectorEnv:
             image_source: "auto", "observation" or "render".
             success_return: The lowest return of a successful episode.
             action_masks: Obey `info["action_mask"]` where the environment gives one.
+            max_episode_steps: After so many steps an episode is truncated.
 
         Raises:
             EnvError: The environment cannot be made, or a number is out of range.
@@ -160,6 +163,7 @@ class EpisodeVectorEnv:
                 image_source=image_source,
                 success_return=success_return,
                 action_masks=action_masks,
+                max_episode_steps=max_episode_steps,
             )
             env.slot = first_slot + index
             self._envs.append(env)
@@ -184,6 +188,7 @@ class EpisodeVectorEnv:
         self.success_rule = first.success.sentence
         self.gives_masks = any(env.gives_masks for env in self._envs)
         self.image_from = first.image_from
+        self.limit, self.limit_from = first.limit, first.limit_from
         self.render_fps = first.metadata.get("render_fps")
         self.episode_returns = np.zeros(num_envs, np.float64)
         self.episode_lengths = np.zeros(num_envs, np.int64)
@@ -607,6 +612,7 @@ def make_env(
     image_source: ImageSource = "auto",
     success_return: float | None = None,
     action_masks: bool = True,
+    max_episode_steps: int | None = None,
 ) -> EpisodeVectorEnv:
     """Makes environments to train on, or to evaluate on.
 
@@ -621,6 +627,7 @@ def make_env(
         image_source: See there.
         success_return: See there.
         action_masks: See there.
+        max_episode_steps: See there.
 
     Raises:
         EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
@@ -636,4 +643,5 @@ def make_env(
         image_source=image_source,
         success_return=success_return,
         action_masks=action_masks,
+        max_episode_steps=max_episode_steps,
     )

@@ -77,6 +77,7 @@ def describe(settings: EnvSettings) -> None:
     print(f"action names  {actions}{count}, from {env.action_names_from}")
     allowed = f"info['action_mask'], obeyed: {env.action_mask.sum()} of {len(env.action_mask)} actions at the start"
     print(f"action masks  {allowed if env.gives_masks else 'none'}")
+    print(f"episodes      {env.limit_from}")
     print(f"success       {env.success.sentence}")
     try:
         print_speed(measure_speed(env), env)

@@ -55,6 +55,7 @@ def main() -> int:
             command, env.action_names, env.action_space
         )  # a fault in them shows before torch is loaded
         has_expert = knows_expert(env, needed=command.run.player == "expert")
+        show("episodes", env.limit_from)
         unseeded = ignored_seeds_of(env, needed_for=_needs_seeds(command))
     if unseeded is not None:
         show("seeds", unseeded)
@@ -119,7 +120,7 @@ def read_again(
     played, recording = command.environment, command.run.recording
     if recording is None:
         return []
-    recordings = read_recordings(recording, played.env, action_names, played.env_kwargs, action_space)
+    recordings = read_recordings(recording, played.env, action_names, played.made_with, action_space)
     odd = sum(recording.seed % 2 for recording in recordings)
     if odd:
         print(

@@ -90,7 +90,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def set_aside(run_dir: Path, iteration: int) -> list[Path]:
-    """Renames the checkpoints past `iteration`, which were found damaged or broken, so that a resumed run can write them again.
+    """Renames the checkpoints past `iteration`, which were found damaged or broken, so that they are written again.
 
     Returns:
         Their new places, damaged-checkpoint-<iteration>.

@@ -121,7 +121,7 @@ def evaluate(
             if (env.episode_lengths[~ended] >= MAX_EPISODE_STEPS).any():
                 raise TrainingError(
                     f"An episode has not ended in {MAX_EPISODE_STEPS:,} steps: expected an environment that ends its "
-                    "episodes, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
+                    "episodes, so set a limit, such as --max_episode_steps 500."
                 )
             if not ended.any():
                 continue

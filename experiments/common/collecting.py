@@ -73,7 +73,7 @@ def _collect(
         "recorded": f"recorded {run.recording}",
         "remote": f"remote {command.remote.remote_model}",
     }
-    kwargs = None if environment.env_kwargs is None else json.dumps(environment.env_kwargs)
+    kwargs = None if environment.made_with is None else json.dumps(environment.made_with)
     about = {"env_kwargs": kwargs, "seed": run.seed, "error_rate": run.error_rate}
     about |= {"policy": command.policy.policy, "instruction": environment.instruction}
     about |= {"fixed_by_seed": unseeded is None} | ({} if unseeded is None else {"note": NOT_FIXED})
@@ -206,6 +206,6 @@ def play_to_the_end(source: Rollouts, quota: Sequence[int], env: str, first: int
             raise UsageError(
                 f"No episode of {env} ended in {waited:,} steps of {playing} environments, and "
                 f"{sum(quota) - int(left.clip(0).sum()):,} of {sum(quota):,} had before: expected an environment whose "
-                "episodes end, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
+                "episodes end, so set a limit, such as --max_episode_steps 500."
             )
     return rollouts

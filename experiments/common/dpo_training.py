@@ -60,7 +60,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
         The exit code.
     """
     environment, dpo, run = command.environment, command.dpo, command.run
-    policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     if policy.spec.vectors is not None:
         raise UsageError(
             f"{environment.env} has actions that are vectors, and preferences are between actions of a closed set: "
@@ -71,6 +71,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
     console, before = plain_console(), measure_retention(policy)
+    console.print(f"episodes     {env.limit_from}")
     unseeded = ignored_seeds(environment, run.seed, needed_for=SAME_SEED.get(dpo.pairs))
     if unseeded is not None:
         console.print(f"seeds        {unseeded}")

@@ -37,6 +37,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     warn_of(dead_frames(environment.env, *sights(environment, run.seed)))
     count = min(environment.num_envs, run.episodes)
     with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
+        console.print(f"episodes     {env.limit_from}")
         evaluations = evaluate_all(
             policy,
             env,

@@ -118,9 +118,7 @@ def _train(
         finally:
             progress.stop()
             metrics.board.close()
-        ending.kept = lambda: (
-            f"The training is done, its policy in {run_dir / 'final'}; what is left is its evaluation."
-        )
+        ending.kept = lambda: f"The training is done, with {run_dir / 'final'}; what is left is the evaluation."
         with only_warned("closing the environments"):
             rollouts.close()  # workers have nothing more to do
         _finish(command, policy, run_dir, read_metrics(run_dir), progress)

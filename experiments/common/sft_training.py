@@ -70,6 +70,8 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
         console.print(f"adapter      standardises features by {min(len(frames), FITTED_FRAMES)} frames")
     print_parts(console, policy)
     if sft.stage == "instruct":
+        with contextlib.closing(make_vector_env(environment, 1, run.seed, held_out=True)) as env:
+            console.print(f"episodes     {env.limit_from}")
         seen = sights(environment, run.seed)
         print_sensitivity(console, sensitivity(policy, *seen))
         warn_of(dead_frames(environment.env, *seen))
