@@ -3,9 +3,8 @@
 transformers' Trainer brings optimizer, scheduler, accelerate, mixed precision, callbacks and resumable checkpoints. One
 PPO iteration is one Trainer epoch: the data loader's `__iter__` plays the environments, computes advantages, and yields
 num_ppo_epochs x (samples / minibatch) minibatches, shuffled anew in each PPO epoch. What is overridden: `compute_loss`,
-`get_train_dataloader`, `log`, `save_model`, and three private methods: `_load_from_checkpoint` (the original loads
-weights by name and says nothing where names differ), `_load_optimizer_and_scheduler` (the original's learning rate is
-that of the checkpoint, whatever the settings say) and `_send_telemetry` (off).
+`get_train_dataloader`, `log`, `save_model`, and two private methods: `_load_from_checkpoint` (the original loads
+weights by name and says nothing where names differ) and `_send_telemetry` (off).
 """
 
 import json
@@ -211,22 +210,6 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             self._ended.load_state_dict(state["episodes"])
         tensors = folder / ROLLOUT_TENSORS
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads both, and keeps the learning rates and the schedule that this run was given.
-
-        Of a run that goes on as it was they are the checkpoint's, to the bit.
-        """
-        rates = list(self.lr_scheduler.base_lrs)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self.lr_scheduler.base_lrs = rates
-        steps = self.lr_scheduler.last_epoch
-        now = [rate * share(steps) for rate, share in zip(rates, self.lr_scheduler.lr_lambdas, strict=True)]
-        for group, base, rate in zip(self.optimizer.param_groups, rates, now, strict=True):
-            group["initial_lr"], group["lr"] = base, rate
-        self.lr_scheduler._last_lr = list(now)
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""

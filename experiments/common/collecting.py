@@ -21,6 +21,7 @@ from manako.agent.data.trajectories import episode_returns, episode_success, sav
 from manako.agent.interfaces import NOT_FIXED, Rollouts
 from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
+from manako.experiments.common import stopping
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import dead_frames, knows_expert, make_segment, make_vector_env, warn_of
@@ -50,6 +51,7 @@ def collect(
     Returns:
         The exit code.
     """
+    stopping.tidy_up_from_here()
     with connected(command.workers):
         return _collect(command, recordings, has_expert, unseeded, started)
 

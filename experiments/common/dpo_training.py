@@ -32,7 +32,7 @@ from manako.experiments.common.collecting import own_trajectories
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import ignored_seeds, make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
-from manako.experiments.common.results import evaluate_run, write_final
+from manako.experiments.common.results import evaluate_run, write_evaluation, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import DPOCommand
 from manako.policies import VLMPolicy
@@ -100,7 +100,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
         reports[-1]["evaluation"] = evaluate_run(command, policy, run_dir, environment.num_envs)
         print_table(console, reports[-1]["evaluation"], f"{environment.env}, held-out seeds")
     write_final(policy, run_dir)
-    write_text(run_dir / "evaluation.json", json.dumps(reports[-1]["evaluation"], indent=2))
+    write_evaluation(run_dir, reports[-1]["evaluation"])
     after = measure_retention(policy)
     report = {
         "stage": dpo.method,

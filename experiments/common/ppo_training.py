@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from manako.experiments.common.command_line import UsageError, build, read_setti
 from manako.experiments.common.ending import STAGING, Ending, only_warned
 from manako.experiments.common.environments import dead_frames, ignored_seeds, sights, warn_of
 from manako.experiments.common.progress import Progress
-from manako.experiments.common.results import evaluate_run, write_final, write_gif
+from manako.experiments.common.results import evaluate_run, write_evaluation, write_final, write_gif
 from manako.experiments.common.resuming import Changes, in_words, keep_the_end, write_down
-from manako.experiments.common.run_folder import write_config, write_description, write_text
+from manako.experiments.common.run_folder import write_config, write_description
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.room import check_training_room
@@ -180,5 +179,5 @@ def _finish(
             f"{command.policy.policy} on {command.environment.env}, seed {command.run.seed}",
             baselines={"random policy": (random[measure], tuple(interval))},
         )
-    write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+    write_evaluation(run_dir, summary)
     progress.print_evaluation(summary)

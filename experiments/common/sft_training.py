@@ -27,7 +27,7 @@ from manako.experiments.common.progress import (
     print_sensitivity,
     print_table,
 )
-from manako.experiments.common.results import evaluate_run, write_final
+from manako.experiments.common.results import evaluate_run, write_evaluation, write_final
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import SFTCommand
 from manako.experiments.common.what_learns import trainable_of
@@ -97,7 +97,7 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
     print_retention(console, before, after)
     if run.eval_episodes and sft.stage == "instruct":
         summary = evaluate_run(command, policy, run_dir, SIDE_BY_SIDE)
-        write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+        write_evaluation(run_dir, summary)
         print_table(console, summary, f"{environment.env}, held-out seeds")
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
     return 0

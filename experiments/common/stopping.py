@@ -6,16 +6,18 @@ in the middle of one, which may take it for a fault of its own. From `tidy_up_fr
 While a run trains, its own callbacks answer, at the end of a step. Standard library alone: this is imported first.
 """
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = 130
 
 _asked = 0  # signals that came
-_tidies = False
+_tidies = _waits = False
 _hint = "nothing was begun"
 
 
@@ -44,6 +46,18 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def at_the_next_step() -> Iterator[None]:
+    """Lets a block answer a first signal by itself, by asking `asked`; a second one raises `KeyboardInterrupt`."""
+    global _waits
+    check()
+    _waits = True
+    try:
+        yield
+    finally:
+        _waits = False
+
+
 def asked() -> bool:
     """Says whether a signal came."""
     return _asked > 0
@@ -51,8 +65,8 @@ def asked() -> bool:
 
 def forget() -> None:
     """Begins anew, for a second runner in one process; no signal has come then."""
-    global _asked, _tidies
-    _asked, _tidies = 0, False
+    global _asked, _tidies, _waits
+    _asked, _tidies, _waits = 0, False, False
     for number in SIGNALS:
         if signal.getsignal(number) is _answer:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -66,6 +80,9 @@ def _install() -> None:
 def _answer(number: int, frame: FrameType | None) -> None:
     global _asked
     _asked += 1
+    if _waits and _asked == 1:
+        os.write(2, b"stopping at the end of this step; a second signal stops at once\n")
+        return
     if _tidies:
         raise KeyboardInterrupt
     try:
