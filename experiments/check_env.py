@@ -20,6 +20,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.envs.check import WARNING, Speed, check_vlm_env, measure_speed  # noqa: E402
 from manako.envs.errors import EnvError  # noqa: E402
 from manako.envs.making import make_vlm_env  # noqa: E402

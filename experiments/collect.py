@@ -29,6 +29,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 import gymnasium as gym  # noqa: E402
 
 from manako.agent.data.recordings import Recording, read_recordings  # noqa: E402

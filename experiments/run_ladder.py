@@ -33,6 +33,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.experiments.common.command_line import (  # noqa: E402
     UsageError,
     checked_sections,

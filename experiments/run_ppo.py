@@ -14,7 +14,6 @@ then, such as --learning_rate and --total_steps, is in experiments/common/resumi
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,17 +26,20 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.agent.checkpoint import latest_checkpoint  # noqa: E402
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
-    UsageError,
     read_command_line,
     run_main,
     show,
     show_loading,
 )
-from manako.experiments.common.resuming import Changes, check_length, goes_on  # noqa: E402
-from manako.experiments.common.run_folder import check_job_folder, new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import Changes, begin_again, check_length  # noqa: E402
+from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
 from manako.experiments.common.settings import GOTO, PPOCommand, check_together  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -85,19 +87,7 @@ def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path | Non
     Raises:
         UsageError: no run there, a finished one, damaged checkpoints alone, or flags that a run keeps from its start.
     """
-    run_dir = Path(str(line.settings.run.resume))
-    check_job_folder(str(run_dir), "--resume")
-    if not (run_dir / "config.yaml").is_file():
-        raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
-    command, changes = goes_on(line, run_dir)
-    with warnings.catch_warnings(record=True) as faults:
-        warnings.simplefilter("always")
-        checkpoint = latest_checkpoint(run_dir)
-    found = "; ".join(str(fault.message).removeprefix("Passed over: ").split(";")[0] for fault in faults)
-    if checkpoint is None and found:
-        raise UsageError(f"{run_dir} holds no whole checkpoint ({found}): start a new run without --resume.")
-    if checkpoint is not None and found:
-        print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
+    command, run_dir, checkpoint, changes = begin_again(line)
     iteration = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     check_length(changes, run_dir, iteration, command.environment.num_envs * command.ppo.num_steps)
     return command, run_dir, checkpoint, changes

@@ -19,11 +19,12 @@ class StepCheckpoints(Checkpoints):
     """Checkpoints of a trainer whose steps are optimizer steps."""
 
     _whole, _step = False, 0
+    rows_before = 0  # of metrics.jsonl, of earlier rounds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decides whether this step is saved."""
         self._whole, self._step = True, state.global_step
-        if self.interrupted or self.clock.due():
+        if self.interrupted or self.clock.due() or state.global_step >= state.max_steps:
             self._began, control.should_save = time.monotonic(), True
         control.should_training_stop = control.should_training_stop or self.interrupted
 
@@ -62,6 +63,8 @@ class SavesPolicy:
             KeyboardInterrupt: a signal came.
         """
         trainer: Any = self
+        step = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+        self.rows += cut_steps(saver.run_dir, step, saver.rows_before)
         trainer.add_callback(saver)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         saver.restore_signals()

@@ -34,13 +34,14 @@ class Ending:
 
     Attributes:
         begun: whether the run folder is there, so that there is something to go on with.
+        described: whether this start has written down what it is.
         kept: says what is kept, once the training has begun.
         stopped: whether a signal ended it.
     """
 
     def __init__(self, run_dir: Path, lower_rate: float | None = None) -> None:
         self.run_dir, self.lower_rate = run_dir, lower_rate
-        self.begun = self.stopped = False
+        self.begun = self.described = self.stopped = False
         self.kept: Callable[[], str] = lambda: "Stopped before the first iteration: nothing was learned yet."
 
     def __enter__(self) -> "Ending":

@@ -1,7 +1,6 @@
 """A run of run_ppo.py: environments, policy, before.gif, training, evaluation with controls, curve, after.gif."""
 
 import contextlib
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from manako.experiments.common.building import (
     make_trainer_args,
     policy_of_run,
 )
-from manako.experiments.common.command_line import UsageError, build, read_settings
+from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.ending import STAGING, Ending, only_warned
 from manako.experiments.common.environments import dead_frames, ignored_seeds, sights, warn_of
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_evaluation, write_final, write_gif
-from manako.experiments.common.resuming import Changes, in_words, keep_the_end, write_down
-from manako.experiments.common.run_folder import write_config, write_description
+from manako.experiments.common.resuming import Changes, in_words, keep_changes, keep_the_end
+from manako.experiments.common.run_folder import write_description
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.room import check_training_room
@@ -97,7 +96,9 @@ def _train(
         else:
             cut_metrics(run_dir, iteration)
             set_aside(run_dir, iteration)
-            keep_changes(command, run_dir, changes, iteration, iteration * trainer.num_samples)
+            if (run_dir / "evaluation.json").exists():  # and is to be longer
+                keep_the_end(run_dir, iteration * trainer.num_samples)
+            keep_changes(command, run_dir, changes, iteration)
         ending.begun = True
         metrics = MetricsCallback(run_dir)
         saver = CheckpointCallback(trainer, run_dir, run.save_every, run.keep_checkpoints, run.save_minutes)
@@ -148,17 +149,6 @@ def _kept(saver: CheckpointCallback, iterations: int) -> str:
     if saver.last is None:
         return "Stopped in the first iteration: nothing was learned yet, and what goes on begins again."
     return f"Stopped after iteration {saver.last.name.split('-')[1]} of {iterations}."
-
-
-def keep_changes(command: PPOCommand, run_dir: Path, changes: Changes, iteration: int, env_steps: int) -> None:
-    """Writes down what is new of a run that goes on; of the machine's settings config.yaml keeps the run's own."""
-    if not changes:
-        return
-    if (run_dir / "evaluation.json").exists():
-        keep_the_end(run_dir, env_steps)
-    write_down(run_dir, changes, iteration)
-    own = build(PPOCommand, read_settings(PPOCommand, str(run_dir / "config.yaml")))
-    write_config(run_dir, dataclasses.replace(command, workers=own.workers))
 
 
 def _finish(

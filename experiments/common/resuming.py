@@ -23,12 +23,24 @@ import json
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from manako.experiments.common.command_line import CommandLine, UsageError, build, flat, read_settings
-from manako.experiments.common.settings import OF_THE_MACHINE, PPOCommand, moved
+from manako.agent.checkpoint import latest_checkpoint
+from manako.experiments.common.command_line import (
+    CommandLine,
+    UsageError,
+    build,
+    flat,
+    known_settings,
+    read_settings,
+)
+from manako.experiments.common.run_folder import check_job_folder, write_config
+from manako.experiments.common.settings import OF_THE_MACHINE, DPOCommand, PPOCommand, SFTCommand, moved
+
+Command = TypeVar("Command", PPOCommand, SFTCommand, DPOCommand)
 
 RATES = ("learning_rate", "adapter_learning_rate", "lr_scheduler_type")
 EVALUATION = ("eval_episodes", "eval_steps", "gif_episodes")
@@ -40,38 +52,81 @@ OF_THE_END = ("final", "evaluation.json", "episodes.json", "after.gif", "learnin
 Changes = dict[str, tuple[Any, Any]]  # name of a setting -> what it was, what it is now
 
 
-def goes_on(line: CommandLine[PPOCommand], run_dir: Path) -> tuple[PPOCommand, Changes]:
+def goes_on(line: CommandLine[Command], run_dir: Path) -> tuple[Command, Changes]:
     """Returns a run's settings with what came with `--resume`, and what of them is new.
 
     Raises:
         UsageError: a setting came that a run keeps from its start, or one that this run cannot take.
     """
-    kept = sorted(line.given - {"resume", *OF_THE_MACHINE, *CHANGEABLE})
-    command = build(PPOCommand, read_settings(PPOCommand, str(run_dir / "config.yaml")))
+    kind, given = type(line.settings), line.given
+    may = [name for name in CHANGEABLE if name in known_settings(kind)]
+    kept = sorted(given - {"resume", *OF_THE_MACHINE, *may})
     if kept:
         raise UsageError(
             f"--resume goes on with the run's own settings, but --{kept[0]} came too: leave it out; only "
-            f"{', '.join(CHANGEABLE)} and where it is computed may change."
+            f"{', '.join(may)} and where it is computed may change."
         )
-    workers = moved(command.workers, line.given, line.settings.workers)
-    given = {name: value for name, value in _values(line.settings).items() if name in line.given & set(CHANGEABLE)}
-    ppo = dataclasses.replace(command.ppo, **{name: value for name, value in given.items() if name in RATES})
-    run = dataclasses.replace(command.run, **{name: value for name, value in given.items() if name not in RATES})
-    new = dataclasses.replace(command, ppo=ppo, run=run, workers=workers)
-    for settings in (command.ppo, new.ppo):
-        if (settings.adapter_learning_rate in (None, settings.learning_rate)) != (
-            command.ppo.adapter_learning_rate in (None, command.ppo.learning_rate)
-        ):
-            raise UsageError(
-                f"--adapter_learning_rate is {new.ppo.adapter_learning_rate} beside --learning_rate "
-                f"{new.ppo.learning_rate}, and the run had {command.ppo.adapter_learning_rate} beside "
-                f"{command.ppo.learning_rate}: a resumed run keeps whether the adapter has a rate of its own."
-            )
-    before, after = _values(command), _values(new)
-    return new, {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+    command = build(kind, read_settings(kind, str(run_dir / "config.yaml")))
+    parts: dict[str, Any] = {}
+    for part in dataclasses.fields(kind):
+        own, new = getattr(command, part.name), getattr(line.settings, part.name)
+        names = {field.name for field in dataclasses.fields(own)} & given & set(may)
+        parts[part.name] = dataclasses.replace(own, **{name: getattr(new, name) for name in names})
+    if isinstance(command, PPOCommand) and isinstance(line.settings, PPOCommand):
+        parts["workers"] = moved(command.workers, given, line.settings.workers)
+    changed = dataclasses.replace(command, **parts)
+    before, after = _values(command), _values(changed)
+    if _own_rate(before) != _own_rate(after):
+        raise UsageError(
+            f"--adapter_learning_rate is {after['adapter_learning_rate']} beside --learning_rate "
+            f"{after['learning_rate']}, and the run had {before['adapter_learning_rate']} beside "
+            f"{before['learning_rate']}: a resumed run keeps whether the adapter has a rate of its own."
+        )
+    return changed, {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
 
-def _values(command: PPOCommand) -> dict[str, Any]:
+def _own_rate(values: Mapping[str, Any]) -> bool:
+    """Whether the adapter has a learning rate of its own."""
+    return values["adapter_learning_rate"] not in (None, values["learning_rate"])
+
+
+def begin_again(line: CommandLine[Command]) -> tuple[Command, Path, Path | None, Changes]:
+    """Returns the settings of the run that `--resume` names, its folder, its last whole checkpoint, and what is new.
+
+    A run that was stopped before its first checkpoint has none, and begins again.
+
+    Raises:
+        UsageError: no run there, damaged checkpoints alone, or flags that a run keeps from its start.
+    """
+    run_dir = Path(str(line.settings.run.resume))
+    check_job_folder(str(run_dir), "--resume")
+    if not (run_dir / "config.yaml").is_file():
+        raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
+    command, changes = goes_on(line, run_dir)
+    with warnings.catch_warnings(record=True) as faults:
+        warnings.simplefilter("always")
+        checkpoint = latest_checkpoint(run_dir)
+    found = "; ".join(str(fault.message).removeprefix("Passed over: ").split(";")[0] for fault in faults)
+    if checkpoint is None and found:
+        raise UsageError(f"{run_dir} holds no whole checkpoint ({found}): start a new run without --resume.")
+    if checkpoint is not None and found:
+        print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
+    return command, run_dir, checkpoint, changes
+
+
+def check_unfinished(run_dir: Path) -> None:
+    """Raises where a run has ended.
+
+    Raises:
+        UsageError: it has.
+    """
+    if (run_dir / "report.json").exists():
+        raise UsageError(
+            f"The run in {str(run_dir)!r} is finished: start a new one, with --policy {run_dir}/final if you like."
+        )
+
+
+def _values(command: Any) -> dict[str, Any]:
     parts = {part.name: vars(getattr(command, part.name)) for part in dataclasses.fields(command)}
     return {name: value for name, value in flat(parts).items() if name not in ("resume", "output_dir")}
 
@@ -94,10 +149,10 @@ def check_length(changes: Changes, run_dir: Path, iteration: int, samples: int) 
         )
 
 
-def in_words(changes: Changes, iteration: int) -> str:
+def in_words(changes: Changes, done: int, what: str = "iteration") -> str:
     """Returns what is new, for the header."""
     said = [f"{name} {before} -> {now}" for name, (before, now) in changes.items()]
-    return f"{', '.join(said)}, from iteration {iteration + 1} on"
+    return f"{', '.join(said)}, from {what} {done + 1} on"
 
 
 def write_down(run_dir: Path, changes: Mapping[str, tuple[Any, Any]], iteration: int) -> None:
@@ -118,3 +173,21 @@ def keep_the_end(run_dir: Path, env_steps: int) -> None:
         path = run_dir / name
         if path.exists():
             path.rename(path.with_name(f"{path.stem}-{env_steps}{path.suffix}"))
+
+
+def keep_changes(command: PPOCommand | SFTCommand | DPOCommand, run_dir: Path, changes: Changes, done: int) -> None:
+    """Writes down what is new of a run that goes on; of the machine's settings config.yaml keeps the run's own.
+
+    Args:
+        command: the settings now.
+        run_dir: the run folder.
+        changes: what is new.
+        done: iterations or steps so far.
+    """
+    if not changes:
+        return
+    write_down(run_dir, changes, done)
+    if isinstance(command, PPOCommand):
+        own = build(PPOCommand, read_settings(PPOCommand, str(run_dir / "config.yaml")))
+        command = dataclasses.replace(command, workers=own.workers)
+    write_config(run_dir, command)

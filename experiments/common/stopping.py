@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -73,6 +74,8 @@ def forget() -> None:
 
 
 def _install() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may, and only it is interrupted
     for number in SIGNALS:
         signal.signal(number, _answer)
 
