@@ -29,12 +29,14 @@ def evaluation(make_env, file: Path, stop_at: int | None, sample: bool = False, 
         return None, asked
 
 
-@pytest.mark.parametrize(("make_env", "sample", "most_steps"), [(color_env, True, None), (corridor_env, False, 40)])
-def test_stopped_again_and_again_it_gives_the_same(make_env, sample, most_steps, tmp_path):
+@pytest.mark.parametrize(
+    ("make_env", "sample", "most_steps", "stop_at"), [(color_env, True, None, 3), (corridor_env, False, 40, 8)]
+)
+def test_stopped_again_and_again_it_gives_the_same(make_env, sample, most_steps, stop_at, tmp_path):
     whole, steps = evaluation(make_env, tmp_path / "whole", None, sample, most_steps)
     file, total, stops = tmp_path / "parts", 0, 0
     for _ in range(100):
-        parts, asked = evaluation(make_env, file, 9, sample, most_steps)  # eight steps at a time
+        parts, asked = evaluation(make_env, file, stop_at, sample, most_steps)  # a few steps at a time
         total += asked
         stops += parts is None
         if parts is not None:
