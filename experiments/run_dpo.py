@@ -36,8 +36,8 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show_loading,
 )
 from manako.experiments.common.remote import asking, check_flags  # noqa: E402
-from manako.experiments.common.resuming import begin_again, check_unfinished  # noqa: E402
-from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import DPOCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 from manako.policies.remote.settings import REMOTE  # noqa: E402
@@ -47,15 +47,17 @@ def main() -> int:
     """Runs all rounds; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    if line.settings.run.resume:
-        command, run_dir, checkpoint, changes = begin_again(line)
-        check_unfinished(run_dir)
-        show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'the start of its round'}")
-    else:
-        command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
-        show("run", str(run_dir))
-    command = with_trainable(command)
-    with asking(command.remote if command.dpo.pairs == REMOTE else None):
+    resumes = line.settings.run.resume is not None
+    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
+    remote = line.settings.remote if line.settings.dpo.pairs == REMOTE else None
+    with going_on(run_dir) if resumes else making(run_dir), asking(remote):
+        command, checkpoint, changes = line.settings, None, None
+        if resumes:
+            check_unfinished(run_dir)
+            command, checkpoint, changes = begin_again(line)
+        place = f", from {checkpoint.name if checkpoint else 'the start of its round'}" if resumes else ""
+        show("run", f"{run_dir}{place}")
+        command = with_trainable(command)
         show_loading()
         from manako.experiments.common.dpo_training import train  # torch and all
 

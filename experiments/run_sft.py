@@ -42,8 +42,8 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
     show_loading,
 )
-from manako.experiments.common.resuming import begin_again, check_unfinished  # noqa: E402
-from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import SFTCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -52,19 +52,21 @@ def main() -> int:
     """Runs one stage; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    if line.settings.run.resume:
-        command, run_dir, checkpoint, changes = begin_again(line)
-        check_unfinished(run_dir)
-        show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'its start'}")
-    else:
-        command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
-        show("run", str(run_dir))
-    if command.sft.stage == "instruct":  # before it the architecture may say what learns
-        command = with_trainable(command)
-    show_loading()
-    from manako.experiments.common.sft_training import train  # torch and all
+    resumes = line.settings.run.resume is not None
+    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
+    with going_on(run_dir) if resumes else making(run_dir):
+        command, checkpoint, changes = line.settings, None, None
+        if resumes:
+            check_unfinished(run_dir)
+            command, checkpoint, changes = begin_again(line)
+        place = f", from {checkpoint.name if checkpoint else 'its start'}" if resumes else ""
+        show("run", f"{run_dir}{place}")
+        if command.sft.stage == "instruct":  # before it the architecture may say what learns
+            command = with_trainable(command)
+        show_loading()
+        from manako.experiments.common.sft_training import train  # torch and all
 
-    return train(command, run_dir, checkpoint, changes, started)
+        return train(command, run_dir, checkpoint, changes, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[SFTCommand]:

@@ -35,6 +35,7 @@ from manako.experiments.common import stopping
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
 from manako.experiments.common.command_line import UsageError
+from manako.experiments.common.disk_room import check_disk_room
 from manako.experiments.common.ending import Ending
 from manako.experiments.common.environments import ignored_seeds, make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
@@ -101,6 +102,7 @@ def _train(
     check_learns_by_acting(policy, command.policy.trainable)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
+    check_disk_room(policy, run_dir, 0)
     console, before = plain_console(), measure_retention(policy)
     console.print(f"episodes     {env.limit_from}")
     unseeded = ignored_seeds(environment, run.seed, needed_for=SAME_SEED.get(dpo.pairs))
