@@ -38,6 +38,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     checked_sections,
     known_settings,
     parse,
+    read_json,
     read_yaml,
     run_main,
     section,
@@ -221,7 +222,7 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
     name, runner = step["name"], step["runner"]
     finished, place, file = folder / f"{name}.json", folder / name, folder / f"{name}.settings.yaml"
     if finished.is_file():
-        return dict(json.loads(finished.read_text()))
+        return read_json(finished)
     shutil.rmtree(place, ignore_errors=True)  # of a start that was stopped
     settings = settings_of(runner, own_sections(step), common)
     policy = settings.setdefault("policy", {})

@@ -9,8 +9,10 @@ from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import (
     CommandLine,
     UsageError,
+    check,
     check_new_file,
     checked_sections,
+    known_settings,
     read_command_line,
     read_yaml,
 )
@@ -64,10 +66,18 @@ def with_the_runs(line: CommandLine[Played]) -> Played:
     of_policy = {name: value for name, value in source.items() if name not in ("policy", *OF_PRESETS)}
     environment = EnvSettings(**{**played, **_given(command.environment, given)})
     policy_source = PolicySource(**{**of_policy, **_given(command.policy, given), "policy": policy})
-    seed = {} if "seed" in given else {"seed": written["run"]["seed"]}
+    seed = {} if "seed" in given else {"seed": _seed(written.get("run"), str(file))}
     return dataclasses.replace(
         command, environment=environment, policy=policy_source, run=dataclasses.replace(command.run, **seed)
     )
+
+
+def _seed(run: Any, source: str) -> int:
+    """The seed in a run's own section, whose other settings are not this runner's."""
+    if not isinstance(run, dict) or "seed" not in run:
+        raise UsageError(f"{source} says no seed in its section run: use another copy of the run, or give --seed.")
+    check(known_settings(PPOCommand), {"seed": run["seed"]}, source)
+    return int(run["seed"])
 
 
 def _given(settings: EnvSettings | PolicySource, given: frozenset[str]) -> dict[str, Any]:
