@@ -66,7 +66,7 @@ def with_the_runs(line: CommandLine[Played]) -> Played:
     of_policy = {name: value for name, value in source.items() if name not in ("policy", *OF_PRESETS)}
     environment = EnvSettings(**{**played, **_given(command.environment, given)})
     policy_source = PolicySource(**{**of_policy, **_given(command.policy, given), "policy": policy})
-    seed = {} if "seed" in given else {"seed": _seed(written.get("run"), str(file))}
+    seed: dict[str, Any] = {} if "seed" in given else {"seed": _seed(written.get("run"), str(file))}
     return dataclasses.replace(
         command, environment=environment, policy=policy_source, run=dataclasses.replace(command.run, **seed)
     )
