@@ -28,6 +28,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
+import manako.agent.report.figures  # noqa: F401  # Ctrl-C in the import of a library would spoil all cases after it
 from manako.experiments import check_model, collect, evaluate, imagine, run_dpo, run_ladder, run_ppo, run_sft
 from manako.experiments.common.command_line import as_sections, known_settings, run_main
 from manako.experiments.common.settings import (
