@@ -75,6 +75,8 @@ def to_dataset(
 ) -> Dataset:
     """Returns the whole episodes in consecutive rollouts of the same slots, a row a step.
 
+    One that the environment's fault has cut off is left out, and no later one stands in its place.
+
     Args:
         rollouts: with their records, one after another.
         policy: whose prompts and tokens the rows get; a player that cannot learn has none.
@@ -94,16 +96,19 @@ def to_dataset(
     count = 0
     for slot in range(rollouts[0].rewards.shape[1]):
         episode: list[tuple[int, int]] = []  # (number of the rollout, t)
-        before = count
+        seen = 0  # episodes that are over, lost ones among them
         for number, rollout in enumerate(rollouts):
             record = _record(rollout)
             for t in range(len(rollout.rewards)):
                 if record.steps[t, slot] == 0:
                     episode = []
                 episode.append((number, t))
+                if rollout.failed is not None and rollout.failed[t, slot]:
+                    episode, seen = [], seen + 1
+                    continue
                 ended = bool(rollout.terminated[t, slot] | rollout.truncated[t, slot])
                 whole = ended and len(episode) == int(record.steps[t, slot]) + 1  # seen from its beginning
-                if whole and (quota is None or count - before < quota[slot]):
+                if whole and (quota is None or seen < quota[slot]):
                     last = verdict(int(record.success[t, slot]))
                     history = policy.spec.history  # 0 where actions are vectors
                     actions = [int(_record(rollouts[n]).to_env[at, slot]) if history else 0 for n, at in episode]
@@ -117,7 +122,7 @@ def to_dataset(
                             columns[name].append(row[name])
                     count += 1
                 if ended:
-                    episode = []
+                    episode, seen = [], seen + whole
     if not count:
         raise TrainingError("No episode ended in what was recorded: expected more steps, or shorter episodes.")
     dataset = Dataset.from_dict(columns, features=features)
