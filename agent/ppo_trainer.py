@@ -195,7 +195,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
         if tensors := self.collector.tensors():
             save_file(tensors, folder / ROLLOUT_TENSORS)
-        write_manifest(folder, trusted=True)
+        write_manifest(folder, trusted=True, deep=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
