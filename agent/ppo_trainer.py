@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl.trainer.base_trainer import _BaseTrainer
 
 from manako.agent.checkpoint import OF_A_RUN, disk_refused, verify_folder
@@ -35,7 +36,8 @@ from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
-from manako.errors import first_line, is_of_the_disk
+from manako.bounded import json_object, read_text
+from manako.errors import first_line, is_of_the_disk, type_and_text
 from manako.manifest import write_manifest
 from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
@@ -155,7 +157,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         if samples.importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
         parts = self.num_samples // args.per_device_train_batch_size
-        for minibatch in minibatches(samples, args, self.iteration, parts):
+        for minibatch in minibatches(samples, args, self.iteration, parts, self.policy):
             yield {name: value for name, value in minibatch._asdict().items() if value is not None and name != "usable"}
 
     def compute_loss(
@@ -212,7 +214,18 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         folder = Path(resume_from_checkpoint)
         verify_folder(folder, OF_A_RUN)
         self.policy.load_weights(folder)
-        state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # which the Trainer reads next
+            self._load_state(folder, json_object(read_text(folder / ROLLOUT_STATE)))
+        except TrainingError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise TrainingError(
+                f"The state of the run in {folder} cannot be read ({type_and_text(error)}): use an older checkpoint."
+            ) from error
+
+    def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
+        """Takes over what `save_state` wrote."""
         self.iteration = state["iteration"]
         # checkpoints of older versions have neither: their critic knows rewards as they are; their episodes start anew
         if "return_scale" not in state:

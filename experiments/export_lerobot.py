@@ -38,8 +38,8 @@ DEFAULT_FPS = 4  # where nothing says how fast an environment runs: that of this
 class ExportSettings:
     """What is written again."""
 
-    dataset: str | None = setting(None, "trajectories, a folder of collect.py")
-    output: str | None = setting(None, "folder of the LeRobot dataset, must not exist")
+    dataset: str | None = setting(None, "trajectories, a folder of collect.py", is_path=True)
+    output: str | None = setting(None, "folder of the LeRobot dataset, must not exist", is_path=True)
     fps: int | None = setting(
         None, f"frames per second; by default the env's render_fps, and {DEFAULT_FPS} where it has none", ge=1
     )

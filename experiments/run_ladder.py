@@ -69,9 +69,9 @@ Sections = dict[str, dict[str, Any]]
 class LadderSettings:
     """What is run and compared."""
 
-    ladder: str | None = setting(None, "YAML file with the steps")
-    output_dir: str | None = setting(None, "folder of the ladder, must not exist")
-    resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept")
+    ladder: str | None = setting(None, "YAML file with the steps", is_path=True)
+    output_dir: str | None = setting(None, "folder of the ladder, must not exist", is_path=True)
+    resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept", is_path=True)
     table: str | None = setting(
         None, "Markdown file for the table, between its markers if it has some; a chart is put beside it"
     )

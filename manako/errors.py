@@ -24,21 +24,29 @@ class ManakoError(ValueError):
 
 def first_line(error: BaseException, longest: int | None = 160) -> str:
     """Returns the first line of an error's text, or its type where it has none, without a full stop at the end."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:longest]
+    return (_text(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:longest]
 
 
 def full_text(error: BaseException) -> str:
     """Returns an error's whole text in one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(_text(error).split()) or type(error).__name__
 
 
 def type_and_text(error: BaseException) -> str:
     """Returns the type and the whole text of somebody else's error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {' '.join(_text(error).split())}".removesuffix(": ")
 
 
 def is_of_the_disk(error: BaseException) -> bool:
     """Says whether an error of Python or a library is a disk that refused to take something."""
     if isinstance(error, OSError):
         return error.errno in OF_THE_DISK
-    return not isinstance(error, ManakoError) and any(words in str(error) for words in _REFUSED)
+    return not isinstance(error, ManakoError) and any(words in _text(error) for words in _REFUSED)
+
+
+def _text(error: BaseException) -> str:
+    """What an error says; nothing where that raises as well."""
+    try:
+        return str(error)
+    except Exception:
+        return ""

@@ -137,6 +137,7 @@ def put_policy_around(
         text=_text_of(source, vectors),
         frames=source.frames,
         history=source.history,
+        image_first=source.image_first,
         vectors=vectors,
         bins=source.bins,
         bin_spacing=source.bin_spacing,
@@ -228,6 +229,7 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         **{name: getattr(source, name) for name in TEXT_FIELDS},
         frames=source.frames,
         history=source.history,
+        image_first=source.image_first,
     )
     return Loaded(model, source, head, description["base_sha256"])
 
@@ -309,7 +311,7 @@ def _fill_in(
     if source.action_format == TEXT or description.get("action_space", {}).get("kind") == "Text":
         given = {name for name in TEXT_FIELDS if getattr(source, name) is not None}
         source = replace(source, **{name: getattr(saved, name) for name in TEXT_FIELDS if name not in given})
-    for name in ("frames", "history"):
+    for name in ("frames", "history", "image_first"):
         default, learned, asked = getattr(PolicySource(), name), getattr(saved, name), getattr(source, name)
         if asked not in (default, learned) and learned != default:
             raise PolicyError(

@@ -16,6 +16,7 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 
+from manako.bounded import json_object, read_text
 from manako.errors import first_line
 from manako.manifest import write_manifest
 from manako.policies.adapters import Adapter
@@ -143,7 +144,7 @@ def read_description(folder: Path) -> tuple[PolicySource, dict[str, Any]]:
         PolicyError: it is missing, damaged, or of another format.
     """
     try:
-        description = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
+        description = json_object(read_text(folder / POLICY_FILE))
         if description["format"] != FORMAT:
             raise ValueError(f"format {description['format']!r}, this version reads {FORMAT}")
         for key, kind in DESCRIPTION.items():

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from manako.agent.checkpoint import finalize_folder
 from manako.agent.ppo_trainer import PPOTrainer
+from manako.bounded import BadText, json_object
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -63,9 +64,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out, and so is a damaged one."""
     path, rows = run_dir / METRICS_FILE, []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict):
+        with contextlib.suppress(BadText):
+            row = json_object(line)
+            if all(type(row.get(name)) is int for name in ("iteration", "env_steps")):
                 rows.append(row)
     return rows
 

@@ -51,7 +51,9 @@ def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: 
 
 def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
     environment, ppo, run = command.environment, command.ppo, command.run
-    policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None)
+    policy, env = policy_of_run(
+        environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None, num_steps=ppo.num_steps
+    )
     check_learns_by_acting(policy, command.policy.trainable)
     check_training_room(policy, command.policy.trainable, policy.device)
     check_disk_room(policy, run_dir, run.keep_checkpoints)

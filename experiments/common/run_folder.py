@@ -23,13 +23,14 @@ from manako.policies.remote.settings import REMOTE
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
 SEAL = "# sha256 of what follows: "  # the first line of a run's config.yaml
+LONGEST_PART = 50  # characters of a name in the name of a run
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow", "ray")
 
 
 def default_run_dir(command: TrainCommand) -> Path:
     """Returns where a run lands that does not say where."""
     names = (command.environment.env, command.policy.policy)
-    env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-") for text in names)
+    env, policy = (text.rstrip("/").split("/")[-1].replace(":", "-")[:LONGEST_PART] for text in names)
     return Path("runs") / f"{env}-{policy}-seed{command.run.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
