@@ -197,7 +197,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
         if tensors:
             save_file(tensors, folder / ROLLOUT_TENSORS)
-        write_manifest(folder, trusted=True)
+        write_manifest(folder, trusted=True, deep=False)
 
     def run_state(self) -> dict[str, Any]:
         """Returns where the run is, as JSON: what a checkpoint holds beside weights, optimizer and chance."""

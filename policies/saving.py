@@ -67,7 +67,7 @@ def save_policy(policy: "VLMPolicy", folder: Path) -> None:
     }
     (folder / POLICY_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
     try:
-        write_manifest(folder)
+        write_manifest(folder, deep=False)
     except ValueError as error:
         raise PolicyError(str(error)) from error
 
