@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manako.agent.backends import RolloutPlan
-from manako.agent.errors import TrainingError
+from manako.agent.errors import NotFiniteError, TrainingError
 from manako.agent.interfaces import GIVEN_UP, Fault, Shown, Stepped, VectorEnv, ask, remember_for
 from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers, verdict
@@ -124,9 +124,9 @@ class RolloutCollector:
                 inputs = policy.prepare(self._shown.images, self._shown.instructions, told)
                 acted = self._act(inputs, draws)
                 if not torch.isfinite(acted.logprobs[acted.mask]).all():
-                    raise TrainingError(
+                    raise NotFiniteError(
                         f"The policy's probabilities are not finite in iteration {iteration}, step {t}: expected "
-                        "numbers; start again from the last checkpoint with a smaller learning_rate."
+                        "numbers, which a smaller learning_rate keeps."
                     )
                 advice = told.get("expert_actions") if self.ask_expert else None
                 if self.ask_expert and advice is None:

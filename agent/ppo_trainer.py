@@ -27,7 +27,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from manako.agent.checkpoint import OF_A_RUN, disk_refused, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
-from manako.agent.errors import TrainingError, WorkersError
+from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
 from manako.agent.faults import FaultLog
 from manako.agent.group_advantages import METHODS, whole_groups
 from manako.agent.interfaces import NOT_FIXED, SEEDED, EvaluationEnv, Rollouts
@@ -125,6 +125,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.iteration = 0
         self.scale = return_scale(args, source.num_envs)
         self.failure: WorkersError | None = None
+        self.brought_back: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None  # by `LastIterations`
         self.faults = FaultLog()
         self._too_many: WorkersError | None = None
         self._ended = EpisodeCount(rounds=args.advantage != "gae")
@@ -201,6 +202,14 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder)
+        state, tensors = self.brought_back or (self.run_state(), self.collector.tensors())
+        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
+        if tensors:
+            save_file(tensors, folder / ROLLOUT_TENSORS)
+        write_manifest(folder, trusted=True, deep=False)
+
+    def run_state(self) -> dict[str, Any]:
+        """Returns where the run is, as JSON: what a checkpoint holds beside weights, optimizer and chance."""
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "env": self.collector.state_dict(),
@@ -208,10 +217,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         }
         if self.scale is not None:
             state["return_scale"] = self.scale.state_dict()
-        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
-        if tensors := self.collector.tensors():
-            save_file(tensors, folder / ROLLOUT_TENSORS)
-        write_manifest(folder, trusted=True)
+        return state
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -318,9 +324,9 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         """Stops on NaN and on a first ratio other than 1; keeps the numbers for the log."""
         if not torch.isfinite(measured["loss"]):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in measured.items())
-            raise TrainingError(
-                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers; start again from "
-                "the last checkpoint with a smaller learning_rate."
+            raise NotFiniteError(
+                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers, which a smaller "
+                "learning_rate keeps."
             )
         if not self._measured:
             self.first_ratio_error = (ratio - 1).abs().max().item()
@@ -379,9 +385,9 @@ class _PPOStops(TrainerCallback):
         trainer = self.trainer
         gradients = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise TrainingError(
-                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers; start again from "
-                "the last checkpoint with a smaller learning_rate."
+            raise NotFiniteError(
+                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers, which a smaller "
+                "learning_rate keeps."
             )
         if args.target_kl is not None:
             last = trainer._measured[-args.gradient_accumulation_steps :]

@@ -26,7 +26,6 @@ them in a wrapper of yours).
 
 import enum
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NoReturn
@@ -52,6 +51,7 @@ from manako.envs.guard import (
     wrong_reward,
     wrong_success,
 )
+from manako.envs.limits import limit_in_words, time_limit
 from manako.envs.masks import KEY, read_mask
 from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
@@ -64,6 +64,7 @@ IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
 MOST_OF_CODES = 31  # a uint8 grid of no larger number is taken for symbols, unless all of it is 0
 MIN_IMAGE_SIDE = 16  # pixels; a smaller uint8 grid is taken for symbols
 MOST_SKIPPED = 32  # turns of an episode without an action; the last of them truncates it
+LARGEST_REWARD = 1e15  # squares of an episode's sum of larger ones overflow float32
 MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, not an instruction
 
 
@@ -347,6 +348,7 @@ class VLMObservation(gym.Wrapper):
         gives_masks: Whether the environment says which actions are allowed, and is obeyed.
         action_mask: (A,) bool, those allowed now; all of them where it does not say, or the episode has ended.
         image_from: Where the image comes from, in words; likewise `instruction_from` and `action_names_from`.
+        limit: After how many steps an episode is truncated; `limit_from` says it in words.
         slot: The number of this environment among several, for the messages; None for a single one.
     """
 
@@ -368,6 +370,8 @@ class VLMObservation(gym.Wrapper):
         super().__init__(env)
         spec = env.spec
         self.env_id: str = spec.id if spec is not None else type(env.unwrapped).__name__
+        self.limit: int | None
+        self.limit, self.limit_from = limit_in_words(env) if time_limit(env) else (None, "not limited")
         self.slot: int | None = None
         self._seed: int | None = None
         self._step = 0
@@ -433,8 +437,8 @@ class VLMObservation(gym.Wrapper):
             )
         value = reward.item() if isinstance(reward, np.ndarray) else float(reward)
         ended = bool(terminated or truncated)
-        if not math.isfinite(value):
-            self._fail(f"gave the reward {value}, expected a finite number")
+        if not abs(value) <= LARGEST_REWARD:
+            self._fail(f"gave the reward {value}, expected a finite number up to {LARGEST_REWARD:g}: divide it")
         if ended:
             self._refuse(wrong_success(info))
         self._take_mask(info, ended)

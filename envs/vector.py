@@ -24,6 +24,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -39,6 +40,8 @@ from manako.envs.masks import random_actions
 from manako.envs.observation import ImageSource, VLMObservation
 from manako.memory import Memory
 from manako.spaces import action_dtype, action_shape, is_skip, is_vector, random_vectors
+
+log = logging.getLogger("manako.envs")
 
 TRAINING, HELD_OUT = 0, 1  # splits
 
@@ -91,6 +94,7 @@ class EpisodeVectorEnv:
         action_names: One name an action, (A,), or an entry of a vector, (d,).
         frame_shape: (H, W, 3).
         success_rule: How an episode's success is judged, in words.
+        limit: After how many steps an episode is truncated; `limit_from` says it in words.
         gives_masks: Whether the environment says which actions are allowed, and is obeyed.
         episode_returns: (N,) float64, the current episodes' rewards so far.
         episode_lengths: (N,) int64, their steps so far. Both may be read between `step` and `reset_done`.
@@ -118,13 +122,14 @@ class EpisodeVectorEnv:
         image_source: ImageSource = "auto",
         success_return: float | None = None,
         action_masks: bool = True,
+        max_episode_steps: int | None = None,
         on_fault: OnFault = "raise",
         step_timeout: float | None = None,
     ) -> None:
         """Makes the environments; nothing is started before `reset`.
 
         Args:
-            env_id: See `make_vlm_env`, as for the last six arguments.
+            env_id: See `make_vlm_env`, as for those from `instruction` to `max_episode_steps`.
             num_envs: N.
             seed: The run's seed, from 0 on.
             split: `TRAINING` or `HELD_OUT`.
@@ -138,6 +143,7 @@ class EpisodeVectorEnv:
             image_source: "auto", "observation" or "render".
             success_return: The lowest return of a successful episode.
             action_masks: Obey `info["action_mask"]` where the environment gives one.
+            max_episode_steps: After so many steps an episode is truncated.
             on_fault: What an environment's exception does: it is raised, or the episode is played again, and where that
                 does not bring it back, it is raised then, or the episode is given up.
             step_timeout: Seconds after which a step is broken off, with the whole process where it must be, so in a
@@ -171,6 +177,7 @@ class EpisodeVectorEnv:
                 image_source=image_source,
                 success_return=success_return,
                 action_masks=action_masks,
+                max_episode_steps=max_episode_steps,
             )
             env.slot = first_slot + index
             self._envs[index:index] = [env]
@@ -197,6 +204,7 @@ class EpisodeVectorEnv:
         self.success_rule = first.success.sentence
         self.gives_masks = any(env.gives_masks for env in self._envs)
         self.image_from = first.image_from
+        self.limit, self.limit_from = first.limit, first.limit_from
         self.render_fps = first.metadata.get("render_fps")
         self.episode_returns = np.zeros(num_envs, np.float64)
         self.episode_lengths = np.zeros(num_envs, np.int64)
@@ -571,9 +579,22 @@ class EpisodeVectorEnv:
         return np.array([started > len(seeds) for started, seeds in pairs])
 
     def close(self) -> None:
-        """Closes the environments; a second call does nothing."""
+        """Closes the environments; a second call does nothing.
+
+        What their own close() raises is warned of, once: all that they had to give has been read by then.
+        """
         self._watchdog.close()
-        self._vector.close()
+        faults = []
+        for env in [] if self._vector.closed else self._envs:
+            try:
+                env.close()
+            except EnvError as error:
+                faults.append(str(error))
+        self._vector.closed = True
+        if faults:
+            log.warning(
+                "warning: %s; %d of %d environments did so when they were closed", faults[0], len(faults), self.num_envs
+            )
 
     def _identity(self) -> dict[str, Any]:
         """Returns what must be the same where a state is saved and where it is loaded."""
@@ -776,6 +797,7 @@ def make_env(
     image_source: ImageSource = "auto",
     success_return: float | None = None,
     action_masks: bool = True,
+    max_episode_steps: int | None = None,
 ) -> EpisodeVectorEnv:
     """Makes environments to train on, or to evaluate on.
 
@@ -790,6 +812,7 @@ def make_env(
         image_source: See there.
         success_return: See there.
         action_masks: See there.
+        max_episode_steps: See there.
 
     Raises:
         EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
@@ -805,4 +828,5 @@ def make_env(
         image_source=image_source,
         success_return=success_return,
         action_masks=action_masks,
+        max_episode_steps=max_episode_steps,
     )

@@ -21,6 +21,7 @@ from PIL import Image as Picture
 from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
 from manako.agent.rollout import Record, Rollout, verdict
+from manako.bounded import json_object, read_text, shown
 from manako.errors import full_text
 from manako.manifest import MANIFEST, fault, seal_command
 from manako.memory import turns_before
@@ -310,6 +311,8 @@ def load_trajectories(
         )
     check_whole(Path(folder))
     try:
+        for name in ("state.json", "dataset_info.json"):
+            json_object(read_text(Path(folder) / name))
         dataset = load_from_disk(folder)
         about = json.loads(dataset.info.description) if isinstance(dataset, Dataset) else None
     except Exception as error:  # whatever pyarrow and datasets raise
@@ -323,6 +326,12 @@ def load_trajectories(
         raise TrainingError(
             f"{folder!r} holds no trajectories ({named}): expected a dataset of experiments/collect.py."
         )
+    for name, kind in (("action_names", str), ("frame_shape", int)):
+        if not isinstance(about[name], list) or not all(type(each) is kind for each in about[name]):
+            raise TrainingError(
+                f"{folder!r} holds no trajectories ({name} is {shown(about[name])}): expected a dataset of "
+                "experiments/collect.py."
+            )
     if len(dataset) == 0:
         raise TrainingError(f"The dataset {folder!r} is empty: expected at least one episode, so collect again.")
     lacking = sum(frame is None for frame in dataset.cast_column("image", Image(decode=False))["image"])

@@ -152,7 +152,6 @@ def soak(folder: Path, seconds: float, rate: float, kind: str, always: int) -> i
                 if iteration % 10 == 0:
                     note(memory, os.getpid(), env.supervisor.pids(), time.monotonic() - start)
                 if time.monotonic() - start > seconds:
-                    trainer.args.num_train_epochs = trainer.iteration + 1
                     trainer.state.max_steps = trainer.state.global_step + 1
                 return rollout._replace(record=None)
 
@@ -166,7 +165,7 @@ def soak(folder: Path, seconds: float, rate: float, kind: str, always: int) -> i
             trainer.train()
             restarts = env.supervisor.restarts
     found = ledger.faults_against(log)
-    growth = {name: values[-1] / first_after(values) - 1 for name, values in memory.items() if len(values) > 1}
+    growth = {name: values[-1] / values[0] - 1 for name, values in memory.items() if len(values) > 1}
     print(
         f"soak         {time.monotonic() - start:.0f} s, {trainer.iteration} updates, "
         f"{trainer.iteration * trainer.num_samples:,} steps, {trainer.faults.faults} faults, {restarts} restarts"
@@ -187,11 +186,6 @@ def note(memory: dict[str, list[float]], learner: int, workers: list[int], secon
     if seconds >= WARM_UP:
         for name, pid in (("learner", learner), *((f"worker {pid}", pid) for pid in workers)):
             memory.setdefault(name, []).append(rss(pid))
-
-
-def first_after(values: list[float]) -> float:
-    """Returns the first value, of after the warm-up."""
-    return values[0]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from manako.agent.faults import FaultLog
 from manako.agent.interfaces import NOT_FIXED, Rollouts
 from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
+from manako.experiments.common import stopping
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import dead_frames, knows_expert, make_segment, make_vector_env, warn_of
@@ -51,6 +52,7 @@ def collect(
     Returns:
         The exit code.
     """
+    stopping.tidy_up_from_here()
     with connected(command.workers):
         return _collect(command, recordings, has_expert, unseeded, started)
 
@@ -74,7 +76,7 @@ def _collect(
         "recorded": f"recorded {run.recording}",
         "remote": f"remote {command.remote.remote_model}",
     }
-    kwargs = None if environment.env_kwargs is None else json.dumps(environment.env_kwargs)
+    kwargs = None if environment.made_with is None else json.dumps(environment.made_with)
     about = {"env_kwargs": kwargs, "seed": run.seed, "error_rate": run.error_rate}
     about |= {"policy": command.policy.policy, "instruction": environment.instruction}
     about |= {"fixed_by_seed": unseeded is None} | ({} if unseeded is None else {"note": NOT_FIXED})
@@ -225,6 +227,6 @@ def play_to_the_end(
             raise UsageError(
                 f"No episode of {env} ended in {waited:,} steps of {playing} environments, and "
                 f"{sum(quota) - int(left.clip(0).sum()):,} of {sum(quota):,} had before: expected an environment whose "
-                "episodes end, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
+                "episodes end, so set a limit, such as --max_episode_steps 500."
             )
     return rollouts

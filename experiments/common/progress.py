@@ -80,6 +80,7 @@ class Progress(TrainerCallback):
         )
         actions = actions_in_words(env.action_space, env.action_names)
         self.console.print(f"actions      {actions}; success: {env.success_rule}")
+        self.console.print(f"episodes     {env.limit_from}")
         if env.gives_masks:
             self.console.print("masks        info['action_mask'] is obeyed: what it does not allow is never done")
         self.console.print(f"policy       {source.policy}, trainable: {source.trainable}")

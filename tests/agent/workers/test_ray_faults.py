@@ -141,3 +141,18 @@ def test_a_value_outside_the_contract_ends_it_with_its_sentence_and_is_never_giv
         pytest.raises(WorkersError, match=message),
     ):
         rollouts.collect(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raise", "die"])
+def test_a_minute_of_soaking_accounts_for_every_episode(kind):
+    """`soak.py` trains; its 30 minutes are a command."""
+    words = ["--minutes", "1", "--kind", kind, "--rate", "0.01" if kind == "raise" else "0.001"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments/benchmarks/soak.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=230,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none lost or counted twice" in done.stdout
