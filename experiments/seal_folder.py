@@ -32,7 +32,9 @@ OURS = ("policy.json", "dataset_info.json", MANIFEST)  # a folder has one of the
 class SealSettings:
     """Which folder is looked at."""
 
-    folder: str | None = setting(None, "a policy's folder, such as final/ of a run, or a dataset of collect.py")
+    folder: str | None = setting(
+        None, "a policy's folder, such as final/ of a run, or a dataset of collect.py", is_path=True
+    )
     accept: bool = setting(False, "write the manifest anew: the files are as they should be")
 
 
