@@ -369,6 +369,7 @@ class VLMObservation(gym.Wrapper):
         super().__init__(env)
         spec = env.spec
         self.env_id: str = spec.id if spec is not None else type(env.unwrapped).__name__
+        self.limit: int | None
         self.limit, self.limit_from = limit_in_words(env) if time_limit(env) else (None, "not limited")
         self.slot: int | None = None
         self._seed: int | None = None

@@ -60,7 +60,7 @@ def goes_on(line: CommandLine[Command], run_dir: Path) -> tuple[Command, Changes
         UsageError: a setting came that a run keeps from its start, or one that this run cannot take.
     """
     kind, given = type(line.settings), line.given
-    may = [name for name in CHANGEABLE if name in known_settings(kind)]
+    may: list[str] = [name for name in CHANGEABLE if name in known_settings(kind)]
     kept = sorted(given - {"resume", "env", *OF_THE_MACHINE, *may})
     if kept:
         raise UsageError(
