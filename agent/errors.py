@@ -13,3 +13,9 @@ class WorkersError(TrainingError):
 
 class NotFiniteError(TrainingError):
     """What the policy computes is no number any more: its last update, or one before, was too large."""
+
+
+class DiskError(TrainingError):
+    """The disk takes nothing more, or refuses; what was written before is whole."""
+
+    exit_code = 1

@@ -17,7 +17,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 class PPOSettings:
     """How a rollout becomes an update."""
 
-    num_steps: int = setting(16, "env steps of each environment in a rollout, T", ge=1)
+    num_steps: int = setting(16, "env steps of each environment in a rollout, T", ge=1, le=2**20)
     num_ppo_epochs: int = setting(4, "passes over a rollout", ge=1)
     minibatch_size: int = setting(128, "samples of an optimizer step", ge=1)
     gradient_accumulation_steps: int = setting(1, "parts in which a minibatch is run", ge=1)

@@ -13,7 +13,7 @@ class EnvSettings:
     """What is played; `make_vlm_env` says more about each."""
 
     env: str = setting("manako/GoTo-v0", "Gymnasium id, or module:EnvId-v0 for your own")
-    num_envs: int = setting(32, "environments side by side", ge=1)
+    num_envs: int = setting(32, "environments side by side", ge=1, le=2**20)
     instruction: str | None = setting(None, "replaces the env's own instruction")
     action_names: tuple[str, ...] | None = setting(None, "replace the env's own action names, one an action")
     env_kwargs: dict[str, Any] | None = setting(None, "arguments of the env's constructor")

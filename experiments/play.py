@@ -50,7 +50,9 @@ BACKGROUND, TEXT, QUIET = (24, 24, 28), (240, 240, 240), (160, 160, 170)
 class SittingSettings:
     """What is recorded."""
 
-    output: str | None = setting(None, "file of the recording; episodes are added to an existing one of the same env")
+    output: str | None = setting(
+        None, "file of the recording; episodes are added to an existing one of the same env", is_path=True
+    )
     seed: int = setting(0, "of the episodes", ge=0, lt=2**31)
 
 

@@ -9,6 +9,7 @@ A round: trajectories (the dataset in the first one if given, else the policy's 
 the policy as it was, evaluation. See agent/tuning/preferences.py for how pairs are made.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -36,8 +37,8 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show_loading,
 )
 from manako.experiments.common.remote import asking, check_flags  # noqa: E402
-from manako.experiments.common.resuming import begin_again, check_unfinished  # noqa: E402
-from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import DPOCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 from manako.policies.remote.settings import REMOTE  # noqa: E402
@@ -47,15 +48,18 @@ def main() -> int:
     """Runs all rounds; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    if line.settings.run.resume:
-        command, run_dir, checkpoint, changes = begin_again(line)
-        check_unfinished(run_dir)
-        show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'the start of its round'}")
-    else:
-        command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
-        show("run", str(run_dir))
-    command = with_trainable(command)
-    with asking(command.remote if command.dpo.pairs == REMOTE else None):
+    with contextlib.ExitStack() as stack:
+        if line.settings.run.resume:
+            stack.enter_context(going_on(run_to_resume(line)))
+            command, run_dir, checkpoint, changes = begin_again(line)
+            check_unfinished(run_dir)
+            show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'the start of its round'}")
+        else:
+            command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
+            stack.enter_context(making(run_dir))
+            show("run", str(run_dir))
+        stack.enter_context(asking(command.remote if command.dpo.pairs == REMOTE else None))
+        command = with_trainable(command)
         show_loading()
         from manako.experiments.common.dpo_training import train  # torch and all
 

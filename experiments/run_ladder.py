@@ -12,6 +12,7 @@ model has forgotten: report.json. With `--sample true` the policies sample their
 ones: report_sampled.json.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ from manako.experiments.common.stopping import answer_signals  # noqa: E402
 if __name__ == "__main__":
     answer_signals()  # while the rest is imported
 
+from manako.agent.locks import refuse_held  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     UsageError,
     checked_sections,
@@ -49,7 +51,8 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
 )
 from manako.experiments.common.ladder_table import TABLE  # noqa: E402
-from manako.experiments.common.run_folder import check_job_folder, write_text  # noqa: E402
+from manako.experiments.common.named_modules import check_named  # noqa: E402
+from manako.experiments.common.run_folder import check_job_folder, going_on, making, write_text  # noqa: E402
 from manako.experiments.common.settings import (  # noqa: E402
     OF_PRESETS,
     CollectCommand,
@@ -71,9 +74,9 @@ Sections = dict[str, dict[str, Any]]
 class LadderSettings:
     """What is run and compared."""
 
-    ladder: str | None = setting(None, "YAML file with the steps")
-    output_dir: str | None = setting(None, "folder of the ladder, must not exist")
-    resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept")
+    ladder: str | None = setting(None, "YAML file with the steps", is_path=True)
+    output_dir: str | None = setting(None, "folder of the ladder, must not exist", is_path=True)
+    resume: str | None = setting(None, "folder of a ladder to go on with; finished steps are kept", is_path=True)
     table: str | None = setting(
         None, "Markdown file for the table, between its markers if it has some; a chart is put beside it"
     )
@@ -92,8 +95,19 @@ def main() -> int:
     """Runs one ladder; returns the exit code."""
     given = read_line()
     TABLE.check(given.table)
-    folder, ladder = _place(given)
+    with contextlib.ExitStack() as stack:
+        folder, ladder = _place(given, stack)
+        return run(given, folder, ladder)
+
+
+def run(given: LadderSettings, folder: Path, ladder: dict[str, Any]) -> int:
+    """Runs a ladder in a folder that is held; returns the exit code."""
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))
+    for step in steps:
+        played = settings_of(step["runner"], own_sections(step), ladder.get("common", {})).get("environment", {})
+        env = str(played.get("env", ""))
+        look = f"run `python experiments/check_env.py {env}` once"
+        check_named(env, f"The ladder {str(given.ladder or folder / LADDER_FILE)!r}", look)
     show("ladder", f"{folder}, {len(steps)} steps")
     done: dict[str, dict[str, Any]] = {}
     before = START
@@ -116,8 +130,8 @@ def read_line(arguments: Sequence[str] | None = None) -> LadderSettings:
     return parse(LadderCommand, "Runs trainings one after another and compares them.", arguments).run
 
 
-def _place(given: LadderSettings) -> tuple[Path, dict[str, Any]]:
-    """Returns the ladder's folder, which is made, and its steps.
+def _place(given: LadderSettings, stack: contextlib.ExitStack) -> tuple[Path, dict[str, Any]]:
+    """Returns the ladder's folder, which is made and held as long as the stack is open, and its steps.
 
     Raises:
         UsageError: neither a new ladder nor one to go on with, or a folder that exists.
@@ -127,16 +141,19 @@ def _place(given: LadderSettings) -> tuple[Path, dict[str, Any]]:
             raise UsageError("--resume goes on with a ladder as it is: leave out --ladder and --output_dir.")
         if not (Path(given.resume) / LADDER_FILE).is_file():
             raise UsageError(f"--resume {given.resume!r} is no ladder: expected a folder with {LADDER_FILE}.")
+        stack.enter_context(going_on(Path(given.resume)))
         return Path(given.resume), read_yaml(Path(given.resume) / LADDER_FILE)
     if not given.ladder or not given.output_dir:
         raise UsageError("--ladder and --output_dir are needed: give a YAML file with steps, and a new folder.")
     check_job_folder(given.output_dir, "--output_dir")
     folder = Path(given.output_dir)
+    if folder.is_dir():
+        refuse_held(folder)
     if folder.exists():
         raise UsageError(f"{given.output_dir!r} exists and is not overwritten: give another, or --resume it.")
     ladder = read_yaml(Path(given.ladder))
     check_ladder(ladder, given.ladder)
-    folder.mkdir(parents=True)
+    stack.enter_context(making(folder))
     shutil.copy(given.ladder, folder / LADDER_FILE)
     return folder, ladder
 
@@ -226,7 +243,8 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
     name, runner = step["name"], step["runner"]
     finished, place, file = folder / f"{name}.json", folder / name, folder / f"{name}.settings.yaml"
     if finished.is_file():
-        return dict(json.loads(finished.read_text()))
+        return dict(json.loads(finished.read_text(encoding="utf-8")))
+    refuse_held(place)  # by a runner that outlived the ladder that started it
     shutil.rmtree(place, ignore_errors=True)  # of a start that was stopped
     settings = settings_of(runner, own_sections(step), common)
     policy = settings.setdefault("policy", {})

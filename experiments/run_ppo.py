@@ -11,6 +11,7 @@ at the end of the iteration and prints the command that goes on from it, as does
 then, such as --learning_rate and --total_steps, is in experiments/common/resuming.py.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ from manako.experiments.common.stopping import answer_signals  # noqa: E402
 if __name__ == "__main__":
     answer_signals()  # while the rest is imported
 
+from manako.agent.checkpoint import OF_A_RUN  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     read_command_line,
@@ -38,8 +40,8 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
     show_loading,
 )
-from manako.experiments.common.resuming import Changes, begin_again, check_length  # noqa: E402
-from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import Changes, begin_again, check_length, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import GOTO, PPOCommand, check_together  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -49,10 +51,25 @@ def main() -> int:
     started = time.perf_counter()
     line = read_line()
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.
-    if line.settings.run.resume:
-        command, run_dir, checkpoint, changes = resumed(line)
-    else:
-        command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
+    with contextlib.ExitStack() as stack:
+        if line.settings.run.resume:
+            stack.enter_context(going_on(run_to_resume(line)))
+            command, run_dir, checkpoint, changes = resumed(line)
+        else:
+            command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
+            stack.enter_context(making(run_dir))
+        return run(line, command, run_dir, checkpoint, changes, started)
+
+
+def run(
+    line: CommandLine[PPOCommand],
+    command: PPOCommand,
+    run_dir: Path,
+    checkpoint: Path | None,
+    changes: Changes | None,
+    started: float,
+) -> int:
+    """Runs what `main` has found, in a folder that it holds; returns the exit code."""
     show("run", f"{run_dir}" + ("" if changes is None else f", from {checkpoint.name if checkpoint else 'its start'}"))
     if line.file is not None:
         names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
@@ -87,7 +104,7 @@ def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path | Non
     Raises:
         UsageError: no run there, a finished one, damaged checkpoints alone, or flags that a run keeps from its start.
     """
-    command, run_dir, checkpoint, changes = begin_again(line)
+    command, run_dir, checkpoint, changes = begin_again(line, OF_A_RUN)
     iteration = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     check_length(changes, run_dir, iteration, command.environment.num_envs * command.ppo.num_steps)
     return command, run_dir, checkpoint, changes

@@ -15,6 +15,7 @@ The run folder holds final/ for --policy of any other runner, the evaluation bes
 model has forgotten: perplexity of text and questions answered, before and after.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -42,8 +43,8 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
     show_loading,
 )
-from manako.experiments.common.resuming import begin_again, check_unfinished  # noqa: E402
-from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import SFTCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -52,19 +53,22 @@ def main() -> int:
     """Runs one stage; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    if line.settings.run.resume:
-        command, run_dir, checkpoint, changes = begin_again(line)
-        check_unfinished(run_dir)
-        show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'its start'}")
-    else:
-        command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
-        show("run", str(run_dir))
-    if command.sft.stage == "instruct":  # before it the architecture may say what learns
-        command = with_trainable(command)
-    show_loading()
-    from manako.experiments.common.sft_training import train  # torch and all
+    with contextlib.ExitStack() as stack:
+        if line.settings.run.resume:
+            stack.enter_context(going_on(run_to_resume(line)))
+            command, run_dir, checkpoint, changes = begin_again(line)
+            check_unfinished(run_dir)
+            show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'its start'}")
+        else:
+            command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
+            stack.enter_context(making(run_dir))
+            show("run", str(run_dir))
+        if command.sft.stage == "instruct":  # before it the architecture may say what learns
+            command = with_trainable(command)
+        show_loading()
+        from manako.experiments.common.sft_training import train  # torch and all
 
-    return train(command, run_dir, checkpoint, changes, started)
+        return train(command, run_dir, checkpoint, changes, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[SFTCommand]:

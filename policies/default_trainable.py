@@ -6,11 +6,11 @@
 Light to import. A run's folder knows it from its policy.json; one of an older version is followed to where it started.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from manako.bounded import json_object, read_text
 from manako.policies.architectures.presets import PRESETS
 from manako.policies.source import PolicySource
 
@@ -47,11 +47,11 @@ def began_random(source: PolicySource, followed: tuple[str, ...] = ()) -> bool:
     if source.policy in PRESETS:
         return PRESETS[source.policy].language_model in RANDOM_LANGUAGE_MODELS
     try:
-        description: dict[str, Any] = json.loads((Path(source.policy).expanduser() / POLICY_FILE).read_text())
+        description: dict[str, Any] = json_object(read_text(Path(source.policy).expanduser() / POLICY_FILE))
         if IS_RANDOM in description:
             return bool(description[IS_RANDOM])
         before = PolicySource(**description["source"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False  # no folder of a policy, or a damaged one, which loading will say
     followed = (*followed, source.policy)
     return before.policy not in followed and began_random(before, followed)

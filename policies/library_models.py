@@ -7,7 +7,6 @@ sentence here, before weights are read where that is possible. No name that is a
 
 import importlib
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 
+from manako.bounded import json_object, read_text
 from manako.errors import first_line
 from manako.policies.architectures import OWN, ROWS, name_parts
 from manako.policies.architectures.model import Model
@@ -208,7 +208,7 @@ def processor_class(name: str, config: Any) -> str:
 def read_json(name: str, file: str) -> dict[str, Any] | None:
     """Returns a JSON file of a folder or Hub id, None where there is none."""
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else dict(json.loads(Path(path).read_text()))
+    return None if path is None else json_object(read_text(Path(path)))
 
 
 def real_class(name: str) -> Any:

@@ -7,7 +7,6 @@ Whatever the library raises becomes one sentence (`refusal`): custom code, a pac
 import contextlib
 import difflib
 import importlib.util
-import json
 import os
 import re
 import warnings
@@ -22,8 +21,11 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
+from manako.bounded import from_json, read_text
 from manako.errors import full_text
+from manako.policies.bounds import size_fault
 from manako.policies.errors import PolicyError
+from manako.policies.sealed import check_folder
 
 FILE_ENDS = (".txt", ".json", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".zip")
 OWN_FOLDERS = (
@@ -38,6 +40,8 @@ OF_A_RUN = re.compile(r"^final$|^checkpoint-\d+$|-seed\d+-\d{8}-\d{6}$")  # what
 LFS = b"version https://git-lfs"
 READ = (".json", ".jinja", ".safetensors", ".model")  # files that the library reads
 OBJECTS = re.compile(r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json")
+SIZES = re.compile(r"config\.json$")  # of them, those that say sizes
+LARGEST_TEXT = 2**27  # bytes; the largest tokenizers take a quarter
 QUANTIZED = {"I8", "U8", "F8_E4M3", "F8_E5M2", "F4"}  # numbers that mean nothing without their scales
 NOT_QUANTIZED = (
     "quantized weights cannot be trained, expected those that they were made of (float32, float16 or bfloat16); use "
@@ -163,6 +167,7 @@ def check_holds(name: str, pattern: str, file: str) -> None:
 def _check_files(name: str) -> None:
     """Raises PolicyError at the first file of a folder that the library would read wrong, or not at all."""
     folder = Path(name)
+    check_folder(folder)
     if not (folder / "config.json").is_file():
         raise PolicyError(f"The folder {name!r} holds no config.json: expected a model folder or a run's checkpoint.")
     for file in sorted(folder.iterdir()):
@@ -173,7 +178,7 @@ def _check_files(name: str) -> None:
             )
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        files = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        files = from_json(read_text(index)).get("weight_map")
         missing = [file for file in sorted(set(files.values())) if not (folder / file).is_file()] if files else ["any"]
         if missing:
             raise PolicyError(
@@ -193,10 +198,19 @@ def _fault(file: Path) -> str | None:
             return "is a pointer of Git LFS, for which `git lfs pull` gives the file itself"
         if not start:
             return "is empty"
-        if OBJECTS.fullmatch(file.name) and not isinstance(content := json.loads(file.read_text("utf-8")), dict):
-            return "is no JSON object"
-        if file.name.endswith(".index.json") and not isinstance(content.get("weight_map"), dict):
-            return "has no object weight_map"
+        if file.suffix != ".safetensors" and (size := file.stat().st_size) > LARGEST_TEXT:
+            return f"is {size:,} bytes long, and no more than {LARGEST_TEXT:,} are read"
+        if OBJECTS.fullmatch(file.name):
+            content = from_json(read_text(file, LARGEST_TEXT))
+            if not isinstance(content, dict):
+                return "is no JSON object"
+            if SIZES.search(file.name) and (fault := size_fault(content)):
+                return fault
+        if file.name.endswith(".index.json") and not (
+            isinstance(names := content.get("weight_map"), dict)
+            and all(isinstance(name, str) for name in names.values())
+        ):
+            return "has no object weight_map of files"
         if file.name.startswith("model") and file.suffix == ".safetensors":
             with safe_open(file, "pt") as weights:
                 kinds = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118

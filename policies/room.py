@@ -9,6 +9,7 @@
 Left out, since they depend on the batch: activations, and what the libraries themselves take.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 class Needed(NamedTuple):
@@ -52,10 +53,10 @@ def needed(model: nn.Module) -> Needed:
     return Needed(sum(size for size, _ in sizes), learning, 2 * learning)
 
 
-def without_weights(config: Any, dtype: torch.dtype) -> Any:
+def without_weights(config: Any, dtype: torch.dtype, auto: Any = AutoModelForImageTextToText) -> Any:
     """Returns the model of a configuration on the meta device: shapes, and not one number."""
     with quietly(), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        return auto.from_config(config, dtype=dtype)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -76,7 +77,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     return min([int(psutil.virtual_memory().available), *_free_of_cgroups()])
 
 
-def check_room(name: str, config: Any, dtype: torch.dtype) -> None:
+def check_room(name: str, config: Any, dtype: torch.dtype, auto: Any = AutoModelForImageTextToText) -> None:
     """Checks that a model's weights fit into this machine's memory, where models are loaded whatever they run on.
 
     A quantized model is not asked, for its configuration does not say how much it takes; neither is one that cannot be
@@ -88,10 +89,74 @@ def check_room(name: str, config: Any, dtype: torch.dtype) -> None:
     if getattr(config, "quantization_config", None) is not None:
         return
     try:
-        weights = needed(without_weights(config, dtype)).weights
+        model = without_weights(config, dtype, auto)
+        tables = sum(buffer.nbytes for buffer in model.buffers())  # such as masks of all positions
+        weights = max(needed(model).weights, tables)
     except Exception:  # a configuration that makes no model: reading its weights says so
         return
     _check_weights(repr(name), weights, dtype, torch.device("cpu"))
+
+
+def check_frame_room(side: int, patch: int, width: int = 0, heads: int = 0) -> None:
+    """Checks that an encoder of this size can see one frame: pixels, positions and scores of attention, in float32.
+
+    Args:
+        side: of the square that it sees, in pixels.
+        patch: side of its patches.
+        width: of its positions.
+        heads: of attention between patches; 0 where there is none.
+
+    Raises:
+        PolicyError: it takes more memory than there is.
+    """
+    patches = (side // patch) ** 2
+    need, free = 4 * (3 * side**2 + width * patches + heads * patches**2), free_memory()
+    if need > free:
+        raise PolicyError(
+            f"image_size {side:,} with patches of {patch:,} makes {patches:,} patches of a frame: seeing one takes "
+            f"{in_words(need)}, and {in_words(free)} of memory are free on this machine; expected a smaller image_size "
+            "or a larger patch_size."
+        )
+
+
+def check_lora_room(sides: Iterable[tuple[int, int]], rank: int) -> None:
+    """Checks that LoRA's matrices can be made and learn.
+
+    Args:
+        sides: the matrices that they are for, (in, out) each.
+        rank: of LoRA.
+
+    Raises:
+        PolicyError: they take more memory than there is.
+    """
+    numbers = sum(rank * (ins + outs) for ins, outs in sides)
+    need, free = 4 * 4 * numbers, free_memory()  # float32: the matrices, their gradients and AdamW's moments
+    if need > free:
+        raise PolicyError(
+            f"LoRA of rank {rank:,} does not fit: its {numbers:,} parameters take {in_words(need)} with gradients and "
+            f"AdamW's moments, and {in_words(free)} of memory are free on this machine; expected a smaller --lora_rank."
+        )
+
+
+def check_rollout_room(rows: Rows, num_envs: int, num_steps: int, device: torch.device | str) -> None:
+    """Checks that a rollout's rows can be kept.
+
+    Args:
+        rows: of one sample or more.
+        num_envs: N.
+        num_steps: T.
+        device: where they are kept.
+
+    Raises:
+        PolicyError: they take more memory than there is.
+    """
+    need, free = row_bytes(rows) * num_envs * num_steps, free_memory(device)
+    if need > free:
+        raise PolicyError(
+            f"A rollout does not fit: {num_envs:,} environments x {num_steps:,} steps of {in_words(row_bytes(rows))} "
+            f"take {in_words(need)}, and {in_words(free)} are free {_on(torch.device(device))}; expected a smaller "
+            "--num_envs or --num_steps."
+        )
 
 
 def check_place(model: nn.Module, name: str, device: torch.device | str) -> None:
@@ -134,7 +199,7 @@ def in_words(count: float) -> str:
 def _free_of_cgroups() -> list[int]:
     """Bytes left below each limit that this process is under: its control groups' and those above them."""
     found = []
-    for line in OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []:
+    for line in OWN_CGROUP.read_text(encoding="utf-8").splitlines() if OWN_CGROUP.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
@@ -147,10 +212,10 @@ def _free_of_cgroups() -> list[int]:
 def _free_of(folder: Path) -> int | None:
     """Bytes left below a control group's limit; None where it has none."""
     for limit, use, given_back in CGROUP_FILES:
-        if not (folder / limit).is_file() or (most := (folder / limit).read_text().strip()) == "max":
+        if not (folder / limit).is_file() or (most := (folder / limit).read_text(encoding="utf-8").strip()) == "max":
             continue
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return max(0, int(most) - int((folder / use).read_text()) + int(stat.get(given_back, 0)))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return max(0, int(most) - int((folder / use).read_text(encoding="utf-8")) + int(stat.get(given_back, 0)))
     return None
 
 

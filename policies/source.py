@@ -33,10 +33,11 @@ SYSTEM = "Follow the instruction. Actions: {actions}."
 class PolicySource:
     """Where a policy's model comes from, and what of it learns."""
 
-    policy: str = setting("tiny", f"preset ({', '.join(PRESETS)}), model folder, run checkpoint or Hub id")
+    policy: str = setting(
+        "tiny", f"preset ({', '.join(PRESETS)}), model folder, run checkpoint or Hub id", is_path=True
+    )
     vision_encoder: str | None = setting(
-        None,
-        f"replaces a preset's encoder: {', '.join(ENCODER_NAMES)}, folder or Hub id",
+        None, f"replaces a preset's encoder: {', '.join(ENCODER_NAMES)}, folder or Hub id", is_path=True
     )
     adapter: str | None = setting(
         None,
@@ -44,7 +45,7 @@ class PolicySource:
         "them instruct_qformer, instruct_resampler",
     )
     language_model: str | None = setting(
-        None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id"
+        None, "replaces a preset's language model: tiny-llama, smollm2, folder, Hub id", is_path=True
     )
     image_size: int | None = setting(
         None, "side in pixels that a small random encoder or efficientnet_lite0 sees", ge=8
@@ -92,7 +93,10 @@ class PolicySource:
         le=16,
     )
     history: int = setting(0, "how many of the episode's last actions and rewards the prompt tells", ge=0, le=64)
-    bins: int = setting(BINS, "bins of each entry of a continuous action, both bounds among them", ge=2)
+    image_first: bool = setting(
+        False, "the frame stands before the instruction, so that samples of one frame share its forward"
+    )
+    bins: int = setting(BINS, "bins of each entry of a continuous action, both bounds among them", ge=2, le=2**16)
     bin_spacing: BinSpacing = setting("linear", "symlog puts them closer together around the middle")
     system: str = setting(
         SYSTEM, "system text of the prompt; {actions} stands for the list of actions", only_in_file=True

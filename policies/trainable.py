@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from manako.policies.architectures.any_vlm import ADAPTER_NAMES
 from manako.policies.architectures.model import Model
 from manako.policies.errors import PolicyError
+from manako.policies.room import check_lora_room
 
 PARTS = ("encoder", "adapter", "language_model", "lora", "value_head")
 READY_MADE = {
@@ -107,6 +108,7 @@ def set_trainable(model: Model, trainable: str, lora_rank: int = 16, lora_alpha:
     if lora_rank < 1 or lora_alpha < 1:
         raise PolicyError(f"lora_rank is {lora_rank}, lora_alpha {lora_alpha}: expected 1 or more.")
     targets = _decoder_linears(model)
+    check_lora_room((_sides(model.vlm.get_submodule(target)) for target in targets), lora_rank)
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=lora_alpha,
@@ -169,6 +171,13 @@ def parameter_table(model: Model, value_head: nn.Module) -> list[tuple[str, int,
             counts[part][1] += parameter.numel() * parameter.requires_grad
     names = {part: "LoRA" if part == "lora" else part.replace("_", " ") for part in PARTS}
     return [(names[part], total, learning) for part, (total, learning) in counts.items() if total]
+
+
+def _sides(linear: nn.Module) -> tuple[int, int]:
+    """In and out, in either order."""
+    weight: Any = linear.weight
+    rows, columns = weight.shape
+    return int(rows), int(columns)
 
 
 def _is_in(name: str, module: str) -> bool:

@@ -28,6 +28,7 @@ import gymnasium as gym
 import numpy as np
 
 from manako.agent.errors import TrainingError
+from manako.bounded import BadText, from_json, read_text
 from manako.spaces import TextCodes, action_dtype, is_vector, ranges
 
 SEEDS = 2**31  # some environments take no larger ones
@@ -71,9 +72,9 @@ def read_recordings(
     if Path(path).is_dir():
         return _from_trajectories(path, env_id, action_names, env_kwargs, action_space)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text file"
+        text = read_text(Path(path)).removeprefix("\ufeff")
+    except (OSError, BadText) as error:
+        reason = getattr(error, "strerror", None) or error
         raise TrainingError(
             f"The recording {path!r} cannot be read ({reason}): expected a file with lines such as {EXAMPLE}."
         ) from error
@@ -152,9 +153,10 @@ def _json_line(**values: Any) -> str:
 
 def _json_object(line: str, place: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        values = from_json(line)
+    except BadText as error:
+        at = error.__cause__
+        reason = f"{at.msg}, column {at.colno}" if isinstance(at, json.JSONDecodeError) else str(error)
         raise TrainingError(f"No JSON in {place} ({reason}): expected such as {EXAMPLE}.") from error
     if not isinstance(values, dict):
         raise TrainingError(f"A JSON {type(values).__name__} in {place}: expected such as {EXAMPLE}.")

@@ -4,6 +4,7 @@ The Trainer writes a checkpoint into a staging folder; once it is complete it is
 run/checkpoints/checkpoint-<iteration>, so that a checkpoint is either whole or not there.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from manako.agent.checkpoint import finalize_folder
 from manako.agent.errors import NotFiniteError
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.rescue import LastIterations
+from manako.bounded import BadText, json_object
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 SAVING_SHARE = 0.05  # of a run's time, at most, goes into checkpoints by the clock
@@ -46,7 +48,7 @@ class MetricsCallback(TrainerCallback):
         if not logs or "iteration" not in logs:
             return
         row = {key: _finite(value) for key, value in logs.items() if key != "epoch"}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if value is not None and key not in ("iteration", "env_steps"):
@@ -63,21 +65,28 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out."""
+    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out, and so is a damaged one."""
     path, rows = run_dir / METRICS_FILE, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(BadText):
+            row = json_object(line)
+            if all(type(row.get(name)) is int for name in ("iteration", "env_steps")):
+                rows.append(row)
     return rows
 
 
 def cut_metrics(run_dir: Path, iteration: int) -> None:
-    """Drops the rows past `iteration`: a resumed run writes them again."""
-    rows = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
+    """Drops the rows past `iteration`: a resumed run writes them again. Says where some before it are lost."""
+    rows = [row for row in read_metrics(run_dir) if row.get("iteration", iteration + 1) <= iteration]
+    lost = sorted({*range(1, iteration + 1)} - {row["iteration"] for row in rows})
+    if lost:
+        print(
+            f"warning: {METRICS_FILE} has lost the rows of {len(lost)} iterations, such as {lost[0]}: the learning "
+            "curve will lack them; the run itself goes on whole",
+            flush=True,
+        )
     temporary = run_dir / (METRICS_FILE + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(run_dir / METRICS_FILE)
 
 

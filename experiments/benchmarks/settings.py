@@ -14,13 +14,13 @@ RUN = build(PPOCommand, read_settings(PPOCommand, str(GOTO)))  # as run_ppo.py t
 class SpeedSettings:
     """What is measured, and how long."""
 
-    policy: Literal["tiny", "smollm2"] = setting("tiny", "preset")
+    policy: Literal["tiny", "smollm2"] = setting("tiny", "preset", is_path=True)
     env: str = setting("manako/GoTo-v0", "Gymnasium id with one-token action names")
     num_envs: int = setting(32, "environments side by side", ge=1)
     repeats: int | None = setting(None, "turns; by default 5 for tiny, 3 for smollm2", ge=1)
     seconds: float = setting(1.0, "least duration of one measurement", gt=0)
     threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
-    output: str | None = setting(None, "JSON file for the results, must not exist")
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
     quick: bool = setting(False, "small sizes and one short turn, to see that everything runs")
 
 
@@ -45,7 +45,7 @@ class CompareSettings:
     torch_threads: int | None = setting(
         None, "CPU threads of torch; by default 1 for ours, torch's own choice for the CNN", ge=1
     )
-    output: str | None = setting(None, "JSON file for the results, must not exist")
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class RayBenchmarkSettings:
 
     env: str = setting("manako/GoTo-v0", "Gymnasium id")
     env_kwargs: dict[str, Any] | None = setting(None, "arguments of the env's constructor")
-    policy: str = setting("tiny", "preset or folder")
+    policy: str = setting("tiny", "preset or folder", is_path=True)
     trainable: str = setting("full", "what learns")
     num_envs: int = setting(64, "environments, an even number", ge=2)
     num_steps: int = setting(16, "env steps of a rollout", ge=1)
     core_price: float = setting(0.04, "price of a CPU core for an hour", ge=0)
     learner_price: float = setting(0.08, "price of the learner's machine for an hour", ge=0)
     repeats: int = setting(7, "turns", ge=2)
-    output: str | None = setting(None, "JSON file for the results, must not exist")
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class FeatureCacheSettings:
     """What feature_cache.py measures."""
 
     env: str = setting("manako/GoTo-v0", "Gymnasium id")
-    policy: str = setting("tiny", "preset")
+    policy: str = setting("tiny", "preset", is_path=True)
     vision_encoder: str | None = setting(None, "in place of the preset's")
     image_size: int | None = setting(None, "side in pixels that it sees", ge=8)
     trainable: str = setting("adapter", "what learns; not the encoder")
@@ -93,7 +93,7 @@ class FeatureCacheSettings:
     repeats: int = setting(5, "turns", ge=1)
     seconds: float = setting(1.0, "least duration of one measurement", gt=0)
     threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
-    output: str | None = setting(None, "JSON file for the results, must not exist")
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class WritingSettings:
     """What writing.py measures."""
 
     env: str = setting("manako/Relay-v0", "Gymnasium id")
-    policy: str = setting("tiny", "preset, model folder or run")
+    policy: str = setting("tiny", "preset, model folder or run", is_path=True)
     num_envs: int = setting(32, "environments side by side", ge=1)
     answer_tokens: int = setting(24, "tokens of each answer", ge=2)
     repeats: int = setting(5, "turns", ge=1)
     seconds: float = setting(1.0, "least duration of one measurement", gt=0)
     threads: int | None = setting(None, "CPU threads of torch; by default torch's own choice", ge=1)
-    output: str | None = setting(None, "JSON file for the results, must not exist")
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class RewardScaleSettings:
     seeds: int = setting(3, "how many seeds, from 0 on", ge=1)
     total_steps: int = setting(9_728, "env steps of a training", ge=1)
     num_envs: int = setting(32, "environments side by side", ge=1)
-    chart: str | None = setting(None, "PNG file for the curves")
-    output: str | None = setting(None, "JSON file for the results, must not exist")
+    chart: str | None = setting(None, "PNG file for the curves", is_path=True)
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from manako.experiments.common.run_folder import policy_folder
 from manako.experiments.common.settings import PPOCommand, TuningSettings
 from manako.policies import PolicySource, VLMPolicy, load_policy
 from manako.policies.interface import Draws, Policy
-from manako.policies.room import check_place
+from manako.policies.room import check_place, check_rollout_room
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = 10_000_000  # parameters
@@ -74,7 +74,12 @@ def place(policy: VLMPolicy, name: str, torch_threads: int | None = None) -> VLM
 
 
 def policy_of_run(
-    environment: EnvSettings, source: PolicySource, seed: int, torch_threads: int | None, trial: bool = False
+    environment: EnvSettings,
+    source: PolicySource,
+    seed: int,
+    torch_threads: int | None,
+    trial: bool = False,
+    num_steps: int = 1,
 ) -> tuple[VLMPolicy, EpisodeVectorEnv]:
     """Seeds torch and makes the run's policy for what its environment shows.
 
@@ -85,6 +90,7 @@ def policy_of_run(
         torch_threads: CPU threads of torch; None chooses.
         trial: play one step of a held-out episode, so that what is wrong with environment, prompt or model shows before
             a run begins.
+        num_steps: of a rollout, whose room is asked with the trial.
 
     Returns:
         The policy, and one closed environment, which still knows its names and shapes.
@@ -106,6 +112,7 @@ def policy_of_run(
             with policy.frozen_weights():
                 told = ask(env, policy.needs)
                 inputs = policy.prepare(observations.images, observations.instructions, told)
+                check_rollout_room(inputs, environment.num_envs, num_steps, policy.device)
                 acted = policy.act(inputs, Draws([]), greedy=True)
             env.step(acted.to_env)
     finally:

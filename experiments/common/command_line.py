@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import json
+import os
 import re
 import sys
 import types
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-import yaml
-
-from manako.errors import ManakoError, full_text
+from manako.bounded import YAML_BYTES, BadText, cut, from_yaml, json_object, read_text, shown
+from manako.errors import ManakoError, full_text, is_of_the_disk
 from manako.experiments.common import stopping
+from manako.experiments.common.outlet import be_utf8, open_outlets
+from manako.plain import shown as printable
 
 Command = TypeVar("Command")
 # what other frameworks call a setting: the first of the names that a runner has is the one meant
@@ -100,6 +101,10 @@ ELSEWHERE = {
     "success_threshold": ("success_return",),
     "prompt": ("instruction",),
 }
+LARGEST = 2**53  # of a whole number
+LONGEST_NAME = 240  # bytes of a file's name: file systems take 255, and what is being written has a longer one
+LONGEST_PATH = 3_000  # bytes; systems take 4,095
+MAY_BE_EMPTY = ("system", "instruction")  # texts, in a file, where nobody's unset variable makes them so
 EXAMPLE = "expected sections with settings, such as 'environment:' and below it '  num_envs: 64'"
 
 
@@ -135,6 +140,7 @@ class Known:
     help: str
     limits: Mapping[str, float]
     only_in_file: bool
+    is_path: bool
 
     @property
     def plain(self) -> Any:
@@ -228,18 +234,23 @@ def read_command_line(
         UsageError: an unknown flag or key, a file that cannot be read, a value of the wrong type or out of range.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if any("\ud800" <= char <= "\udfff" for char in word):  # bytes that are no text
+            raise UsageError(f"{word!r} is no UTF-8: give a name or text in UTF-8; libraries take no other.")
     known = known_settings(kind)
     parser = _parser(kind, known, description, positional)
     _refuse_unknown_flags(parser, known, words)
     found, rest = parser.parse_known_args(words)
     if rest:
-        raise UsageError(f"{rest[0]!r} belongs to no flag: expected pairs such as --num_envs 64.")
+        raise UsageError(f"{shown(rest[0])} belongs to no flag: expected pairs such as --num_envs 64.")
     flags = {
         name: tuple(text) if isinstance(text, list) else _read(known[name], text)
         for name, text in vars(found).items()
         if name in known
     }
     file = getattr(found, "config", None)
+    if file is not None and not file.strip():
+        raise UsageError(f"--config is {file!r}: expected a YAML file; is a variable of the shell not set?")
     from_file: dict[str, Any] = {}
     given = set(flags)
     if file is not None:
@@ -254,7 +265,16 @@ def read_command_line(
         part: {name: value for name, value in values.items() if known[name].section == part}
         for part in {setting.section for setting in known.values()}
     }
-    return CommandLine(build(kind, sections), frozenset(given), file)
+    line = CommandLine(build(kind, sections), frozenset(given), file)
+    environment = getattr(line.settings, "environment", None)
+    if environment is not None:
+        from manako.experiments.common.named_modules import check_named, remember  # which raises this file's error
+
+        if file is None or "env" in flags or file.lstrip().startswith("{"):
+            remember(environment.env)
+        elif "env" in from_file:
+            check_named(environment.env, f"The configuration {file!r}")
+    return line
 
 
 def build(kind: type[Command], sections: Mapping[str, Mapping[str, Any]]) -> Command:
@@ -293,7 +313,7 @@ def read_settings(kind: type, file: str) -> dict[str, dict[str, Any]]:
         UsageError: the file cannot be read, an unknown section or key, a value of the wrong type or out of range.
     """
     if file.lstrip().startswith("{"):
-        return checked_sections(kind, _mapping(file, "--config"), "--config")
+        return checked_sections(kind, _mapping(file, "of --config"), "--config")
     return checked_sections(kind, read_yaml(Path(file)), file)
 
 
@@ -318,10 +338,12 @@ def checked_sections(kind: type, values: Mapping[str, Any], source: str) -> dict
         if not isinstance(content, dict):
             if part in known:  # a file from before there were sections may have `policy: tiny`
                 raise UsageError(f"{source} has {part!r} as a setting at its top, and not as a section: {EXAMPLE}.")
-            raise UsageError(f"The section {part} in {source} is {content!r}: expected settings, one a line below it.")
+            raise UsageError(
+                f"The section {part} in {source} is {shown(content)}: expected settings, one a line below it."
+            )
         for key in content:
             if key not in known or known[key].section != part:
-                raise UsageError(f"{source} has the unknown key {key!r} in {part}{_hint(key, part, known)}")
+                raise UsageError(f"{source} has the unknown key {shown(key)} in {part}{_hint(key, part, known)}")
         sections[part] = {key: _from_yaml(known[key], value) for key, value in content.items()}
         check(known, sections[part], source)
     return sections
@@ -334,22 +356,22 @@ def read_yaml(file: Path) -> dict[str, Any]:
         UsageError: no such file, no YAML, or no mapping.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text file"
-        raise UsageError(f"The configuration {str(file)!r} cannot be read ({reason}): give a YAML file.") from error
-    return _mapping(text, str(file))
+        text = read_text(file, YAML_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: too long, no text, or a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"The configuration {shown(str(file))} cannot be read ({reason}): give a YAML file."
+        ) from error
+    return _mapping(text, shown(str(file)))
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(f"The configuration {source!r} is no YAML{place}: {EXAMPLE}.") from error
+        values = from_yaml(text)
+    except BadText as error:
+        raise UsageError(f"The configuration {source} is no YAML that can be read ({error}): {EXAMPLE}.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"The configuration {source!r} holds no mapping: {EXAMPLE}.")
+        raise UsageError(f"The configuration {source} holds no mapping: {EXAMPLE}.")
     return values
 
 
@@ -376,8 +398,53 @@ def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) ->
             if not (value is None and setting.optional):
                 TypeAdapter(annotated).validate_python(value)
         except ValidationError as error:
-            place = f"{name} in {source}" if source else f"--{name}"
-            raise UsageError(f"{place} is {value!r}: expected {setting.expected}.") from error
+            raise UsageError(f"{_place(name, source)} is {shown(value)}: expected {setting.expected}.") from error
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(
+                f"{_place(name, source)} is {shown(value)}: expected {setting.expected}, and no more than {LARGEST:,}."
+            )
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                _check_text(setting, text, source)
+
+
+def _check_text(setting: Known, text: str, source: str) -> None:
+    """Raises where a text is empty, no file's name where it should be one, or holds what no file's name and prompt can.
+
+    A list's empty entries are said better by whom they are for.
+    """
+    place, several = _place(setting.name, source), typing.get_origin(setting.plain) is tuple
+    if not text.strip() and not several and not (source and setting.name in MAY_BE_EMPTY):
+        unset = "" if source else "; is a variable of the shell not set?"
+        raise UsageError(f"{place} is {text!r}: expected {setting.expected} that is not empty{unset}.")
+    if "\0" in text:
+        raise UsageError(f"{place} is {shown(text)}: expected text without null characters.")
+    if setting.is_path:
+        check_path(text, place)
+
+
+def check_path(text: str, place: str) -> None:
+    """Raises where no file can have this name.
+
+    Args:
+        text: the name.
+        place: where it stands, for the sentence.
+
+    Raises:
+        UsageError: it is empty, or longer than file systems allow.
+    """
+    if not text.strip():
+        raise UsageError(f"{place} is {text!r}: expected a name; is a variable of the shell not set?")
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if longest > LONGEST_NAME or len(os.fsencode(text)) > LONGEST_PATH:
+        raise UsageError(
+            f"{place} is {shown(text)}, with a name of {longest:,} bytes: expected names of up to {LONGEST_NAME} "
+            f"bytes, and {LONGEST_PATH:,} with their folders."
+        )
+
+
+def _place(name: str, source: str) -> str:
+    return f"{name} in {source}" if source else f"--{name}"
 
 
 def check_new_file(file: str | None, flag: str) -> None:
@@ -403,26 +470,52 @@ def show_loading(hint: str = "nothing was begun, start it again") -> None:
 
 def show(name: str, text: str) -> None:
     """Prints a line of a runner's header at once, before the heavy libraries are loaded."""
-    print(f"{name:<13}{text}", flush=True)
+    print(f"{name:<13}{printable(text)}", flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback.
 
-    A fault of a run that had begun is exit code 1; Ctrl-C and SIGTERM end it with exit code 130.
+    A fault of a run that had begun, such as a full disk, is a sentence too, and exit code 1; Ctrl-C and SIGTERM end it
+    with exit code 130.
     """
     stopping.tidy_up_from_here()
+    be_utf8()
+    open_outlets()
     try:
         code = main()
     except ManakoError as error:
-        print(f"error: {full_text(error)}", file=sys.stderr)
+        print(f"error: {printable(cut(full_text(error)))}", file=sys.stderr)
         code = error.exit_code
+    except Exception as error:
+        if not is_of_the_disk(error):
+            raise
+        print(
+            f"error: The disk refused to take a file ({printable(full_text(error))[:200]}): make room, or write "
+            "elsewhere; what was written before is whole.",
+            file=sys.stderr,
+        )
+        code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = stopping.STOPPED
     stopping.forget()
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+class _Once(argparse.Action):
+    """Stores a flag's value; it may not come twice."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Takes the value."""
+        if hasattr(namespace, self.dest):
+            raise UsageError(
+                f"{option} came twice, with {shown(getattr(namespace, self.dest))} and {shown(values)}: expected one."
+            )
+        setattr(namespace, self.dest, values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -445,7 +538,10 @@ def _parser(kind: type, known: Mapping[str, Known], description: str, positional
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with settings by section, or its content in braces; flags go first"
+        "--config",
+        action=_Once,
+        metavar="FILE",
+        help="YAML file with settings by section, or its content in braces; flags go first",
     )
     for part in dataclasses.fields(kind):
         group = parser.add_argument_group(part.metadata["title"])
@@ -460,7 +556,11 @@ def _parser(kind: type, known: Mapping[str, Known], description: str, positional
             default = "" if setting.default is None else f" (default: {_shown(setting.default)})"
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.plain is bool else {}
             group.add_argument(
-                f"--{setting.name}", metavar=setting.metavar, help=text + default.replace("%", "%%"), **switch
+                f"--{setting.name}",
+                action=_Once,
+                metavar=setting.metavar,
+                help=text + default.replace("%", "%%"),
+                **switch,
             )
     return parser
 
@@ -497,10 +597,12 @@ def _refuse_unknown_flags(parser: _Parser, known: Mapping[str, Known], words: Se
         near = nearest(name, [flag[2:] for flag in sorted(flags) if flag.startswith("--")])
         if near is None and (meant := nearest(name, [*known])) is not None and known[meant].only_in_file:
             raise UsageError(
-                f"There is no flag {name}; {meant} stands in the section {known[meant].section} of a --config file."
+                f"There is no flag {cut(name, 100)}; {meant} stands in the section {known[meant].section} of a "
+                "--config file."
             )
         raise UsageError(
-            f"There is no flag {name}" + (f", did you mean --{near}?" if near else "; --help lists the flags.")
+            f"There is no flag {cut(name, 100)}"
+            + (f", did you mean --{near}?" if near else "; --help lists the flags.")
         )
 
 
@@ -530,7 +632,7 @@ def _no_section(part: str, names: Sequence[str], known: Mapping[str, Known]) -> 
         )
     near = difflib.get_close_matches(part, names, 1)
     hint = f", did you mean {near[0]!r}?" if near else f": expected {', '.join(names)}."
-    return f"has the unknown section {part!r}{hint}"
+    return f"has the unknown section {shown(part)}{hint}"
 
 
 def _hint(key: str, part: str, known: Mapping[str, Known]) -> str:
@@ -578,11 +680,8 @@ def _from_yaml(setting: Known, value: Any) -> Any:
 
 def _json_object(name: str, text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        return json_object(text)
+    except BadText as error:
         raise UsageError(
-            f"--{name} {text!r} is no JSON ({error}): expected an object such as '{{\"size\": 4}}'."
+            f"--{name} {shown(text)} is no JSON ({error}): expected a JSON object such as '{{\"size\": 4}}'."
         ) from error
-    if not isinstance(value, dict):
-        raise UsageError(f"--{name} is {text!r}: expected a JSON object such as '{{\"size\": 4}}'.")
-    return value

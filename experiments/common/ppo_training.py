@@ -20,6 +20,7 @@ from manako.experiments.common.building import (
     policy_of_run,
 )
 from manako.experiments.common.command_line import UsageError
+from manako.experiments.common.disk_room import check_disk_room
 from manako.experiments.common.ending import STAGING, Ending, only_warned
 from manako.experiments.common.environments import dead_frames, ignored_seeds, sights, warn_of
 from manako.experiments.common.progress import Progress
@@ -62,9 +63,12 @@ def _train(
     ending: Ending,
 ) -> None:
     environment, ppo, run = command.environment, command.ppo, command.run
-    policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None)
+    policy, env = policy_of_run(
+        environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None, num_steps=ppo.num_steps
+    )
     check_learns_by_acting(policy, command.policy.trainable)
     check_training_room(policy, command.policy.trainable, policy.device)
+    check_disk_room(policy, run_dir, run.keep_checkpoints)
     compared = f"and --advantage {ppo.advantage} compares episodes of one seed: {SEEDED}"
     unseeded = ignored_seeds(environment, run.seed, needed_for=None if ppo.advantage == "gae" else compared)
     staging = run_dir / STAGING

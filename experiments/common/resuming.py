@@ -24,20 +24,21 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from manako.agent.checkpoint import latest_checkpoint
+from manako.agent.checkpoint import OF_A_TUNING, latest_checkpoint
 from manako.experiments.common.command_line import (
     CommandLine,
     UsageError,
     build,
+    checked_sections,
     flat,
     known_settings,
-    read_settings,
 )
-from manako.experiments.common.run_folder import check_job_folder, write_config
+from manako.experiments.common.named_modules import check_named
+from manako.experiments.common.run_folder import check_job_folder, read_run_settings, write_config
 from manako.experiments.common.settings import OF_THE_MACHINE, DPOCommand, PPOCommand, SFTCommand, moved
 
 Command = TypeVar("Command", PPOCommand, SFTCommand, DPOCommand)
@@ -59,14 +60,21 @@ def goes_on(line: CommandLine[Command], run_dir: Path) -> tuple[Command, Changes
         UsageError: a setting came that a run keeps from its start, or one that this run cannot take.
     """
     kind, given = type(line.settings), line.given
-    may = [name for name in CHANGEABLE if name in known_settings(kind)]
-    kept = sorted(given - {"resume", *OF_THE_MACHINE, *may})
+    may: list[str] = [name for name in CHANGEABLE if name in known_settings(kind)]
+    kept = sorted(given - {"resume", "env", *OF_THE_MACHINE, *may})
     if kept:
         raise UsageError(
             f"--resume goes on with the run's own settings, but --{kept[0]} came too: leave it out; only "
             f"{', '.join(may)} and where it is computed may change."
         )
-    command = build(kind, read_settings(kind, str(run_dir / "config.yaml")))
+    command = _settings_of(kind, run_dir)
+    environment = line.settings.environment.env
+    if "env" in given and environment != command.environment.env:
+        raise UsageError(
+            f"--env {environment} came, and the run in {str(run_dir)!r} is of {command.environment.env}: leave it out, "
+            "or start a new run."
+        )
+    check_named(command.environment.env, f"The run {str(run_dir)!r}")
     parts: dict[str, Any] = {}
     for part in dataclasses.fields(kind):
         own, new = getattr(command, part.name), getattr(line.settings, part.name)
@@ -85,27 +93,49 @@ def goes_on(line: CommandLine[Command], run_dir: Path) -> tuple[Command, Changes
     return changed, {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
 
+def _settings_of(kind: type[Command], run_dir: Path) -> Command:
+    """The settings that a run's folder holds."""
+    file = run_dir / "config.yaml"
+    return build(kind, checked_sections(kind, read_run_settings(file), str(file)))
+
+
 def _own_rate(values: Mapping[str, Any]) -> bool:
     """Whether the adapter has a learning rate of its own."""
     return values["adapter_learning_rate"] not in (None, values["learning_rate"])
 
 
-def begin_again(line: CommandLine[Command]) -> tuple[Command, Path, Path | None, Changes]:
-    """Returns the settings of the run that `--resume` names, its folder, its last whole checkpoint, and what is new.
-
-    A run that was stopped before its first checkpoint has none, and begins again.
+def run_to_resume(line: CommandLine[Command]) -> Path:
+    """Returns the folder of the run to go on with.
 
     Raises:
-        UsageError: no run there, damaged checkpoints alone, or flags that a run keeps from its start.
+        UsageError: no run there.
     """
     run_dir = Path(str(line.settings.run.resume))
     check_job_folder(str(run_dir), "--resume")
     if not (run_dir / "config.yaml").is_file():
         raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
+    return run_dir
+
+
+def begin_again(
+    line: CommandLine[Command], needed: Iterable[str] = OF_A_TUNING
+) -> tuple[Command, Path, Path | None, Changes]:
+    """Returns the settings of the run that `--resume` names, its folder, its last whole checkpoint, and what is new.
+
+    A run that was stopped before its first checkpoint has none, and begins again.
+
+    Args:
+        line: what came with --resume.
+        needed: files that a checkpoint has to hold.
+
+    Raises:
+        UsageError: no run there, damaged checkpoints alone, or flags that a run keeps from its start.
+    """
+    run_dir = run_to_resume(line)
     command, changes = goes_on(line, run_dir)
     with warnings.catch_warnings(record=True) as faults:
         warnings.simplefilter("always")
-        checkpoint = latest_checkpoint(run_dir)
+        checkpoint = latest_checkpoint(run_dir, needed)
     found = "; ".join(str(fault.message).removeprefix("Passed over: ").split(";")[0] for fault in faults)
     if checkpoint is None and found:
         raise UsageError(f"{run_dir} holds no whole checkpoint ({found}): start a new run without --resume.")
@@ -188,6 +218,6 @@ def keep_changes(command: PPOCommand | SFTCommand | DPOCommand, run_dir: Path, c
         return
     write_down(run_dir, changes, done)
     if isinstance(command, PPOCommand):
-        own = build(PPOCommand, read_settings(PPOCommand, str(run_dir / "config.yaml")))
+        own = _settings_of(PPOCommand, run_dir)
         command = dataclasses.replace(command, workers=own.workers)
     write_config(run_dir, command)

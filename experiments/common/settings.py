@@ -5,6 +5,7 @@ to import, as all settings are.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -39,17 +40,19 @@ EVAL_STEPS_HELP = "env steps of an evaluation's rows together: fewer whole episo
 class RunSettings:
     """What a run that trains leaves behind, and what it is computed by."""
 
-    output_dir: str | None = setting(None, "run folder, must not exist; by default runs/ENV-POLICY-seedN-TIME")
+    output_dir: str | None = setting(
+        None, "run folder, must not exist; by default runs/ENV-POLICY-seedN-TIME", is_path=True
+    )
     seed: int = setting(0, "of everything random", ge=0, lt=2**31)
     eval_episodes: int = setting(500, "held-out episodes of each evaluation row", ge=1)
     eval_steps: int = setting(EVAL_STEPS, EVAL_STEPS_HELP, ge=1)
     gif_episodes: int = setting(4, "episodes in before.gif and after.gif, 0 for none", ge=0)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
     save_minutes: float = setting(2.0, "minutes between checkpoints, where there is none before", gt=0)
     keep_checkpoints: int = setting(2, "checkpoints kept, the newest", only_in_file=True, ge=1)
-    resume: str | None = setting(None, "run folder to go on with, by its own settings")
+    resume: str | None = setting(None, "run folder to go on with, by its own settings", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,17 @@ class CollectSettings:
         "who plays: the env's scripted expert, a policy that samples its actions, chance, a recording, or a model "
         "behind a chat API, sampled",
     )
-    recording: str | None = setting(None, "file or dataset folder that --player recorded plays again, all of it")
+    recording: str | None = setting(
+        None, "file or dataset folder that --player recorded plays again, all of it", is_path=True
+    )
     error_rate: float = setting(0.0, "how often the expert does something else", ge=0, le=1)
     episodes: int | None = setting(None, "episodes to record, each to its end; 500 by default", ge=1)
-    output: str | None = setting(None, "folder of the dataset, must not exist")
+    output: str | None = setting(None, "folder of the dataset, must not exist", is_path=True)
     num_steps: int = setting(16, "env steps of each environment in a rollout", ge=1)
     group_size: int = setting(1, "episodes of the same seed", ge=1)
     seed: int = setting(0, "of everything random", ge=0, lt=2**31)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
     bf16: bool = setting(False, "bfloat16 autocast while the policy acts in Ray workers")
 
@@ -100,11 +105,11 @@ class EvaluateSettings:
     top_p: float = setting(
         1.0, "with --sample: draw answers in text from the likeliest tokens of this share", gt=0, le=1
     )
-    output: str | None = setting(None, "JSON file for the results, must not exist")
-    gif: str | None = setting(None, "GIF file for the first episodes, must not exist")
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
+    gif: str | None = setting(None, "GIF file for the first episodes, must not exist", is_path=True)
     gif_episodes: int = setting(4, "how many of them", ge=1)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
 
 
@@ -117,11 +122,13 @@ class ImagineSettings:
         "random", "who acts: chance, the env's scripted expert, or the policy's greedy actions"
     )
     seed: int = setting(0, "of the held-out episodes and of chance; by default the run's", ge=0, lt=2**31)
-    output: str | None = setting(None, "JSON file for the results, must not exist")
-    gif: str | None = setting(None, "GIF file for the first episodes, imagined beside real, must not exist")
+    output: str | None = setting(None, "JSON file for the results, must not exist", is_path=True)
+    gif: str | None = setting(
+        None, "GIF file for the first episodes, imagined beside real, must not exist", is_path=True
+    )
     gif_episodes: int = setting(4, "how many of them", ge=1)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
 
 
@@ -129,11 +136,15 @@ class ImagineSettings:
 class ModelCheckSettings:
     """Which models check_model.py asks, and what it writes."""
 
-    models: tuple[str, ...] = setting((), f"model folders, checkpoints, Hub ids, presets ({', '.join(PRESETS)})")
-    table: str | None = setting(None, "Markdown file for a table with a row a model; between its markers, if it exists")
+    models: tuple[str, ...] = setting(
+        (), f"model folders, checkpoints, Hub ids, presets ({', '.join(PRESETS)})", is_path=True
+    )
+    table: str | None = setting(
+        None, "Markdown file for a table with a row a model; between its markers, if it exists", is_path=True
+    )
     num_steps: int = setting(PPOSettings.num_steps, "env steps of the rollout whose room is counted", ge=1)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
 
 
@@ -144,7 +155,7 @@ class ModelCheckSettings:
 class TuningSettings:
     """What SFT, DPO and KTO share."""
 
-    dataset: str | None = setting(None, "folder of trajectories, of collect.py")
+    dataset: str | None = setting(None, "folder of trajectories, of collect.py", is_path=True)
     epochs: int = setting(1, "passes over the data", ge=1)
     batch_size: int = setting(32, "examples or pairs of an optimizer step", ge=1)
     learning_rate: float | None = setting(
@@ -291,7 +302,7 @@ def check_together(command: PPOCommand) -> None:
     ppo, workers, num_envs = command.ppo, command.workers, command.environment.num_envs
     samples, size = num_envs * ppo.num_steps, ppo.minibatch_size
     if samples % size:
-        fits = max(divisor for divisor in range(1, min(size, samples) + 1) if samples % divisor == 0)
+        fits = largest_divisor(samples, size)
         raise UsageError(
             f"--minibatch_size is {size}, but a rollout has --num_envs {num_envs} x --num_steps {ppo.num_steps} = "
             f"{samples} samples: expected a size that divides them, such as {fits}."
@@ -304,7 +315,7 @@ def check_together(command: PPOCommand) -> None:
     if ppo.advantage != "gae" and num_envs % ppo.group_size:
         raise UsageError(
             f"--group_size is {ppo.group_size}, and --num_envs {num_envs}: expected a divisor, such as "
-            f"{max(size for size in range(1, ppo.group_size + 1) if num_envs % size == 0)}."
+            f"{largest_divisor(num_envs, ppo.group_size)}."
         )
     check_workers(workers, num_envs)
     if workers.async_rollouts and workers.rollout_backend != "ray-replica":
@@ -317,6 +328,12 @@ def check_together(command: PPOCommand) -> None:
             f"--kl_coef is {ppo.kl_coef}, and --trainable {command.policy.trainable} keeps no reference policy to stay "
             "close to: expected --trainable lora (its off state is the reference), or --kl_coef 0."
         )
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Returns the largest whole number up to `most` that divides this one."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return max(divisor for divisor in (*small, *(number // divisor for divisor in small)) if divisor <= most)
 
 
 def check_workers(settings: WorkerSettings, num_envs: int) -> None:
@@ -333,7 +350,7 @@ def check_workers(settings: WorkerSettings, num_envs: int) -> None:
             )
     workers = settings.workers
     if num_envs % workers:
-        fits = max(divisor for divisor in range(1, workers + 1) if num_envs % divisor == 0)
+        fits = largest_divisor(num_envs, workers)
         raise UsageError(
             f"--num_envs {num_envs} cannot be divided among --num_workers {workers}: expected a number of workers that "
             f"divides it, such as {fits}."

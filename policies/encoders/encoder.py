@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, ViTImageProcessorPil
 
 from manako.policies.errors import PolicyError
+from manako.policies.room import check_frame_room
 
 INITIALIZER_RANGE = 0.15
 TRANSFORMER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -42,6 +43,7 @@ def sides(frame_shape: tuple[int, int, int], image_size: int | None, patch_size:
         side = max(patch, side // patch * patch)
     if side < patch or side % patch or patch < 2:
         raise PolicyError(f"image_size {side} is no multiple of patch_size {patch}: expected whole patches.")
+    check_frame_room(side, patch, TRANSFORMER["hidden_size"], TRANSFORMER["num_attention_heads"])
     return side, patch
 
 

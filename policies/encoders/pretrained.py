@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from manako.policies.encoders.encoder import Encoder
 from manako.policies.errors import PolicyError
 from manako.policies.pretrained import check_complete, check_found, quietly, refusal
+from manako.policies.room import check_room
 
 VISION_TOWERS = ("vision_model", "vision_tower", "visual")  # what models call it that have more parts
 
@@ -27,6 +28,7 @@ def load(name: str, others: Iterable[str] = ()) -> Encoder:
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():
+            check_room(name, AutoConfig.from_pretrained(name, trust_remote_code=False), torch.float32, AutoModel)
             model, loading = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever a model's code says to files that do not fit

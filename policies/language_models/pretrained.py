@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from manako.policies.architectures.composed.processing import vlm_chat_template
 from manako.policies.language_models.language_model import LanguageModel
 from manako.policies.pretrained import check_complete, check_found, quietly, refusal
+from manako.policies.room import check_room
 
 
 def load(name: str, others: Iterable[str] = (), folder: Path | None = None) -> LanguageModel:
@@ -28,6 +29,9 @@ def load(name: str, others: Iterable[str] = (), folder: Path | None = None) -> L
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():
+            check_room(
+                name, AutoConfig.from_pretrained(place, trust_remote_code=False), torch.float32, AutoModelForCausalLM
+            )
             model, loading = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # whatever a model's code says to files that do not fit

@@ -31,4 +31,6 @@ class RemoteSettings:
     remote_concurrency: int = setting(8, "requests at a time", ge=1)
     remote_timeout: float = setting(60.0, "seconds after which a request counts as lost", gt=0)
     remote_retries: int = setting(4, "how often a request is sent again after a fault that may pass", ge=0)
-    remote_cache: str = setting("runs/remote-cache", "folder of answers, one file each: what is there costs nothing")
+    remote_cache: str = setting(
+        "runs/remote-cache", "folder of answers, one file each: what is there costs nothing", is_path=True
+    )

@@ -1,4 +1,4 @@
-"""Runs that end badly, as their user meets them: what is kept, what is said, and that `--resume` ends where it should."""
+"""Runs that end badly, as their user meets them: what is kept, what is said, and that `--resume` ends as it should."""
 
 import contextlib
 import json
