@@ -32,7 +32,9 @@ def limited(env: gym.Env) -> gym.Env:
     said = dict(env.spec.kwargs) if env.spec is not None else {}
     own = [_said(env, name, said.get(name)) for name in OWN_LIMITS]
     counts = [int(number) for number in own if isinstance(number, numbers.Integral) and not isinstance(number, bool)]
-    return _DefaultLimit(env, max([DEFAULT_LIMIT, *counts]))
+    limit = _DefaultLimit(env, max([DEFAULT_LIMIT, *counts]))
+    limit.counts_itself = bool(counts)
+    return limit
 
 
 def _said(env: gym.Env, name: str, otherwise: Any) -> Any:
@@ -45,11 +47,13 @@ def _said(env: gym.Env, name: str, otherwise: Any) -> Any:
 class _DefaultLimit(TimeLimit):
     """A limit that nobody asked for."""
 
+    counts_itself = False  # the environment says that it has one of its own
+
 
 def is_default(env: gym.Env) -> bool:
     """Says whether nothing but this module is known to end an episode."""
     limit = time_limit(env)
-    return isinstance(limit, _DefaultLimit) and limit._max_episode_steps == DEFAULT_LIMIT
+    return isinstance(limit, _DefaultLimit) and not limit.counts_itself
 
 
 def limit_in_words(env: gym.Env) -> tuple[int, str]:
@@ -59,7 +63,7 @@ def limit_in_words(env: gym.Env) -> tuple[int, str]:
     steps = limit._max_episode_steps
     if not isinstance(limit, _DefaultLimit):
         return steps, f"truncated after {steps:,} steps"
-    if steps > DEFAULT_LIMIT:
+    if limit.counts_itself:
         return steps, f"ended by the environment itself, truncated after {steps:,} steps at most"
     return steps, (
         f"truncated after {steps:,} steps, since the environment has no limit of its own; --max_episode_steps says "
