@@ -98,7 +98,7 @@ def cut_steps(run_dir: Path, step: int, before: int = 0) -> list[dict[str, Any]]
         step: of the checkpoint.
         before: rows of earlier rounds, which stay.
     """
-    rows = read_metrics(run_dir)
+    rows = read_metrics(run_dir, ("step",))
     kept = rows[:before] + [row for row in rows[before:] if row["step"] <= step]
     temporary = run_dir / "metrics.jsonl.tmp"
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
