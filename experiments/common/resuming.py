@@ -133,6 +133,7 @@ def begin_again(
     """
     run_dir = run_to_resume(line)
     command, changes = goes_on(line, run_dir)
+    needed = OF_A_RUN if isinstance(command, PPOCommand) else ()
     with warnings.catch_warnings(record=True) as faults:
         warnings.simplefilter("always")
         checkpoint = latest_checkpoint(run_dir, needed)
@@ -141,7 +142,7 @@ def begin_again(
         raise UsageError(f"{run_dir} holds no whole checkpoint ({found}): start a new run without --resume.")
     if checkpoint is not None and found:
         print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
-    return command, run_dir, checkpoint, changes
+    return command, checkpoint, changes
 
 
 def check_unfinished(run_dir: Path) -> None:

@@ -152,6 +152,7 @@ def test_an_error_that_nobody_foresaw_is_a_sentence_and_a_file(whole, tmp_path, 
     assert run(command_of(out), monkeypatch) == 0 and same_weights(tmp_path / "run/final", whole / "final")
 
 
+@pytest.mark.slow
 def test_the_advice_on_numbers_that_break_can_be_followed(tmp_path, monkeypatch, capfd):
     """A learning rate of 1e4 breaks the numbers; the printed command, and those that it prints, end in a whole run."""
     arguments = faulty(tmp_path, tmp_path / "run", learning_rate=1e6, num_ppo_epochs=2)
@@ -166,6 +167,7 @@ def test_the_advice_on_numbers_that_break_can_be_followed(tmp_path, monkeypatch,
     assert changes[0]["changes"]["learning_rate"] == [1e6, 1e5]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_prolonged(whole, tmp_path, monkeypatch, capfd):
     """With a constant rate it is, bit for bit, the one that had been so long from the start."""
     constant = {"lr_scheduler_type": "constant"}
@@ -221,8 +223,13 @@ def signal_at_step(number: int, patch, round_number: int = 0) -> None:
     ("main", "settings", "round_number"),
     [
         (run_sft.main, {"loss": "actions", "epochs": 2}, 0),
-        (run_sft.main, {"loss": "tokens", "trainable": "lora"}, 0),
-        (run_dpo.main, {"trainable": "lora", "rounds": 2, "episodes": 8, "num_steps": 8, "pairs": "expert"}, 0),
+        pytest.param(run_sft.main, {"loss": "tokens", "trainable": "lora"}, 0, marks=pytest.mark.slow),
+        pytest.param(
+            run_dpo.main,
+            {"trainable": "lora", "rounds": 2, "episodes": 8, "num_steps": 8, "pairs": "expert"},
+            0,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_stopped_fine_tuning_goes_on_bit_for_bit(main, settings, round_number, dataset, tmp_path, monkeypatch, capfd):
