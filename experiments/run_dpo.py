@@ -9,7 +9,6 @@ A round: trajectories (the dataset in the first one if given, else the policy's 
 the policy as it was, evaluation. See agent/tuning/preferences.py for how pairs are made.
 """
 
-import contextlib
 import os
 import sys
 import time
@@ -48,17 +47,16 @@ def main() -> int:
     """Runs all rounds; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    with contextlib.ExitStack() as stack:
-        if line.settings.run.resume:
-            stack.enter_context(going_on(run_to_resume(line)))
-            command, run_dir, checkpoint, changes = begin_again(line)
+    resumes = line.settings.run.resume is not None
+    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
+    remote = line.settings.remote if line.settings.dpo.pairs == REMOTE else None
+    with going_on(run_dir) if resumes else making(run_dir), asking(remote):
+        command, checkpoint, changes = line.settings, None, None
+        if resumes:
             check_unfinished(run_dir)
-            show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'the start of its round'}")
-        else:
-            command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
-            stack.enter_context(making(run_dir))
-            show("run", str(run_dir))
-        stack.enter_context(asking(command.remote if command.dpo.pairs == REMOTE else None))
+            command, checkpoint, changes = begin_again(line)
+        place = f", from {checkpoint.name if checkpoint else 'the start of its round'}" if resumes else ""
+        show("run", f"{run_dir}{place}")
         command = with_trainable(command)
         show_loading()
         from manako.experiments.common.dpo_training import train  # torch and all

@@ -32,7 +32,6 @@ from manako.experiments.common.stopping import answer_signals  # noqa: E402
 if __name__ == "__main__":
     answer_signals()  # while the rest is imported
 
-from manako.agent.checkpoint import OF_A_RUN  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
     read_command_line,
@@ -53,8 +52,9 @@ def main() -> int:
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.
     with contextlib.ExitStack() as stack:
         if line.settings.run.resume:
-            stack.enter_context(going_on(run_to_resume(line)))
-            command, run_dir, checkpoint, changes = resumed(line)
+            run_dir = run_to_resume(line)
+            stack.enter_context(going_on(run_dir))
+            command, checkpoint, changes = resumed(line)
         else:
             command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
             stack.enter_context(making(run_dir))
@@ -96,18 +96,19 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]
     )
 
 
-def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path | None, Changes]:
-    """Returns the settings of the run to go on with, its folder, its last whole checkpoint, and what came that is new.
+def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path | None, Changes]:
+    """Returns the settings of the run to go on with, its last whole checkpoint, and what came that is new.
 
     A run that was stopped before its first checkpoint has none, and begins again.
 
     Raises:
         UsageError: no run there, a finished one, damaged checkpoints alone, or flags that a run keeps from its start.
     """
-    command, run_dir, checkpoint, changes = begin_again(line, OF_A_RUN)
+    command, checkpoint, changes = begin_again(line)
     iteration = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
-    check_length(changes, run_dir, iteration, command.environment.num_envs * command.ppo.num_steps)
-    return command, run_dir, checkpoint, changes
+    samples = command.environment.num_envs * command.ppo.num_steps
+    check_length(changes, run_to_resume(line), iteration, samples)
+    return command, checkpoint, changes
 
 
 if __name__ == "__main__":

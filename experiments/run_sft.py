@@ -15,7 +15,6 @@ The run folder holds final/ for --policy of any other runner, the evaluation bes
 model has forgotten: perplexity of text and questions answered, before and after.
 """
 
-import contextlib
 import os
 import sys
 import time
@@ -53,16 +52,15 @@ def main() -> int:
     """Runs one stage; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    with contextlib.ExitStack() as stack:
-        if line.settings.run.resume:
-            stack.enter_context(going_on(run_to_resume(line)))
-            command, run_dir, checkpoint, changes = begin_again(line)
+    resumes = line.settings.run.resume is not None
+    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
+    with going_on(run_dir) if resumes else making(run_dir):
+        command, checkpoint, changes = line.settings, None, None
+        if resumes:
             check_unfinished(run_dir)
-            show("run", f"{run_dir}, from {checkpoint.name if checkpoint else 'its start'}")
-        else:
-            command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
-            stack.enter_context(making(run_dir))
-            show("run", str(run_dir))
+            command, checkpoint, changes = begin_again(line)
+        place = f", from {checkpoint.name if checkpoint else 'its start'}" if resumes else ""
+        show("run", f"{run_dir}{place}")
         if command.sft.stage == "instruct":  # before it the architecture may say what learns
             command = with_trainable(command)
         show_loading()

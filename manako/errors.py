@@ -19,7 +19,7 @@ _REFUSED = (  # what torch, safetensors and tokenizers say where a file could no
 class ManakoError(ValueError):
     """Bad input or a broken part of the user's own, in one sentence: what came, what was expected, what to do."""
 
-    exit_code = 2  # of a runner that it ends: 2 for bad input, 1 for a fault of a run that had begun
+    exit_code = 2  # of a runner: 2 for bad input, 1 for a fault
 
 
 def first_line(error: BaseException, longest: int | None = 160) -> str:

@@ -126,7 +126,7 @@ def _put(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
-def _packed(rollout: Rollout) -> dict[str, np.ndarray]:
+def _packed(rollout: Rollout) -> dict[str, Any]:
     """What `to_dataset` reads of a rollout, as arrays by name."""
     record = rollout.record
     assert record is not None, "a recording keeps records"
@@ -154,14 +154,14 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Rollout:
     columns = {name[8:]: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("actions.")}
     tensors = {name: torch.from_numpy(arrays[name]) for name in TENSORS}
     frames: Sequence[np.ndarray] = arrays.get("record.last_images", ())  # type: ignore[assignment]
+    of_record: dict[str, Any] = {
+        name: torch.from_numpy(arrays[f"record.{name}"]) if f"record.{name}" in arrays else None for name in OF_RECORD
+    }
     record = Record(
         to_env=arrays["record.to_env"],
         images=arrays["record.images"],
         last_images={(t, slot): frame for (t, slot), frame in zip(said["last"], frames, strict=True)},
-        **{
-            name: torch.from_numpy(arrays[f"record.{name}"]) if f"record.{name}" in arrays else None
-            for name in OF_RECORD
-        },
+        **of_record,
         **said["texts"],
     )
     nothing = Rows({"": torch.zeros(0)})

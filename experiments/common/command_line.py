@@ -476,8 +476,7 @@ def show(name: str, text: str) -> None:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback.
 
-    A fault of a run that had begun, such as a full disk, is a sentence too, and exit code 1; Ctrl-C and SIGTERM end it
-    with exit code 130.
+    A fault, such as a full disk, is a sentence too, and exit code 1. Ctrl-C and SIGTERM end it with exit code 130.
     """
     stopping.tidy_up_from_here()
     be_utf8()

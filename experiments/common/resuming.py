@@ -24,11 +24,11 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from manako.agent.checkpoint import OF_A_TUNING, latest_checkpoint
+from manako.agent.checkpoint import OF_A_RUN, OF_A_TUNING, latest_checkpoint
 from manako.experiments.common.command_line import (
     CommandLine,
     UsageError,
@@ -68,11 +68,10 @@ def goes_on(line: CommandLine[Command], run_dir: Path) -> tuple[Command, Changes
             f"{', '.join(may)} and where it is computed may change."
         )
     command = _settings_of(kind, run_dir)
-    environment = line.settings.environment.env
-    if "env" in given and environment != command.environment.env:
+    if "env" in given and line.settings.environment.env != command.environment.env:
         raise UsageError(
-            f"--env {environment} came, and the run in {str(run_dir)!r} is of {command.environment.env}: leave it out, "
-            "or start a new run."
+            f"--env {line.settings.environment.env} came, and the run in {str(run_dir)!r} is of "
+            f"{command.environment.env}: leave it out, or start a new run."
         )
     check_named(command.environment.env, f"The run {str(run_dir)!r}")
     parts: dict[str, Any] = {}
@@ -94,7 +93,6 @@ def goes_on(line: CommandLine[Command], run_dir: Path) -> tuple[Command, Changes
 
 
 def _settings_of(kind: type[Command], run_dir: Path) -> Command:
-    """The settings that a run's folder holds."""
     file = run_dir / "config.yaml"
     return build(kind, checked_sections(kind, read_run_settings(file), str(file)))
 
@@ -105,7 +103,7 @@ def _own_rate(values: Mapping[str, Any]) -> bool:
 
 
 def run_to_resume(line: CommandLine[Command]) -> Path:
-    """Returns the folder of the run to go on with.
+    """Returns the folder of the run that `--resume` names.
 
     Raises:
         UsageError: no run there.
@@ -117,23 +115,17 @@ def run_to_resume(line: CommandLine[Command]) -> Path:
     return run_dir
 
 
-def begin_again(
-    line: CommandLine[Command], needed: Iterable[str] = OF_A_TUNING
-) -> tuple[Command, Path, Path | None, Changes]:
-    """Returns the settings of the run that `--resume` names, its folder, its last whole checkpoint, and what is new.
+def begin_again(line: CommandLine[Command]) -> tuple[Command, Path | None, Changes]:
+    """Returns the settings of the run that `--resume` names, its last whole checkpoint, and what is new.
 
     A run that was stopped before its first checkpoint has none, and begins again.
 
-    Args:
-        line: what came with --resume.
-        needed: files that a checkpoint has to hold.
-
     Raises:
-        UsageError: no run there, damaged checkpoints alone, or flags that a run keeps from its start.
+        UsageError: damaged checkpoints alone, or flags that a run keeps from its start.
     """
     run_dir = run_to_resume(line)
     command, changes = goes_on(line, run_dir)
-    needed = OF_A_RUN if isinstance(command, PPOCommand) else ()
+    needed = OF_A_RUN if isinstance(command, PPOCommand) else OF_A_TUNING
     with warnings.catch_warnings(record=True) as faults:
         warnings.simplefilter("always")
         checkpoint = latest_checkpoint(run_dir, needed)
@@ -219,6 +211,5 @@ def keep_changes(command: PPOCommand | SFTCommand | DPOCommand, run_dir: Path, c
         return
     write_down(run_dir, changes, done)
     if isinstance(command, PPOCommand):
-        own = _settings_of(PPOCommand, run_dir)
-        command = dataclasses.replace(command, workers=own.workers)
+        command = dataclasses.replace(command, workers=_settings_of(PPOCommand, run_dir).workers)
     write_config(run_dir, command)

@@ -1,4 +1,4 @@
-"""Runs that end badly, as their user meets them: what is kept, what is said, and that `--resume` ends as it should."""
+"""Runs that end badly, as their user meets them: what is kept, what is said, and where `--resume` ends."""
 
 import contextlib
 import json
