@@ -15,6 +15,12 @@ class NotFiniteError(TrainingError):
     """What the policy computes is no number any more: its last update, or one before, was too large."""
 
 
+class HeadLostError(WorkersError):
+    """Ray's head is gone, and with it every worker."""
+
+    exit_code = 1
+
+
 class DiskError(TrainingError):
     """The disk takes nothing more, or refuses; what was written before is whole."""
 

@@ -27,6 +27,7 @@ from manako.agent.checkpoint import OF_A_RUN, filled, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
+from manako.agent.faults import FaultLog
 from manako.agent.group_advantages import METHODS, whole_groups
 from manako.agent.interfaces import NOT_FIXED, SEEDED, EvaluationEnv, Rollouts
 from manako.agent.losses import explained_variance, ppo_loss
@@ -70,6 +71,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
 
     Attributes:
         iteration: rollouts collected and learned from.
+        faults: of environments, survived; another one may be set, with a file and a limit.
         failure: what ended the run at the start of an iteration, with everything learned so far kept; None if nothing.
 
     Raises:
@@ -123,6 +125,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.scale = return_scale(args, source.num_envs)
         self.failure: WorkersError | None = None
         self.brought_back: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None  # by `LastIterations`
+        self.faults = FaultLog()
         self._ended = EpisodeCount(rounds=args.advantage != "gae")
         self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
@@ -148,12 +151,14 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         with self.compute_loss_context_manager():  # the same autocast as in updates
             try:
                 rollout = self.collector.collect(self.iteration)
+                faults = self.faults.take(rollout, self.iteration)
             except WorkersError as error:  # no weight has changed since the last iteration: it can still be saved
                 self.failure = error
                 return
             lag = self.iteration - rollout.version
             samples = samples_of(rollout, self.policy, args, self.scale, lag)
         self._rollout_metrics(rollout, samples)
+        self._rollout |= faults
         if samples.importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
         parts = self.num_samples // args.per_device_train_batch_size
@@ -191,7 +196,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
         if tensors:
             save_file(tensors, folder / ROLLOUT_TENSORS)
-        write_manifest(folder, trusted=True)
+        write_manifest(folder, trusted=True, deep=False)
 
     def run_state(self) -> dict[str, Any]:
         """Returns where the run is, as JSON: what a checkpoint holds beside weights, optimizer and chance."""
@@ -260,7 +265,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             **self._outcomes(rollout),
             **(
                 {"explained_variance": self._explained(samples)}
-                if samples.usable is None
+                if self.args.advantage == "gae" or samples.usable is None
                 else {
                     "usable_samples": samples.usable.float().mean().item(),
                     "whole_groups": whole_groups(rollout.terminated | rollout.truncated, self.args.group_size),
@@ -275,6 +280,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
     @staticmethod
     def _explained(samples: Samples) -> float:
         counted = samples.mask if samples.values.ndim == 2 else torch.ones_like(samples.values, dtype=torch.bool)
+        if samples.usable is not None:
+            counted = counted & samples.usable.view(-1, *[1] * (counted.ndim - 1))
         return explained_variance(samples.values[counted], samples.returns[counted]).item()
 
     def _outcomes(self, rollout: Rollout) -> dict[str, float | None]:

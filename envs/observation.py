@@ -36,8 +36,9 @@ import numpy as np
 from manako.envs.action_vectors import FlatActions
 from manako.envs.attributes import attribute_of, owner_of
 from manako.envs.captions import caption_of
-from manako.envs.errors import EnvError
+from manako.envs.errors import EnvBrokeError, EnvError
 from manako.envs.experts import make_expert
+from manako.envs.faults import HangError
 from manako.envs.guard import (
     STEP,
     disturbed,
@@ -622,9 +623,10 @@ class VLMObservation(gym.Wrapper):
             self._fail(f"{wrong}, from {where}", error)
         if isinstance(error, gym.error.DependencyNotInstalled):
             self._fail(f"needs a package that is not installed: {missing_package(error)}", error)
-        self._fail(f"broke in {where} with {type_and_text(error)}", error)
+        what = "did not return in time" if isinstance(error, HangError) else f"with {type_and_text(error)}"
+        self._fail(f"broke in {where} {what}", error, EnvBrokeError)
 
-    def _fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
+    def _fail(self, what: str, cause: BaseException | None = None, kind: type[EnvError] = EnvError) -> NoReturn:
         place = [] if self.slot is None else [f"slot {self.slot}"]
         place += ["unseeded episode" if self._seed is None else f"episode seed {self._seed}", f"step {self._step}"]
         if isinstance(self._action, np.ndarray):
@@ -632,4 +634,4 @@ class VLMObservation(gym.Wrapper):
         elif self._action is not None:
             named = 0 <= self._action < len(self.action_names)
             place.append(f"action {self.action_names[self._action]!r}" if named else f"action {self._action}")
-        raise EnvError(f"{self.env_id} {what} ({', '.join(place)})") from cause
+        raise kind(f"{self.env_id} {what} ({', '.join(place)})") from cause

@@ -48,6 +48,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     checked_sections,
     known_settings,
     parse,
+    read_json,
     read_yaml,
     run_main,
     section,
@@ -246,7 +247,7 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
     name, runner = step["name"], step["runner"]
     finished, place, file = folder / f"{name}.json", folder / name, folder / f"{name}.settings.yaml"
     if finished.is_file():
-        return dict(json.loads(finished.read_text(encoding="utf-8")))
+        return read_json(finished)
     refuse_held(place)  # by a runner that outlived the ladder that started it
     goes_on = runner != "collect" and (place / "config.yaml").is_file()  # a start that was stopped
     if not goes_on:

@@ -38,6 +38,8 @@ class Evaluation:
             environment plays the same episode over and over, and an interval over episodes says little.
         fixed_by_seed: whether a seed fixes how an episode begins; else no two evaluations play the same episodes.
         outcomes: how often each outcome of an answer came; empty for a policy whose every answer is an action.
+        failed: places in `episodes` of those that the environment broke in. Each is one of the fixed episodes, and no
+            other stands in its place: it is no success, and its return and length, which nobody knows, are left out.
     """
 
     episodes: list[Episode]
@@ -45,14 +47,19 @@ class Evaluation:
     fixed_by_seed: bool
     asked: int | None = None  # how many episodes were asked for, where a budget of steps allowed fewer
     outcomes: dict[str, int] = field(default_factory=dict)
+    failed: list[int] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Returns success and mean return with their 95 % intervals, mean length, episodes, starts, what of seeds.
 
         Success is None, and so is its interval, where not all episodes were `judged`: the return is the measure then.
         """
-        success = [episode.success for episode in self.episodes]
-        returns = [episode.episode_return for episode in self.episodes]
+        lost = set(self.failed)
+        whole = [episode for place, episode in enumerate(self.episodes) if place not in lost]
+        judged = [episode.success for episode in whole]
+        # where nobody judges, a lost episode is no failure either
+        success: list[bool | None] = judged if None in judged else [*judged, *[False] * len(lost)]
+        returns = [episode.episode_return for episode in whole]
         rate = success_rate(success)
         return {
             "success": rate,
@@ -60,8 +67,9 @@ class Evaluation:
             "judged": len(success) - success.count(None),
             "return_mean": float(np.mean(returns)),
             "return_ci95": list(bootstrap_interval(returns)),
-            "length_mean": float(np.mean([episode.length for episode in self.episodes])),
+            "length_mean": float(np.mean([episode.length for episode in whole])),
             "episodes": len(self.episodes),
+            **({"failed": len(lost)} if lost else {}),
             **({} if self.asked is None else {"episodes_asked": self.asked}),
             "starts": self.starts,
             "fixed_by_seed": self.fixed_by_seed,
@@ -107,6 +115,7 @@ def evaluate(
     draws = Draws([rng] * n)
     results: list[Episode | None] = [None] * len(seeds)
     outcomes: Counter[str] = Counter()
+    failed: list[int] = []  # of results
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
     remember_for(env, policy)
@@ -119,6 +128,7 @@ def evaluate(
         observations = _shown_again(env, state["env"])
         fixed_by_seed, budget, waiting, playing = (state[name] for name in ("fixed", "budget", "waiting", "playing"))
         results = [None if episode is None else Episode(*episode) for episode in state["results"]]
+        failed = list(state["failed"])
         outcomes, starts = Counter(state["outcomes"]), {bytes.fromhex(text) for text in state["starts"]}
         rng.bit_generator.state = state["rng"]
 
@@ -131,6 +141,7 @@ def evaluate(
             "playing": playing,
             "results": [None if episode is None else _first_fields(episode) for episode in results],
             "outcomes": dict(outcomes),
+            "failed": failed,
             "starts": sorted(start.hex() for start in starts),
             "rng": rng.bit_generator.state,
         }
@@ -144,7 +155,7 @@ def evaluate(
             outcomes.update(said[slot] for slot in np.flatnonzero(~idle).tolist() if said)
             result = env.step(actions)
             observations = result.observations
-            ended = result.terminated | result.truncated
+            ended = result.terminated | result.truncated | result.failed
             if (env.episode_lengths[~ended] >= MAX_EPISODE_STEPS).any():
                 raise TrainingError(
                     f"An episode has not ended in {MAX_EPISODE_STEPS:,} steps: expected an environment that ends its "
@@ -156,9 +167,10 @@ def evaluate(
             for slot in np.flatnonzero(ended):
                 index = playing[slot]
                 if index is not None:
-                    results[index] = Episode(
-                        float(env.episode_returns[slot]), int(env.episode_lengths[slot]), verdict(result.success[slot])
-                    )
+                    won = False if result.failed[slot] else verdict(result.success[slot])
+                    results[index] = Episode(float(env.episode_returns[slot]), int(env.episode_lengths[slot]), won)
+                    if result.failed[slot]:
+                        failed.append(index)
                 if budget is not None and all(episode is not None for episode in results[:n]):
                     first = [episode.length for episode in results[:n] if episode is not None]
                     count = int(budget * len(first) / sum(first))
@@ -170,7 +182,12 @@ def evaluate(
             starts |= {_observation_digest(observations, slot) for slot in begun}
     played = [episode for episode in results if episode is not None]
     asked = len(seeds) if len(played) < len(seeds) else None
-    return Evaluation(played, len(starts), fixed_by_seed, asked, dict(outcomes.most_common()))
+    if len(failed) == len(played):
+        raise TrainingError(
+            f"The environment broke in each of {len(played)} episodes of the evaluation, the last time so: "
+            f"{env.take_faults()[-1].sentence}; repair it."
+        )
+    return Evaluation(played, len(starts), fixed_by_seed, asked, dict(outcomes.most_common()), sorted(failed))
 
 
 def _first_fields(episode: Episode) -> tuple[float, int, bool | None]:

@@ -83,6 +83,13 @@ def _collect(
     assert first is not None, "it was asked for"
     warn_of(dead_frames(environment.env, first.images, first.instructions))
     success = episode_success(dataset)
+    faults = [fault for rollout in rollouts for fault in rollout.faults]
+    lost = sum(0 if rollout.failed is None else int(rollout.failed.sum()) for rollout in rollouts)
+    if faults:
+        print(
+            f"warning: {environment.env} broke {len(faults)} times, and {lost} of {len(success) + lost} episodes were "
+            f"lost with it and are not in the dataset; the last time so: {faults[-1].sentence}"
+        )
     print(
         f"{len(success):,} episodes, {len(dataset):,} steps of {named_player(command)} on {environment.env}: "
         f"{outcome_in_words(success, episode_returns(dataset))}; written to {run.output} in "
@@ -204,7 +211,9 @@ def _play(
         record=True,
         ask_expert=has_expert,
     )
-    segment = functools.partial(make_segment, environment, run.seed, 1, seed_lists=seed_lists)
+    segment = functools.partial(
+        make_segment, environment, run.seed, 1, seed_lists=seed_lists, step_timeout=workers.step_timeout
+    )
     plan = dataclasses.replace(plan, make_segment=segment)
     with contextlib.closing(make_rollouts(workers.rollout_backend, plan)) as source:
         if kept.state is not None:
@@ -243,7 +252,7 @@ def own_trajectories(command: DPOCommand, policy: VLMPolicy, number: int) -> Dat
         expert = knows_expert(env)
     seeds = training_seeds(dpo.episodes, seed, dpo.group_size, part=number)
     seed_lists, quota = spread(seeds, min(environment.num_envs, len(seeds)))
-    env = make_vector_env(environment, len(quota), seed, seed_lists=seed_lists)
+    env = make_vector_env(environment, len(quota), seed, seed_lists=seed_lists, on_fault="give up")
     with contextlib.closing(env):
         collector = RolloutCollector(env, policy, dpo.num_steps, seed, record=True, ask_expert=expert)
         rollouts = play_to_the_end(collector, quota, environment.env, first=1000 * number, limit=env.limit)
@@ -281,6 +290,7 @@ def play_to_the_end(
         kept: what a former start has played, and where this one is kept.
 
     Raises:
+        WorkersError: environments broke too often.
         UsageError: none ended in more than `PATIENCE` steps of the slots that still play, together.
     """
     rollouts: list[Rollout] = [] if kept is None else list(kept.rollouts)

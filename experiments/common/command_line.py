@@ -375,6 +375,19 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     return values
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file that a run or ladder has written.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else.
+    """
+    try:
+        return json_object(read_text(file))
+    except (OSError, BadText) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(file)!r} cannot be read ({reason}): use another copy of the folder.") from error
+
+
 def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) -> None:
     """Checks types and limits of the given values.
 
@@ -417,6 +430,10 @@ def _check_text(setting: Known, text: str, source: str) -> None:
     if not text.strip() and not several and not (source and setting.name in MAY_BE_EMPTY):
         unset = "" if source else "; is a variable of the shell not set?"
         raise UsageError(f"{place} is {text!r}: expected {setting.expected} that is not empty{unset}.")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{place} is {shown(text)}: expected text without halves of characters.") from error
     if "\0" in text:
         raise UsageError(f"{place} is {shown(text)}: expected text without null characters.")
     if setting.is_path:

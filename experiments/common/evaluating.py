@@ -46,7 +46,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     if run.output and remote is None:
         file = Path(run.output + UNDER_WAY)
         kept = unfinished(file, environment, policy, count, seeds, run.eval_steps, [run.sample, run.top_p])
-    env = make_vector_env(environment, count, run.seed, held_out=True)
+    env = make_vector_env(environment, count, run.seed, held_out=True, on_fault="give up")
     with contextlib.closing(env), stopping.at_the_next_step() if kept else contextlib.nullcontext():
         console.print(f"episodes     {env.limit_from}")
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from manako.agent.backends import make_rollouts
+from manako.agent.faults import ERRORS, FaultLog
 from manako.agent.interfaces import SEEDED
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
@@ -104,6 +105,7 @@ def _train(
                 keep_the_end(run_dir, iteration * trainer.num_samples)
             keep_changes(command, run_dir, changes, iteration)
         ending.begun = True
+        trainer.faults = FaultLog(command.workers.max_fault_rate, run_dir / ERRORS)
         metrics = MetricsCallback(run_dir)
         saver = CheckpointCallback(trainer, run_dir, run.save_every, run.keep_checkpoints, run.save_minutes)
         progress = Progress(run_dir, command, policy, args.num_iterations, trainer.num_samples, started)

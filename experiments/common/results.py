@@ -45,7 +45,7 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     seeds = held_out_seeds(max(run.eval_episodes, run.gif_episodes), run.seed)
     count = min(num_envs, run.eval_episodes)
     kept = unfinished(run_dir / UNFINISHED, environment, policy, count, seeds[: run.eval_episodes], run.eval_steps)
-    env = make_vector_env(environment, count, run.seed, held_out=True)
+    env = make_vector_env(environment, count, run.seed, held_out=True, on_fault="give up")
     with contextlib.closing(env), stopping.at_the_next_step():
         done = RowsDone(plain_console(), run.eval_episodes, run.eval_steps)
         rows = evaluation.evaluate_all(
@@ -60,6 +60,8 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
         "success": success,
         "returns": returns,
     }
+    if any(result.failed for result in rows.values()):
+        said["failed"] = {name: result.failed for name, result in rows.items()}
     write_text(run_dir / "episodes.json", json.dumps(said))
     with only_warned("after.gif"):
         write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")

@@ -343,7 +343,7 @@ def check_workers(settings: WorkerSettings, num_envs: int) -> None:
         UsageError: sizes that do not divide, or settings of workers where there are none.
     """
     if settings.rollout_backend == "local":
-        given = [name for name in ("num_workers", "ray_address") if getattr(settings, name) is not None]
+        given = [name for name in ("num_workers", "ray_address", "step_timeout") if getattr(settings, name) is not None]
         if given:
             raise UsageError(
                 f"--{given[0]} is for rollout workers, and --rollout_backend is local: expected ray-env or ray-replica."
