@@ -632,6 +632,7 @@ def test_an_asynchronous_training_resumes_bit_for_bit_and_logs_its_lag(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.timeout(900)
 @backends
 def test_ten_kills_at_random_moments_change_nothing(backend, tmp_path, caplog):
