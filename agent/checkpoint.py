@@ -5,25 +5,35 @@ A folder is filled beside its final place under a name that starts with `.tmp-`,
 a file system does in one piece. A crash at any moment leaves the previous checkpoints as they were and at most one
 `.tmp-` folder, which the next write removes. What is inside a checkpoint is its writer's business.
 
-    {"format": 1, "files": {"model.safetensors": {"sha256": "9f86d0...", "bytes": 880472}, ...}}
-
-One process writes into a folder of checkpoints. Files that the manifest does not name are not looked at.
+Writers hold their `.tmp-` folder by a lock of the kernel, so that nobody removes one that is still being filled.
 """
 
-import hashlib
-import json
+import contextlib
+import errno
+import fcntl
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from manako.agent.errors import TrainingError
+from manako import manifest
+from manako.agent.errors import DiskError, TrainingError
+from manako.errors import is_of_the_disk
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+MANIFEST = manifest.MANIFEST
 TEMPORARY = ".tmp-"
+OF_A_RUN = (  # what a checkpoint that a run goes on from has to hold, beside the policy's own files
+    "policy.json",
+    "value_head.safetensors",
+    "model.safetensors|model.safetensors.index.json|adapter_model.safetensors",
+    "rollout_state.json",
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)
 
 _OLDER = "use an older checkpoint"
 
@@ -44,13 +54,16 @@ def write_folder(final_path: Path | str, writer: Callable[[Path], None]) -> None
     try:
         final_path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final_path.parent)
-        temporary.mkdir()
-        writer(temporary)
-        _seal(temporary, final_path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _disk_refused(final_path, error) from error
+        with _filling(temporary, final_path):
+            try:
+                writer(temporary)
+                _seal(temporary, final_path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    except Exception as error:  # torch, safetensors and tokenizers have errors of their own for a full disk
+        if isinstance(error, OSError) or is_of_the_disk(error):
+            raise disk_refused(final_path, error) from error
         raise
 
 
@@ -73,47 +86,35 @@ def finalize_folder(folder: Path | str, final_path: Path | str) -> None:
         _seal(folder, final_path)
         _remove_leftovers(final_path.parent)
     except OSError as error:
-        raise _disk_refused(final_path, error) from error
+        raise disk_refused(final_path, error) from error
 
 
-def verify_folder(path: Path | str) -> None:
+def verify_folder(path: Path | str, needed: Iterable[str] = ()) -> None:
     """Reads every file of a checkpoint and compares it with the manifest.
 
     Args:
         path: a folder that `write_folder` or `finalize_folder` made.
+        needed: files that have to be there, as `manifest.fault` takes them.
 
     Raises:
-        TrainingError: names the first file that is missing, cut short, longer or changed.
+        TrainingError: names the first file that is missing, cut short, longer, changed, or not in the manifest.
     """
     path = Path(path)
-    for name, expected in _read_manifest(path).items():
-        file = path / name
-        try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                what = "cut short" if size < expected["bytes"] else "longer than it was"
-                raise TrainingError(
-                    f"Checkpoint {path} is damaged: {name} is {what}, {size} bytes where {expected['bytes']} were "
-                    f"written; {_OLDER}."
-                )
-            if _sha256(file) != expected["sha256"]:
-                raise TrainingError(
-                    f"Checkpoint {path} is damaged: {name} has changed since it was written (its SHA-256 sum is "
-                    f"another); {_OLDER}."
-                )
-        except FileNotFoundError:
-            raise TrainingError(f"Checkpoint {path} is damaged: {name} is missing; {_OLDER}.") from None
-        except OSError as error:
-            raise TrainingError(f"Checkpoint {path}: {name} cannot be read ({error}); {_OLDER}.") from error
+    if not path.is_dir():
+        raise TrainingError(f"Checkpoint {path} is not a folder: expected one with a {MANIFEST}; look at the path.")
+    found = manifest.fault(path, needed)
+    if found:
+        raise TrainingError(f"Checkpoint {path} is damaged: {found}; {_OLDER}.")
 
 
-def latest_checkpoint(run_dir: Path | str) -> Path | None:
+def latest_checkpoint(run_dir: Path | str, needed: Iterable[str] = ()) -> Path | None:
     """Returns the whole checkpoint of the highest iteration in `run_dir`/checkpoints/checkpoint-<iteration>.
 
     Damaged ones are passed over with a warning that names the fault.
 
     Args:
         run_dir: a run folder.
+        needed: files that each has to hold, such as `OF_A_RUN`.
 
     Returns:
         The folder, verified, or None where there is no whole one.
@@ -125,7 +126,7 @@ def latest_checkpoint(run_dir: Path | str) -> Path | None:
     ]
     for _, path in sorted(found, reverse=True):
         try:
-            verify_folder(path)
+            verify_folder(path, needed)
         except TrainingError as error:
             warnings.warn(f"Passed over: {error}", stacklevel=2)
         else:
@@ -140,36 +141,54 @@ def _refuse_existing(final_path: Path) -> None:
         )
 
 
-def _disk_refused(final_path: Path, error: OSError) -> TrainingError:
-    return TrainingError(
-        f"{final_path} could not be written ({error}): expected a writable disk with room for it; the checkpoints "
-        "before it are untouched, so make room and resume from the last one."
+def disk_refused(what: Path | str, error: BaseException) -> DiskError:
+    """Returns the sentence for what a disk refused to take."""
+    return DiskError(
+        f"{what} could not be written ({' '.join(str(error).split())[:200]}): expected a writable disk with room "
+        "for it; the checkpoints before it are untouched, so make room and resume from the last one."
     )
 
 
+@contextlib.contextmanager
+def _filling(temporary: Path, final_path: Path) -> Iterator[None]:
+    """Makes the folder and holds it, so that no other writer takes it for a leftover."""
+    try:
+        temporary.mkdir()
+    except FileExistsError:
+        raise TrainingError(
+            f"{final_path} is being written by another process: expected one writer, so wait, or choose another place."
+        ) from None
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_leftovers(parent: Path) -> None:
+    """Removes what writers have left that died; what is still being written is theirs."""
     for leftover in parent.glob(TEMPORARY + "*"):
-        shutil.rmtree(leftover)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    continue
+            finally:
+                os.close(descriptor)
+            shutil.rmtree(leftover)
 
 
 def _seal(folder: Path, final_path: Path) -> None:
     """Syncs the files, adds the manifest, renames; what a crash leaves is `folder` or `final_path`, whole."""
-    if (folder / MANIFEST).exists():
-        raise TrainingError(f"{folder / MANIFEST} exists already: expected a folder without one, it is written here.")
-    contents = sorted(folder.rglob("*"))
-    files = [path for path in contents if path.is_file()]
-    links = [path for path in contents if path.is_symlink()]
-    if links:
-        raise TrainingError(f"{links[0]} is a link: expected files, so copy what it points to.")
-    manifest = {
-        "format": FORMAT,
-        "files": {
-            path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
-            for path in files
-        },
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, folder / MANIFEST, *(path for path in contents if path.is_dir()), folder]:
+    try:
+        files = manifest.write_manifest(folder, trusted=True)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _sync(path)
     _refuse_existing(final_path)  # made by someone else while the writer worked
     os.replace(folder, final_path)
@@ -183,37 +202,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_manifest(path: Path) -> dict[str, dict]:
-    """File name -> {"sha256", "bytes"}, checked for its form."""
-    if not path.is_dir():
-        raise TrainingError(f"Checkpoint {path} is not a folder: expected one with a {MANIFEST}; look at the path.")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise TrainingError(f"Checkpoint {path} is damaged: {MANIFEST} is missing; {_OLDER}.") from None
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"Checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}); {_OLDER}.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise TrainingError(
-            f"Checkpoint {path}: {MANIFEST} is not of format {FORMAT}: expected one written by this version; {_OLDER}."
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("sha256"), str)
-        and isinstance(entry.get("bytes"), int)
-        and not Path(name).is_absolute()
-        and ".." not in Path(name).parts
-        for name, entry in files.items()
-    ):
-        raise TrainingError(
-            f"Checkpoint {path} is damaged: {MANIFEST} does not list files with their sha256 and bytes; {_OLDER}."
-        )
-    return files

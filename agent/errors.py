@@ -9,3 +9,9 @@ class TrainingError(ManakoError):
 
 class WorkersError(TrainingError):
     """Rollout workers, or the environments in them, are lost for good; what was learned so far can still be saved."""
+
+
+class DiskError(TrainingError):
+    """The disk takes nothing more, or refuses; what was written before is whole."""
+
+    exit_code = 1

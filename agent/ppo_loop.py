@@ -21,7 +21,7 @@ from manako.agent.errors import TrainingError
 from manako.agent.interfaces import RolloutSource
 from manako.agent.losses import ppo_loss
 from manako.agent.return_scale import ReturnScale
-from manako.agent.rng import SHUFFLES, make_rng
+from manako.agent.rng import SHUFFLES, make_rng, shuffled
 from manako.agent.rollout import Rollout
 from manako.agent.samples import (
     Samples,
@@ -63,7 +63,7 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
         rollout = rollouts.collect(iteration)
         samples = samples_of(rollout, policy, settings, scale, lag=iteration - rollout.version)
         measured: list[dict[str, Tensor]] = []
-        for minibatch in minibatches(samples, settings, iteration, num_minibatches):
+        for minibatch in minibatches(samples, settings, iteration, num_minibatches, policy):
             minibatch = minibatch.to(policy.device)
             evaluated = policy.evaluate_actions(minibatch.inputs, minibatch.actions)
             loss, parts, ratio = ppo_loss(evaluated, minibatch, settings)
@@ -119,8 +119,17 @@ def samples_of(rollout: Rollout, policy: Policy, settings: "PPOConfig", scale: R
     )
 
 
-def minibatches(samples: Samples, settings: "PPOConfig", iteration: int, parts: int) -> Iterator[Samples]:
+def minibatches(
+    samples: Samples, settings: "PPOConfig", iteration: int, parts: int, policy: Policy | None = None
+) -> Iterator[Samples]:
     """Yields the usable samples in `parts` minibatches, shuffled anew in each PPO epoch.
+
+    Args:
+        samples: of a rollout.
+        settings: of PPO.
+        iteration: from 0 on.
+        parts: how many.
+        policy: samples that share its work are shuffled together.
 
     Raises:
         TrainingError: fewer usable samples than minibatches.
@@ -133,7 +142,8 @@ def minibatches(samples: Samples, settings: "PPOConfig", iteration: int, parts: 
             f"Only {len(kept)} of {len(samples.values)} samples belong to whole episodes that can be compared, too few "
             f"for {parts} minibatches: expected a num_steps in which episodes end."
         )
+    groups = None if policy is None else policy.shared_work(samples.inputs.select(kept))
     for epoch in range(settings.num_ppo_epochs):
-        order = make_rng(settings.seed, SHUFFLES, iteration, epoch).permutation(len(kept))
+        order = shuffled(len(kept), groups, make_rng(settings.seed, SHUFFLES, iteration, epoch))
         for rows in kept[torch.from_numpy(order)].tensor_split(parts):
             yield samples.select(rows)

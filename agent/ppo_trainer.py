@@ -3,12 +3,15 @@
 transformers' Trainer brings optimizer, scheduler, accelerate, mixed precision, callbacks and resumable checkpoints. One
 PPO iteration is one Trainer epoch: the data loader's `__iter__` plays the environments, computes advantages, and yields
 num_ppo_epochs x (samples / minibatch) minibatches, shuffled anew in each PPO epoch. What is overridden: `compute_loss`,
-`get_train_dataloader`, `log`, `save_model`, and two private methods: `_load_from_checkpoint` (the original loads
-weights by name and says nothing where names differ) and `_send_telemetry` (off).
+`get_train_dataloader`, `log`, `save_model`, and private methods: `_load_from_checkpoint` (the original loads
+weights by name and says nothing where names differ), `_load_optimizer_and_scheduler`, `_load_rng_state` and
+`_save_checkpoint` (a sentence for what they raise; a manifest), `_send_telemetry` (off).
 """
 
+import contextlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl.trainer.base_trainer import _BaseTrainer
 
+from manako.agent.checkpoint import OF_A_RUN, disk_refused, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import TrainingError, WorkersError
@@ -33,7 +37,8 @@ from manako.agent.rollout import Rollout
 from manako.agent.samples import Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.bounded import json_object, read_text
-from manako.errors import type_and_text
+from manako.errors import first_line, is_of_the_disk, type_and_text
+from manako.manifest import write_manifest
 from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
 ROLLOUT_STATE, ROLLOUT_TENSORS = "rollout_state.json", "rollout.safetensors"
@@ -152,7 +157,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         if samples.importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
         parts = self.num_samples // args.per_device_train_batch_size
-        for minibatch in minibatches(samples, args, self.iteration, parts):
+        for minibatch in minibatches(samples, args, self.iteration, parts, self.policy):
             yield {name: value for name, value in minibatch._asdict().items() if value is not None and name != "usable"}
 
     def compute_loss(
@@ -189,12 +194,25 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         }
         if self.scale is not None:
             state["return_scale"] = self.scale.state_dict()
-        (folder / ROLLOUT_STATE).write_text(json.dumps(state))
+        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
         if tensors := self.collector.tensors():
             save_file(tensors, folder / ROLLOUT_TENSORS)
+        write_manifest(folder, trusted=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            write_manifest(folder, trusted=True)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not is_of_the_disk(error):
+                raise
+            raise disk_refused(f"The checkpoint of iteration {self.iteration}", error) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        verify_folder(folder, OF_A_RUN)
         self.policy.load_weights(folder)
         try:
             TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # which the Trainer reads next
@@ -218,6 +236,14 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             self._ended.load_state_dict(state["episodes"])
         tensors = folder / ROLLOUT_TENSORS
         self.collector.load_state_dict(state["env"], load_file(tensors) if tensors.is_file() else {})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with _numbers_alone("optimizer.pt or scheduler.pt", checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with _numbers_alone("rng_state.pth", checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""
@@ -304,6 +330,18 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             "first_ratio_error": self.first_ratio_error,
             "updates": self._updates,  # minibatches that were learned from
         }
+
+
+@contextlib.contextmanager
+def _numbers_alone(files: str, checkpoint: Any) -> Iterator[None]:
+    """One sentence where a checkpoint's file holds anything else: torch reads no object out of it, nothing is run."""
+    try:
+        yield
+    except Exception as error:  # whatever torch and the objects say to what they find
+        raise TrainingError(
+            f"The {files} of {checkpoint} cannot be read as numbers alone ({first_line(error)}); use an older "
+            "checkpoint."
+        ) from error
 
 
 class _PPOStops(TrainerCallback):

@@ -11,6 +11,7 @@ Command: `python experiments/check_env.py ID`.
 import contextlib
 import itertools
 import numbers
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 
 from manako.envs.action_vectors import FlatActions
 from manako.envs.errors import EnvError
+from manako.envs.guard import disturbed, folder_now, pass_ours, space_check, unpacked, wrong_flag, wrong_success
 from manako.envs.making import find_spec, make_raw_env, make_vlm_env
 from manako.envs.masks import KEY, random_actions, read_mask
 from manako.envs.observation import (
@@ -77,7 +79,15 @@ def check_vlm_env(
     with contextlib.closing(_Closing(env, faults)):
         player = _prepare(env, name, instruction, action_names, image_source, action_masks, faults)
         if player is not None:
+            before = _global_chance()
             first = player.play(env, steps)
+            if before != _global_chance():
+                faults.add(
+                    "global chance",
+                    "changes the state of `random` or `np.random`, which others of this process share: draw everything "
+                    "random from self.np_random",
+                    warning=True,
+                )
             _judge(first, env, faults)
             if not player.stopped and _compare(first, player.play(env, steps), "a second time in one object", faults):
                 with contextlib.suppress(EnvError):  # it could be made once; the last lines try again
@@ -102,6 +112,12 @@ def check_vlm_env(
         except EnvError as error:
             faults.sentences.append(str(error))
     return faults.sentences
+
+
+def _global_chance() -> tuple[object, object]:
+    """The state of the generators that all of a process share."""
+    state: Any = np.random.get_state(legacy=False)
+    return random.getstate(), (state["state"]["key"].tobytes(), state["state"]["pos"])
 
 
 class Speed(NamedTuple):
@@ -168,7 +184,8 @@ class _Closing:
     def close(self) -> None:
         try:
             self._env.close()
-        except Exception as error:
+        except BaseException as error:
+            pass_ours(error)
             self._faults.add("close", f"broke in close() with {type_and_text(error)}")
 
 
@@ -203,6 +220,8 @@ class _Player:
         self._image_from, self._instruction = image_from, instruction
         self._faults = faults
         self._frame_shape: tuple[int, int, int] | None = None
+        self._folder: str | None = None
+        self._check: Callable[[Any], str | None] = lambda _: None
         self.stopped = False  # an exception ended the play early
 
     def play(self, env: gym.Env, steps: int) -> list[_Moment]:
@@ -230,10 +249,15 @@ class _Player:
 
     def reset(self, env: gym.Env, seed: int) -> Any:
         """Resets to a seed and returns the observation; a fault in the result sets `stopped`."""
+        self._folder, self._check = folder_now(), space_check(env.observation_space)
         try:
             result: Any = env.reset(seed=seed)
-        except Exception as error:
-            self._stop(f"broke in reset(seed={seed}) with {type_and_text(error)}")
+        except BaseException as error:
+            pass_ours(error)
+            wrong = unpacked(error, "(observation, info dict)")
+            self._stop(
+                f"{wrong}, from reset()" if wrong else f"broke in reset(seed={seed}) with {type_and_text(error)}"
+            )
             return None
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
             self._stop(f"returns {_kind(result)} from reset(), expected (observation, info dict)")
@@ -270,7 +294,8 @@ class _Player:
         name = self._names[action]
         try:
             result: Any = env.step(self._values[action])
-        except Exception as error:
+        except BaseException as error:
+            pass_ours(error)
             raw = _raw_step(env, self._values[action])
             if raw is not None and (not isinstance(raw, tuple) or len(raw) != 5):
                 result = raw  # a wrapper of Gymnasium's stumbled over it
@@ -290,13 +315,16 @@ class _Player:
         elif not np.isfinite(float(reward)):
             self._faults.add("reward value", f"gives the reward {reward}, expected a finite number")
         for what, flag in (("terminated", terminated), ("truncated", truncated)):
-            if not isinstance(flag, (bool, np.bool_)):
-                self._faults.add(what, f"gives {flag!r} as {what}, expected True or False")
+            if wrong := wrong_flag(what, flag):
+                self._faults.add(what, wrong.replace("gave", "gives", 1))
         if not isinstance(info, dict):
             self._faults.add("info", f"gives {_kind(info)} as info from step(), expected a dict")
         else:
-            self._allow(info, bool(terminated or truncated))
-        return observation, reward, bool(terminated), bool(truncated)
+            ended = bool(np.any(terminated) or np.any(truncated))
+            if ended and (wrong := wrong_success(info)):
+                self._faults.add("success", wrong.replace("gave", "gives", 1))
+            self._allow(info, ended)
+        return observation, reward, bool(np.any(terminated)), bool(np.any(truncated))
 
     def _moment(
         self,
@@ -308,8 +336,12 @@ class _Player:
         terminated: bool = False,
         truncated: bool = False,
     ) -> _Moment:
+        if wrong := self._check(observation):
+            self._faults.add("space", f"gives an observation outside its observation_space: it {wrong}")
         frame = self._look(env, observation)
         text = self._listen(env, observation)
+        if changed := disturbed(self._folder):
+            self._faults.add("process", changed)
         return _Moment(seed, step, frame, text, reward, terminated, truncated, self._mask)
 
     def _look(self, env: gym.Env, observation: Any) -> np.ndarray | None:
@@ -320,7 +352,8 @@ class _Player:
         except EnvError as error:
             self._faults.add("image", f"{error}, from {self._image_from}")
             return None
-        except Exception as error:
+        except BaseException as error:
+            pass_ours(error)
             self._faults.add("image raises", f"broke in its image from {self._image_from} with {type_and_text(error)}")
             return None
         if self._frame_shape is None:
@@ -333,7 +366,8 @@ class _Player:
             return None
         try:
             text = self._instruction(env, observation)
-        except Exception as error:
+        except BaseException as error:
+            pass_ours(error)
             self._faults.add("instruction raises", f"broke in its instruction with {type_and_text(error)}")
             return None
         if not isinstance(text, str):
@@ -384,7 +418,8 @@ def _prepare(
             names, values = _vectors(flat)
         else:
             values = [flat.to_env(number) for number in range(len(names))]
-    except Exception as error:
+    except BaseException as error:
+        pass_ours(error)
         faults.sentences.append(_sentence(name, "its action names", error))
     if names is None and isinstance(env.action_space, gym.spaces.Discrete):
         start = int(env.action_space.start)
@@ -395,7 +430,8 @@ def _prepare(
     observation = probe.reset(env, 0)
     try:
         image_from = resolve_image(env, name, image_source, observation)
-    except Exception as error:
+    except BaseException as error:
+        pass_ours(error)
         faults.sentences.append(_sentence(name, "its image", error))
     if probe.stopped:
         return None
@@ -407,7 +443,8 @@ def _prepare(
     read: Callable[[gym.Env, Any], object] | None = read_anew
     try:
         resolve_instruction(env, name, observation, instruction)
-    except Exception as error:
+    except BaseException as error:
+        pass_ours(error)
         faults.sentences.append(_sentence(name, "its instruction", error))
         read = None
     if names is None:
@@ -453,7 +490,7 @@ def _compare(first: list[_Moment], again: list[_Moment], how: str, faults: _Faul
         for what, same in (
             ("frame", _same_frame(old.frame, new.frame)),
             ("instruction", old.text == new.text),
-            ("reward", old.reward == new.reward or old.reward != old.reward),
+            ("reward", _same_reward(old.reward, new.reward)),
             ("action mask", _same_frame(old.mask, new.mask)),
             ("end", (old.terminated, old.truncated) == (new.terminated, new.truncated)),
         ):
@@ -474,6 +511,10 @@ def _same_frame(old: np.ndarray | None, new: np.ndarray | None) -> bool:
     return np.array_equal(old, new)
 
 
+def _same_reward(old: Any, new: Any) -> bool:
+    return bool(np.all((np.asarray(old) == np.asarray(new)) | (np.asarray(old) != np.asarray(old))))
+
+
 def _same_view(old: _Moment, new: _Moment) -> bool:
     return _same_frame(old.frame, new.frame) and old.text == new.text
 
@@ -483,11 +524,12 @@ def _raw_step(env: gym.Env, action: Any) -> Any:
     try:
         env.unwrapped.reset(seed=0)
         return env.unwrapped.step(action)
-    except Exception:
+    except BaseException as error:
+        pass_ours(error)
         return None
 
 
-def _sentence(name: str, what: str, error: Exception) -> str:
+def _sentence(name: str, what: str, error: BaseException) -> str:
     return str(error) if isinstance(error, EnvError) else f"{name} broke in {what} with {type_and_text(error)}"
 
 

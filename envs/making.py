@@ -17,6 +17,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 
 from manako.envs.errors import EnvError
+from manako.envs.guard import pass_ours
 from manako.envs.observation import ImageSource, VLMObservation, missing_package
 from manako.errors import type_and_text
 
@@ -63,7 +64,8 @@ def make_vlm_env(
             success_return=success_return,
             action_masks=action_masks,
         )
-    except Exception as error:
+    except BaseException as error:
+        pass_ours(error)
         with contextlib.suppress(Exception):  # an error in close() would hide the one that matters
             env.close()
         if isinstance(error, EnvError):
@@ -90,7 +92,8 @@ def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gy
         return gym.make(spec, disable_env_checker=True, **kwargs)
     except gym.error.DependencyNotInstalled as error:
         raise EnvError(f"{env_id} needs a package that is not installed: {missing_package(error)}") from error
-    except Exception as error:
+    except BaseException as error:
+        pass_ours(error)
         given = {key: value for key, value in kwargs.items() if key != "render_mode"}
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             name = str(error).split("unexpected keyword argument ")[1].split("'")[1]
@@ -152,7 +155,8 @@ def _import_plugin(name: str) -> Any:
                 "holds it, or install it"
             ) from error
         raise EnvError(f"the plugin {name!r} needs the module {error.name!r}, which is not installed") from error
-    except Exception as error:
+    except BaseException as error:
+        pass_ours(error)
         raise EnvError(f"the plugin {name!r} broke while it was imported: {type_and_text(error)}") from error
 
 

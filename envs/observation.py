@@ -39,6 +39,18 @@ from manako.envs.attributes import attribute_of, owner_of
 from manako.envs.captions import caption_of
 from manako.envs.errors import EnvError
 from manako.envs.experts import make_expert
+from manako.envs.guard import (
+    STEP,
+    disturbed,
+    folder_now,
+    pass_ours,
+    space_check,
+    unpacked,
+    wrong_flag,
+    wrong_info,
+    wrong_reward,
+    wrong_success,
+)
 from manako.envs.masks import KEY, read_mask
 from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
@@ -368,6 +380,7 @@ class VLMObservation(gym.Wrapper):
         self.success = success_rule(task, spec.reward_threshold if spec is not None else None, success_return)
         self.success_return = self.success.threshold
 
+        self._check_observation = space_check(env.observation_space)
         observation, info = self._reset_env(None, None)
         self._obeys_masks = action_masks
         self.gives_masks = action_masks and KEY in info
@@ -407,12 +420,23 @@ class VLMObservation(gym.Wrapper):
         taken = self._checked_vector(action) if is_vector(self.action_space) else self._checked_choice(int(action))
         try:
             observation, reward, terminated, truncated, info = self.env.step(self._flat.to_env(taken))
-            value = float(reward)
-        except Exception as error:
-            self._broke("step()", error)
+        except BaseException as error:
+            self._broke("step()", error, STEP)
+        # one test of the usual types, since this is done in every step
+        if not (type(reward) is float and type(terminated) is bool and type(truncated) is bool and type(info) is dict):
+            self._refuse(
+                wrong_reward(reward)
+                or wrong_flag("terminated", terminated)
+                or wrong_flag("truncated", truncated)
+                or wrong_info(info)
+            )
+        value = reward.item() if isinstance(reward, np.ndarray) else float(reward)
+        ended = bool(terminated or truncated)
         if not math.isfinite(value):
             self._fail(f"gave the reward {value}, expected a finite number")
-        self._take_mask(info, bool(terminated or truncated))
+        if ended:
+            self._refuse(wrong_success(info))
+        self._take_mask(info, ended)
         self._last = self._observe(observation), info
         return self._last[0], value, bool(terminated), bool(truncated), info
 
@@ -451,7 +475,7 @@ class VLMObservation(gym.Wrapper):
         def act(before: Any) -> Any:
             try:
                 action = flat.from_env(expert(None if before is None else flat.to_env(before)))
-            except Exception as error:
+            except BaseException as error:
                 self._broke("its expert", error)
             if not isinstance(action, int):
                 if not self.action_space.contains(action):
@@ -475,7 +499,7 @@ class VLMObservation(gym.Wrapper):
             return None
         try:
             thought = method()
-        except Exception as error:
+        except BaseException as error:
             self._broke("expert_thought()", error)
         if not isinstance(thought, str):
             self._fail(f"gave {thought!r} as its expert's thought, expected a text")
@@ -496,7 +520,7 @@ class VLMObservation(gym.Wrapper):
             return None
         try:
             text = method()
-        except Exception as error:
+        except BaseException as error:
             self._broke("alternative_instruction()", error)
         return None if text is None else written_out(str(text))
 
@@ -504,15 +528,17 @@ class VLMObservation(gym.Wrapper):
         """Closes the environment."""
         try:
             self.env.close()
-        except Exception as error:
+        except BaseException as error:
             self._broke("close()", error)
 
     def _reset_env(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         self._seed, self._step, self._action = seed, 0, None
+        self._folder = folder_now()
         try:
             observation, info = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            self._broke("reset()", error)
+        except BaseException as error:
+            self._broke("reset()", error, "(observation, info)")
+        self._refuse(wrong_info(info))
         return observation, info
 
     def _take_mask(self, info: Any, ended: bool) -> None:
@@ -548,12 +574,16 @@ class VLMObservation(gym.Wrapper):
         return [repr(name) for name, allowed in zip(self.action_names, self.action_mask, strict=True) if allowed]
 
     def _observe(self, observation: Any) -> dict[str, Any]:
-        return {"image": self._frame(observation, self.frame_shape), "instruction": self._instruction(observation)}
+        if wrong := self._check_observation(observation):
+            self._fail(f"gave an observation outside its observation_space: it {wrong}")
+        shown = {"image": self._frame(observation, self.frame_shape), "instruction": self._instruction(observation)}
+        self._refuse(disturbed(self._folder))
+        return shown
 
     def _frame(self, observation: Any, shape: tuple[int, int, int] | None) -> np.ndarray:
         try:
             picture = read_picture(self.env, observation, self.image_from)
-        except Exception as error:
+        except BaseException as error:
             self._broke(f"its image from {self.image_from}", error)
         try:
             return as_frame(picture, shape)
@@ -563,7 +593,7 @@ class VLMObservation(gym.Wrapper):
     def _instruction(self, observation: Any) -> str:
         try:
             text = self._read_instruction(observation)
-        except Exception as error:
+        except BaseException as error:
             self._broke(f"its instruction from {self.instruction_from}", error)
         if text is not self._raw_text:
             if not isinstance(text, str):
@@ -573,12 +603,22 @@ class VLMObservation(gym.Wrapper):
             self._raw_text, self._clean_text = text, written_out(str(text))
         return self._clean_text
 
-    def _broke(self, where: str, error: Exception) -> NoReturn:
+    def _refuse(self, wrong: str | None) -> None:
+        """Fails where something is wrong."""
+        if wrong is not None:
+            self._fail(wrong)
+
+    def _broke(self, where: str, error: BaseException, expected: str | None = None) -> NoReturn:
+        """Fails with an error of the environment's; `expected` is what it should have returned."""
+        pass_ours(error)
+        wrong = unpacked(error, expected) if expected is not None else None
+        if wrong is not None:
+            self._fail(f"{wrong}, from {where}", error)
         if isinstance(error, gym.error.DependencyNotInstalled):
             self._fail(f"needs a package that is not installed: {missing_package(error)}", error)
         self._fail(f"broke in {where} with {type_and_text(error)}", error)
 
-    def _fail(self, what: str, cause: Exception | None = None) -> NoReturn:
+    def _fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         place = [] if self.slot is None else [f"slot {self.slot}"]
         place += ["unseeded episode" if self._seed is None else f"episode seed {self._seed}", f"step {self._step}"]
         if isinstance(self._action, np.ndarray):

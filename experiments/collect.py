@@ -41,6 +41,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
 )
 from manako.experiments.common.environments import ignored_seeds_of, knows_expert, make_vector_env  # noqa: E402
 from manako.experiments.common.remote import asking, check_flags  # noqa: E402
+from manako.experiments.common.run_folder import writing  # noqa: E402
 from manako.experiments.common.settings import CollectCommand, check_workers  # noqa: E402
 from manako.policies.remote.settings import REMOTE  # noqa: E402
 
@@ -49,6 +50,12 @@ def main() -> int:
     """Makes one recording; returns the exit code."""
     started = time.perf_counter()
     command = read_line()
+    with writing("--output", command.run.output):
+        return record(command, started)
+
+
+def record(command: CollectCommand, started: float) -> int:
+    """Makes the recording of these settings, whose output is held; returns the exit code."""
     show("recording", f"{command.run.player} on {command.environment.env}, to {command.run.output}")
     with contextlib.closing(make_vector_env(command.environment, 1, command.run.seed, held_out=True)) as env:
         recordings = read_again(

@@ -24,6 +24,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 from manako.experiments.common.command_line import CommandLine, run_main, show, show_loading  # noqa: E402
 from manako.experiments.common.played_policy import read_played, with_the_runs  # noqa: E402
 from manako.experiments.common.remote import asking, check_flags  # noqa: E402
+from manako.experiments.common.run_folder import writing  # noqa: E402
 from manako.experiments.common.settings import EvaluateCommand  # noqa: E402
 from manako.policies.remote.settings import REMOTE  # noqa: E402
 
@@ -33,7 +34,8 @@ def main() -> int:
     line = read_line()
     command = with_the_runs(line)
     show("evaluating", f"{line.settings.policy.policy} on {command.environment.env}")
-    with asking(command.remote if command.policy.policy == REMOTE else None):
+    held = writing("--output or --gif", command.run.output, command.run.gif)
+    with held, asking(command.remote if command.policy.policy == REMOTE else None):
         show_loading()
         from manako.experiments.common.evaluating import run_evaluation  # torch and all
 

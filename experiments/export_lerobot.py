@@ -27,6 +27,8 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 from manako.envs import EnvError  # noqa: E402
 from manako.envs.making import make_raw_env  # noqa: E402
 from manako.experiments.common.command_line import UsageError, parse, run_main, section, show  # noqa: E402
+from manako.experiments.common.named_modules import is_named  # noqa: E402
+from manako.experiments.common.run_folder import writing  # noqa: E402
 from manako.settings import setting  # noqa: E402
 
 DEFAULT_FPS = 4  # where nothing says how fast an environment runs: that of this project's own
@@ -53,6 +55,12 @@ class ExportCommand:
 def main() -> int:
     """Runs one export; returns the exit code."""
     given = read_line()
+    with writing("--output", given.output):
+        return export(given)
+
+
+def export(given: ExportSettings) -> int:
+    """Writes the dataset of these settings, whose output is held; returns the exit code."""
     dataset_folder, output = str(given.dataset), Path(str(given.output))
     show("export", f"{dataset_folder} to {output}")
     from manako.experiments.common import lerobot_export  # torch and all
@@ -88,8 +96,11 @@ def read_line(arguments: Sequence[str] | None = None) -> ExportSettings:
 def render_fps(about: dict[str, Any]) -> int | None:
     """Returns the frames per second in the metadata of the trajectories' environment.
 
-    None where it has none, has no whole number, or cannot be made on this machine.
+    None where it has none, has no whole number, cannot be made on this machine, or is of a module that the user has not
+    named.
     """
+    if not is_named(about["env_id"]):
+        return None
     try:
         with contextlib.closing(make_raw_env(about["env_id"], json.loads(about.get("env_kwargs") or "{}"))) as env:
             fps = env.metadata.get("render_fps")

@@ -24,6 +24,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
 from manako.experiments.common.command_line import CommandLine, run_main, show  # noqa: E402
 from manako.experiments.common.played_policy import read_played, with_the_runs  # noqa: E402
+from manako.experiments.common.run_folder import writing  # noqa: E402
 from manako.experiments.common.settings import ImagineCommand  # noqa: E402
 
 
@@ -32,9 +33,10 @@ def main() -> int:
     line = read_line()
     command = with_the_runs(line)
     show("imagining", f"{line.settings.policy.policy} on {command.environment.env}, {command.run.player} acts")
-    from manako.experiments.common.imagining import run_imagination  # torch and all
+    with writing("--output or --gif", command.run.output, command.run.gif):
+        from manako.experiments.common.imagining import run_imagination  # torch and all
 
-    return run_imagination(command, line.settings.policy.policy)
+        return run_imagination(command, line.settings.policy.policy)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[ImagineCommand]:

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
 from manako.experiments.common.command_line import read_command_line, run_main, show, show_loading  # noqa: E402
 from manako.experiments.common.remote import asking, check_flags  # noqa: E402
-from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
+from manako.experiments.common.run_folder import making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import DPOCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 from manako.policies.remote.settings import REMOTE  # noqa: E402
@@ -35,9 +35,9 @@ def main() -> int:
     started = time.perf_counter()
     command = read_line()
     run_dir = new_run_dir(command)
-    show("run", str(run_dir))
-    command = with_trainable(command)
-    with asking(command.remote if command.dpo.pairs == REMOTE else None):
+    with making(run_dir), asking(command.remote if command.dpo.pairs == REMOTE else None):
+        show("run", str(run_dir))
+        command = with_trainable(command)
         show_loading()
         from manako.experiments.common.dpo_training import train  # torch and all
 

@@ -12,6 +12,7 @@ model has forgotten: report.json. With `--sample true` the policies sample their
 ones: report_sampled.json.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.agent.locks import refuse_held  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     UsageError,
     checked_sections,
@@ -44,7 +46,8 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
 )
 from manako.experiments.common.ladder_table import TABLE  # noqa: E402
-from manako.experiments.common.run_folder import check_job_folder, write_text  # noqa: E402
+from manako.experiments.common.named_modules import check_named  # noqa: E402
+from manako.experiments.common.run_folder import check_job_folder, going_on, making, write_text  # noqa: E402
 from manako.experiments.common.settings import (  # noqa: E402
     OF_PRESETS,
     CollectCommand,
@@ -87,8 +90,19 @@ def main() -> int:
     """Runs one ladder; returns the exit code."""
     given = read_line()
     TABLE.check(given.table)
-    folder, ladder = _place(given)
+    with contextlib.ExitStack() as stack:
+        folder, ladder = _place(given, stack)
+        return run(given, folder, ladder)
+
+
+def run(given: LadderSettings, folder: Path, ladder: dict[str, Any]) -> int:
+    """Runs a ladder in a folder that is held; returns the exit code."""
     steps = check_ladder(ladder, str(given.ladder or folder / LADDER_FILE))
+    for step in steps:
+        played = settings_of(step["runner"], own_sections(step), ladder.get("common", {})).get("environment", {})
+        env = str(played.get("env", ""))
+        look = f"run `python experiments/check_env.py {env}` once"
+        check_named(env, f"The ladder {str(given.ladder or folder / LADDER_FILE)!r}", look)
     show("ladder", f"{folder}, {len(steps)} steps")
     done: dict[str, dict[str, Any]] = {}
     before = START
@@ -111,8 +125,8 @@ def read_line(arguments: Sequence[str] | None = None) -> LadderSettings:
     return parse(LadderCommand, "Runs trainings one after another and compares them.", arguments).run
 
 
-def _place(given: LadderSettings) -> tuple[Path, dict[str, Any]]:
-    """Returns the ladder's folder, which is made, and its steps.
+def _place(given: LadderSettings, stack: contextlib.ExitStack) -> tuple[Path, dict[str, Any]]:
+    """Returns the ladder's folder, which is made and held as long as the stack is open, and its steps.
 
     Raises:
         UsageError: neither a new ladder nor one to go on with, or a folder that exists.
@@ -122,16 +136,19 @@ def _place(given: LadderSettings) -> tuple[Path, dict[str, Any]]:
             raise UsageError("--resume goes on with a ladder as it is: leave out --ladder and --output_dir.")
         if not (Path(given.resume) / LADDER_FILE).is_file():
             raise UsageError(f"--resume {given.resume!r} is no ladder: expected a folder with {LADDER_FILE}.")
+        stack.enter_context(going_on(Path(given.resume)))
         return Path(given.resume), read_yaml(Path(given.resume) / LADDER_FILE)
     if not given.ladder or not given.output_dir:
         raise UsageError("--ladder and --output_dir are needed: give a YAML file with steps, and a new folder.")
     check_job_folder(given.output_dir, "--output_dir")
     folder = Path(given.output_dir)
+    if folder.is_dir():
+        refuse_held(folder)
     if folder.exists():
         raise UsageError(f"{given.output_dir!r} exists and is not overwritten: give another, or --resume it.")
     ladder = read_yaml(Path(given.ladder))
     check_ladder(ladder, given.ladder)
-    folder.mkdir(parents=True)
+    stack.enter_context(making(folder))
     shutil.copy(given.ladder, folder / LADDER_FILE)
     return folder, ladder
 
@@ -221,7 +238,8 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
     name, runner = step["name"], step["runner"]
     finished, place, file = folder / f"{name}.json", folder / name, folder / f"{name}.settings.yaml"
     if finished.is_file():
-        return dict(json.loads(finished.read_text()))
+        return dict(json.loads(finished.read_text(encoding="utf-8")))
+    refuse_held(place)  # by a runner that outlived the ladder that started it
     shutil.rmtree(place, ignore_errors=True)  # of a start that was stopped
     settings = settings_of(runner, own_sections(step), common)
     policy = settings.setdefault("policy", {})

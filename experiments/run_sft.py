@@ -29,7 +29,7 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
     del sys.path[0]
 
 from manako.experiments.common.command_line import UsageError, parse, run_main, show, show_loading  # noqa: E402
-from manako.experiments.common.run_folder import new_run_dir  # noqa: E402
+from manako.experiments.common.run_folder import making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import SFTCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -39,13 +39,14 @@ def main() -> int:
     started = time.perf_counter()
     command = read_line()
     run_dir = new_run_dir(command)
-    show("run", str(run_dir))
-    if command.sft.stage == "instruct":  # before it the architecture may say what learns
-        command = with_trainable(command)
-    show_loading()
-    from manako.experiments.common.sft_training import train  # torch and all
+    with making(run_dir):
+        show("run", str(run_dir))
+        if command.sft.stage == "instruct":  # before it the architecture may say what learns
+            command = with_trainable(command)
+        show_loading()
+        from manako.experiments.common.sft_training import train  # torch and all
 
-    return train(command, run_dir, started)
+        return train(command, run_dir, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> SFTCommand:

@@ -133,7 +133,8 @@ def job_words(line: CommandLine[JobCommand], folder: str) -> list[str]:
     del sections["job"]
     if line.settings.run.resume:
         moved = {name: value for name, value in sections["workers"].items() if name in line.given & OF_THE_MACHINE}
-        return ["--resume", folder, *(["--config", json.dumps({"workers": moved})] if moved else [])]
+        named = ["--env", line.settings.environment.env] if "env" in line.given else []
+        return ["--resume", folder, *named, *(["--config", json.dumps({"workers": moved})] if moved else [])]
     sections["run"] |= {"output_dir": folder, "resume": None}
     if Path(sections["policy"]["policy"]).is_dir():
         sections["policy"]["policy"] = os.path.abspath(sections["policy"]["policy"])
@@ -179,7 +180,7 @@ def stage(folder: Path, module: Path | None) -> None:
     elif module is not None:
         shutil.copy(module, folder)
     (folder / "experiments").mkdir(exist_ok=True)  # a user's own may be there
-    (folder / "experiments/run_ppo.py").write_text(RUNNER)
+    (folder / "experiments/run_ppo.py").write_text(RUNNER, encoding="utf-8")
 
 
 async def _print_log(client: Any, job: str) -> None:

@@ -23,9 +23,18 @@ def written_out(text: str) -> str:
     return _WRITTEN.sub(_write, text)
 
 
+def shown(text: str) -> str:
+    """Returns the text as it is printed: control characters written out, and nothing else touched."""
+    return text if text.isprintable() else _HELD.sub(lambda found: _code(found[0]), text)
+
+
 def _write(found: re.Match[str]) -> str:
     before, char, like = found.groups()
     if char is None:
         return like * 2
+    return before * 2 + _code(char)
+
+
+def _code(char: str) -> str:
     code = ord(char)
-    return before * 2 + (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

@@ -51,7 +51,7 @@ def began_random(source: PolicySource, followed: tuple[str, ...] = ()) -> bool:
         if IS_RANDOM in description:
             return bool(description[IS_RANDOM])
         before = PolicySource(**description["source"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False  # no folder of a policy, or a damaged one, which loading will say
     followed = (*followed, source.policy)
     return before.policy not in followed and began_random(before, followed)

@@ -198,6 +198,7 @@ class PolicySpec:
         text: of answers in text, else None.
         frames: how many of the episode's last frames it is shown, the present one among them.
         history: how many of the episode's last actions and rewards the prompt tells.
+        image_first: the frames stand before the instruction, so that samples of one frame share their forward.
         vectors: the space of action vectors, `MultiDiscrete` or `Box`; None: an action is one of the A.
         bins: how many an entry of a `Box` has.
         bin_spacing: see `manako.policies.answers.bins`.
@@ -210,6 +211,7 @@ class PolicySpec:
     text: TextAnswers | None = None
     frames: int = 1
     history: int = 0
+    image_first: bool = False
     vectors: gym.Space | None = None
     bins: int = BINS
     bin_spacing: BinSpacing = "linear"
@@ -282,6 +284,10 @@ class Policy(nn.Module, ABC):
         raise PolicyError(
             f"{type(self).__name__} cannot learn: expected a policy with a model, such as the preset tiny."
         )
+
+    def shared_work(self, inputs: Rows) -> Tensor | None:
+        """Returns numbers (B,) int64, equal where samples cost less in one forward; None where it does not matter."""
+        return None
 
     def own_losses(self, inputs: Rows, actions: Rows) -> Mapping[str, Tensor]:
         """Returns the policy's own losses on steps, (), as `evaluate_actions` has them; none by default."""

@@ -41,6 +41,7 @@ from manako.policies.saving import (
     read_tensors,
     weight_fault,
 )
+from manako.policies.sealed import check_folder
 from manako.policies.source import SYSTEM, TEXT_FIELDS, PolicySource
 from manako.policies.text_policy import TextPolicy
 from manako.policies.trainable import parts_of, set_trainable
@@ -136,6 +137,7 @@ def put_policy_around(
         text=_text_of(source, vectors),
         frames=source.frames,
         history=source.history,
+        image_first=source.image_first,
         vectors=vectors,
         bins=source.bins,
         bin_spacing=source.bin_spacing,
@@ -203,6 +205,7 @@ def _load(source: PolicySource, action_names: Sequence[str], frame_shape: tuple[
 
 def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> Loaded:
     """Goes on from a folder of `save_policy`: LoRA on the same base stays what it was, else it is merged."""
+    check_folder(folder)
     saved, description = read_description(folder)
     source = _fill_in(source, saved, action_names, description)
     model, head = _load_own(folder, saved, description)
@@ -226,6 +229,7 @@ def _go_on(folder: Path, source: PolicySource, action_names: Sequence[str]) -> L
         **{name: getattr(source, name) for name in TEXT_FIELDS},
         frames=source.frames,
         history=source.history,
+        image_first=source.image_first,
     )
     return Loaded(model, source, head, description["base_sha256"])
 
@@ -307,7 +311,7 @@ def _fill_in(
     if source.action_format == TEXT or description.get("action_space", {}).get("kind") == "Text":
         given = {name for name in TEXT_FIELDS if getattr(source, name) is not None}
         source = replace(source, **{name: getattr(saved, name) for name in TEXT_FIELDS if name not in given})
-    for name in ("frames", "history"):
+    for name in ("frames", "history", "image_first"):
         default, learned, asked = getattr(PolicySource(), name), getattr(saved, name), getattr(source, name)
         if asked not in (default, learned) and learned != default:
             raise PolicyError(
@@ -352,6 +356,7 @@ def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) 
         if saved.policy in PRESETS:
             base = _build_preset(saved, tuple(description["frame_shape"]))
         elif (place / LORA_CONFIG_FILE).is_file():  # LoRA on a policy whose own LoRA was merged
+            check_folder(place)
             inner, _ = _load_own(place, *read_description(place))
             base = inner._replace(vlm=inner.vlm.float().merge_and_unload())
         else:

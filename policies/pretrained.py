@@ -25,6 +25,7 @@ from manako.bounded import from_json, read_text
 from manako.errors import full_text
 from manako.policies.bounds import size_fault
 from manako.policies.errors import PolicyError
+from manako.policies.sealed import check_folder
 
 FILE_ENDS = (".txt", ".json", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".zip")
 OWN_FOLDERS = (
@@ -166,6 +167,7 @@ def check_holds(name: str, pattern: str, file: str) -> None:
 def _check_files(name: str) -> None:
     """Raises PolicyError at the first file of a folder that the library would read wrong, or not at all."""
     folder = Path(name)
+    check_folder(folder)
     if not (folder / "config.json").is_file():
         raise PolicyError(f"The folder {name!r} holds no config.json: expected a model folder or a run's checkpoint.")
     for file in sorted(folder.iterdir()):

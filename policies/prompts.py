@@ -3,7 +3,8 @@
 The order is: system text with the actions, then the instruction, then what was done before (`history`), then the image
 or the last k of them, oldest first, then the cue to answer. Visual tokens
 thus attend to the instruction, which gives the image its purpose (from scratch this learned faster than the other
-order). The system text is the same for every sample, so its keys and values are computed once: see reading/.
+order). With `image_first` the images stand before the instruction: then what they make does not depend on it, and
+samples of one frame share it. What all samples share is computed once: see reading/.
 """
 
 import hashlib
@@ -38,6 +39,7 @@ class PromptBuilder:
         frame_shape: (H, W, 3); processors size the placeholders by it.
         frames: how many images a prompt has.
         action_names: (A,), for what was done before; None: the prompts do not tell it.
+        image_first: the images stand before the instruction.
 
     Raises:
         PolicyError: the system text holds a special token, the chat template leaves out a part of the prompt, or the
@@ -59,8 +61,9 @@ class PromptBuilder:
         frame_shape: tuple[int, int, int],
         frames: int = 1,
         action_names: Sequence[str] | None = None,
+        image_first: bool = False,
     ) -> None:
-        self.frames, self.action_names = frames, action_names
+        self.frames, self.action_names, self.image_first = frames, action_names, image_first
         if frames > 1 and (model.one_image or model.placeholder is None):
             raise PolicyError(
                 f"--frames {frames} came, but {type(model.base_vlm).__name__} reads one image a prompt: expected "
@@ -142,12 +145,14 @@ class PromptBuilder:
         system = self.system.replace("{actions}", self.legend)
         asked = f"{instruction}\n{past}" if past else instruction
         pictures = [{"type": "image"} for _ in range(self.frames)]
+        said = {"type": "text", "text": asked}
         with_role = [
             {"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "text", "text": asked}, *pictures]},
+            {"role": "user", "content": [*pictures, said] if self.image_first else [said, *pictures]},
         ]
+        before = {"type": "text", "text": system if self.image_first else f"{system}\n{asked}"}
         without_role = [
-            {"role": "user", "content": [{"type": "text", "text": f"{system}\n{asked}"}, *pictures]},
+            {"role": "user", "content": [before, *pictures, *([said] if self.image_first else [])]},
         ]
         fault = ""
         for messages in (with_role, without_role):  # some templates refuse or drop a system message

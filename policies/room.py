@@ -199,7 +199,7 @@ def in_words(count: float) -> str:
 def _free_of_cgroups() -> list[int]:
     """Bytes left below each limit that this process is under: its control groups' and those above them."""
     found = []
-    for line in OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []:
+    for line in OWN_CGROUP.read_text(encoding="utf-8").splitlines() if OWN_CGROUP.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
@@ -212,10 +212,10 @@ def _free_of_cgroups() -> list[int]:
 def _free_of(folder: Path) -> int | None:
     """Bytes left below a control group's limit; None where it has none."""
     for limit, use, given_back in CGROUP_FILES:
-        if not (folder / limit).is_file() or (most := (folder / limit).read_text().strip()) == "max":
+        if not (folder / limit).is_file() or (most := (folder / limit).read_text(encoding="utf-8").strip()) == "max":
             continue
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return max(0, int(most) - int((folder / use).read_text()) + int(stat.get(given_back, 0)))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return max(0, int(most) - int((folder / use).read_text(encoding="utf-8")) + int(stat.get(given_back, 0)))
     return None
 
 

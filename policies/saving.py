@@ -2,7 +2,8 @@
 
 A folder written by `save_policy` is a model folder: `AutoModelForImageTextToText.from_pretrained` (all weights) or
 `PeftModel.from_pretrained` (LoRA) load it, and `load_policy` makes a policy of it again. policy.json holds SHA-256
-digests, of what learns and of the base that does not, so that weights that silently did not load are an error.
+digests, of what learns and of the base that does not, so that weights that silently did not load are an error; the
+manifest holds the sums of all files, and no folder with a policy.json or a manifest is read that differs from it.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 
 from manako.bounded import json_object, read_text
 from manako.errors import first_line
+from manako.manifest import write_manifest
 from manako.policies.adapters import Adapter
 from manako.policies.default_trainable import POLICY_FILE
 from manako.policies.errors import PolicyError
@@ -43,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def save_policy(policy: "VLMPolicy", folder: Path) -> None:
-    """Writes the policy into a folder that exists."""
+    """Writes the policy into a folder that exists, and the manifest of all that is there then."""
     with quietly():
         if policy.has_lora:
             policy.vlm.save_pretrained(folder, save_embedding_layers=False)
@@ -61,7 +63,11 @@ def save_policy(policy: "VLMPolicy", folder: Path) -> None:
         "learned_sha256": digest(learned(policy)),
         **policy.origin,
     }
-    (folder / POLICY_FILE).write_text(json.dumps(description, indent=2))
+    (folder / POLICY_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
+    try:
+        write_manifest(folder)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
 
 
 def load_weights(policy: "VLMPolicy", folder: Path) -> None:
@@ -147,7 +153,7 @@ def read_description(folder: Path) -> tuple[PolicySource, dict[str, Any]]:
         saved = PolicySource(**description["source"])
         if saved.dtype not in DTYPES:
             raise ValueError(f"dtype is {saved.dtype!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PolicyError(
             f"{folder / POLICY_FILE} is damaged ({first_line(error)}): use another checkpoint."
         ) from error

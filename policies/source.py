@@ -93,6 +93,9 @@ class PolicySource:
         le=16,
     )
     history: int = setting(0, "how many of the episode's last actions and rewards the prompt tells", ge=0, le=64)
+    image_first: bool = setting(
+        False, "the frame stands before the instruction, so that samples of one frame share its forward"
+    )
     bins: int = setting(BINS, "bins of each entry of a continuous action, both bounds among them", ge=2, le=2**16)
     bin_spacing: BinSpacing = setting("linear", "symlog puts them closer together around the middle")
     system: str = setting(

@@ -39,7 +39,8 @@ from manako.policies.interface import (
     entropy,
 )
 from manako.policies.prompts import EXAMPLES, PromptBuilder
-from manako.policies.reading import Reading, SharedPrefix, WholePrompt
+from manako.policies.reading import Reading, SharedFrame, SharedPrefix, WholePrompt
+from manako.policies.reading.shared_frame import shown
 from manako.policies.reading.shared_prefix import find_prefix
 from manako.policies.saving import load_weights, save_policy
 from manako.policies.self_check import Differences, Library
@@ -94,7 +95,7 @@ class VLMPolicy(Policy):
         self.vlm, self.processor, self.parts, self.spec = model.vlm, model.processor, model, spec
         self.value_head = ValueHead(self.base_vlm.get_output_embeddings().weight.shape[1]).to(self.base_vlm.device)
         told = spec.action_names if spec.history else None
-        self.prompts = PromptBuilder(model, spec.system, spec.frame_shape, spec.frames, told)
+        self.prompts = PromptBuilder(model, spec.system, spec.frame_shape, spec.frames, told, spec.image_first)
         past = {"past_frames": spec.frames > 1, "past_turns": spec.history > 0}
         self.needs = ("action_masks", *(name for name, is_needed in past.items() if is_needed))
         self.processing = self.prompts.processing
@@ -245,6 +246,13 @@ class VLMPolicy(Policy):
         taken = logprobs.gather(1, actions["index"][:, None])  # (B, 1)
         losses = self.own_losses(inputs, actions) if torch.is_grad_enabled() else {}
         return Evaluated(taken, entropy(logprobs)[:, None], values, logprobs, losses)
+
+    def shared_work(self, inputs: Rows) -> Tensor | None:
+        """Returns (B,) which frame each sample shows, where samples of a frame share its forward."""
+        if not isinstance(self.reading, SharedFrame):
+            return None
+        numbers: dict[bytes, int] = {}
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in shown(inputs)])
 
     def own_losses(self, inputs: Rows, actions: Rows) -> dict[str, Tensor]:
         """Returns the loss on the next frame's codes, weighted, where the rows hold them."""
@@ -435,11 +443,15 @@ class VLMPolicy(Policy):
             return self.whole_prompt
         assert self.parts.placeholder_id is not None, "visual tokens replace it"
         special = self.processor.tokenizer.all_special_ids
+        prompt = self.prompts.encode(EXAMPLES[0])
         prefix = find_prefix(self.prompts.encode, self.parts.placeholder_id, special)
         if not len(prefix):
             self.why_whole = "the prompts share nothing before the image"
             return self.whole_prompt
         shared = SharedPrefix(self.parts, self.codec, self.processing, prefix)
+        if self.spec.image_first and self.parts.positions is None and not self.processing.of_text:
+            start = 1 + max(place for place, token in enumerate(prompt) if token == self.parts.placeholder_id)
+            shared = SharedFrame(self.parts, self.codec, self.processing, prefix, start)
         shared.longest_answer = self.longest_answer
         if library is not None:
             try:
@@ -454,7 +466,19 @@ class VLMPolicy(Policy):
                 off = f"{found.worst:.1g} of the largest value"
                 self.why_whole = f"it differs from the model's own forward by {off}"
                 return self.whole_prompt
+            if isinstance(shared, SharedFrame) and not self._holds_for_one_frame(shared, found.tolerance):
+                return SharedPrefix(self.parts, self.codec, self.processing, prefix)
         return shared
+
+    @torch.no_grad()
+    def _holds_for_one_frame(self, shared: SharedFrame, tolerance: float) -> bool:
+        """Whether samples that share a frame, and the beginning of what follows it, are read as whole prompts are."""
+        frames, told = self._example_frames()
+        rows, texts = [0, 0, 1, 0], [*EXAMPLES, EXAMPLES[1], f"{EXAMPLES[0]} {EXAMPLES[0]}"]
+        told = {name: value[rows] for name, value in told.items()}
+        inputs = self.prepare(frames[rows], texts, told).to(self.device)
+        right = self.whole_prompt.read(inputs).hidden
+        return bool((shared.read(inputs).hidden - right).abs().max() <= tolerance * right.abs().max())
 
     def _store_features(self, library: Library | None) -> None:
         """Stores a frozen encoder's features where they are small and the library says the same of them."""

@@ -5,11 +5,13 @@ busy machine the same test takes ten times longer with more.
 """
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="manako-tests-")  # which modules were named
 os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray reads it once a process, and several clusters are started here
 
 import gc

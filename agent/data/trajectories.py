@@ -8,6 +8,7 @@ frames. `datasets.load_from_disk` opens the folder anywhere; what holds for all 
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
 from manako.agent.rollout import Record, Rollout, verdict
 from manako.errors import full_text
+from manako.manifest import MANIFEST, fault, seal_command
 from manako.memory import turns_before
 from manako.policies.interface import Policy
 from manako.spaces import TextCodes, is_vector, short_number, space_to_json
@@ -261,6 +263,22 @@ def with_the_experts_actions(dataset: Dataset) -> Dataset:
     return kept.add_column("action_name", said, feature=features["action_name"])
 
 
+def check_whole(folder: Path) -> None:
+    """Compares a dataset with its manifest.
+
+    Raises:
+        TrainingError: something was changed, is missing, or was added.
+    """
+    if not (folder / "dataset_info.json").is_file() and not os.path.lexists(folder / MANIFEST):
+        return  # no dataset at all, which loading says
+    found = fault(folder, ("dataset_info.json", "state.json"))
+    if found:
+        raise TrainingError(
+            f"The dataset {str(folder)!r} is damaged: {found}; use another copy of it (if it was changed on purpose, "
+            f"`{seal_command(folder)}` shows what differs and writes the manifest anew)."
+        )
+
+
 def load_trajectories(
     folder: str,
     env_id: str | None = None,
@@ -285,6 +303,7 @@ def load_trajectories(
         raise TrainingError(
             f"There is no folder {folder!r}: expected trajectories, which experiments/collect.py writes."
         )
+    check_whole(Path(folder))
     try:
         dataset = load_from_disk(folder)
         about = json.loads(dataset.info.description) if isinstance(dataset, Dataset) else None

@@ -4,6 +4,7 @@ The Trainer writes a checkpoint into a staging folder; once it is complete it is
 run/checkpoints/checkpoint-<iteration>, so that a checkpoint is either whole or not there.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,9 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from manako.agent.checkpoint import finalize_folder
-from manako.agent.errors import TrainingError
 from manako.agent.ppo_trainer import PPOTrainer
-from manako.bounded import BadText, json_object, read_text
+from manako.bounded import BadText, json_object
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -44,7 +44,7 @@ class MetricsCallback(TrainerCallback):
         if not logs or "iteration" not in logs:
             return
         row = {key: _finite(value) for key, value in logs.items() if key != "epoch"}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if value is not None and key not in ("iteration", "env_steps"):
@@ -61,39 +61,28 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out.
-
-    Raises:
-        TrainingError: another line is no row.
-    """
+    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out, and so is a damaged one."""
     path, rows = run_dir / METRICS_FILE, []
-    try:
-        text = read_text(path) if path.is_file() else ""
-    except (OSError, BadText) as error:
-        raise TrainingError(
-            f"{path} cannot be read ({error}): move it away, or use another copy of the run."
-        ) from error
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(BadText):
             row = json_object(line)
-            if not all(type(row.get(name)) is int for name in ("iteration", "env_steps")):
-                raise BadText("it has no whole numbers iteration and env_steps")
-        except BadText as error:
-            if not line.endswith("\n"):
-                break
-            raise TrainingError(
-                f"Line {number} of {path} is no row of a run ({error}): take the line out, or use another copy of the "
-                "run."
-            ) from error
-        rows.append(row)
+            if all(type(row.get(name)) is int for name in ("iteration", "env_steps")):
+                rows.append(row)
     return rows
 
 
 def cut_metrics(run_dir: Path, iteration: int) -> None:
-    """Drops the rows past `iteration`: a resumed run writes them again."""
-    rows = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
+    """Drops the rows past `iteration`: a resumed run writes them again. Says where some before it are lost."""
+    rows = [row for row in read_metrics(run_dir) if row.get("iteration", iteration + 1) <= iteration]
+    lost = sorted({*range(1, iteration + 1)} - {row["iteration"] for row in rows})
+    if lost:
+        print(
+            f"warning: {METRICS_FILE} has lost the rows of {len(lost)} iterations, such as {lost[0]}: the learning "
+            "curve will lack them; the run itself goes on whole",
+            flush=True,
+        )
     temporary = run_dir / (METRICS_FILE + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(run_dir / METRICS_FILE)
 
 

@@ -24,6 +24,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from manako.agent.data.pasts import NO_ROW, frames_of, picture
 from manako.agent.errors import TrainingError
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
+from manako.agent.tuning.one_frame_together import OneFrameTogether
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.agent.tuning.supervised import CHOSEN
 from manako.policies.interface import Policy
@@ -59,7 +60,7 @@ class StepMetricsCallback(TrainerCallback):
                 "learning_rate."
             )
         self.rows.append(row)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
             shares = "".join(f"  {name} {row[key]:.1%}" for key, name in SHARES.items() if key in row)
@@ -169,6 +170,11 @@ class PolicyCloningTrainer(PolicySFTTrainer):
     def _png(self, row: int) -> bytes | None:
         """The stored frame of a row; None where there is none."""
         return None if row == NO_ROW else self.demonstrated[row]["image"]["bytes"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.policy.spec.image_first:
+            return super()._get_train_sampler(train_dataset)
+        return OneFrameTogether(train_dataset or self.train_dataset, self.args.seed)
 
     def check_loss(self, policy: Policy) -> None:
         """The loss on actions is for every policy with a closed set of them."""

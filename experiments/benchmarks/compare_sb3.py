@@ -41,7 +41,7 @@ def main() -> int:
     runs = compare(given)
     if given.output:
         about = {"settings": dataclasses.asdict(given), "load_average": [load, os.getloadavg()]}
-        Path(given.output).write_text(json.dumps({**about, "runs": runs}, indent=2))
+        Path(given.output).write_text(json.dumps({**about, "runs": runs}, indent=2), encoding="utf-8")
     return 0
 
 

@@ -34,7 +34,7 @@ def main() -> int:
 
     results = measure(given)
     if given.output:
-        Path(given.output).write_text(json.dumps(results, indent=2))
+        Path(given.output).write_text(json.dumps(results, indent=2), encoding="utf-8")
     return 0
 
 

@@ -41,7 +41,7 @@ def main() -> int:
     if given.output:
         results: dict[str, Any] = {"settings": vars(given), "seconds": seconds, "terms": vars(terms)}
         results |= {"load_average": [load, os.getloadavg()], "torch": torch_version}
-        Path(given.output).write_text(json.dumps(results, indent=2))
+        Path(given.output).write_text(json.dumps(results, indent=2), encoding="utf-8")
     return 0
 
 

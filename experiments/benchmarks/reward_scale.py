@@ -36,7 +36,7 @@ def main() -> int:
     if given.chart:
         draw(runs, Path(given.chart), given.env)
     if given.output:
-        Path(given.output).write_text(json.dumps(runs, indent=2))
+        Path(given.output).write_text(json.dumps(runs, indent=2), encoding="utf-8")
     return 0
 
 

@@ -41,7 +41,7 @@ def main() -> int:
 
     results = measure(workload, memory, load)
     if given.output:
-        Path(given.output).write_text(json.dumps(results, indent=2))
+        Path(given.output).write_text(json.dumps(results, indent=2), encoding="utf-8")
     return 0
 
 

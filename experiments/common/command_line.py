@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from manako.bounded import YAML_BYTES, BadText, cut, from_yaml, json_object, read_text, shown
-from manako.errors import ManakoError, full_text
+from manako.errors import ManakoError, full_text, is_of_the_disk
+from manako.experiments.common.outlet import be_utf8, open_outlets
+from manako.plain import shown as printable
 
 Command = TypeVar("Command")
 # what other frameworks call a setting: the first of the names that a runner has is the one meant
@@ -231,6 +233,9 @@ def read_command_line(
         UsageError: an unknown flag or key, a file that cannot be read, a value of the wrong type or out of range.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if any("\ud800" <= char <= "\udfff" for char in word):  # bytes that are no text
+            raise UsageError(f"{word!r} is no UTF-8: give a name or text in UTF-8; libraries take no other.")
     known = known_settings(kind)
     parser = _parser(kind, known, description, positional)
     _refuse_unknown_flags(parser, known, words)
@@ -259,7 +264,16 @@ def read_command_line(
         part: {name: value for name, value in values.items() if known[name].section == part}
         for part in {setting.section for setting in known.values()}
     }
-    return CommandLine(build(kind, sections), frozenset(given), file)
+    line = CommandLine(build(kind, sections), frozenset(given), file)
+    environment = getattr(line.settings, "environment", None)
+    if environment is not None:
+        from manako.experiments.common.named_modules import check_named, remember  # which raises this file's error
+
+        if file is None or "env" in flags or file.lstrip().startswith("{"):
+            remember(environment.env)
+        elif "env" in from_file:
+            check_named(environment.env, f"The configuration {file!r}")
+    return line
 
 
 def build(kind: type[Command], sections: Mapping[str, Mapping[str, Any]]) -> Command:
@@ -451,19 +465,30 @@ def show_loading() -> None:
 
 def show(name: str, text: str) -> None:
     """Prints a line of a runner's header at once, before the heavy libraries are loaded."""
-    print(f"{name:<13}{text}", flush=True)
+    print(f"{name:<13}{printable(text)}", flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback.
 
-    Ctrl-C ends it with exit code 130.
+    A fault, such as a full disk, is a sentence too, and exit code 1. Ctrl-C ends it with exit code 130.
     """
+    be_utf8()
+    open_outlets()
     try:
         code = main()
     except ManakoError as error:
-        print(f"error: {cut(full_text(error))}", file=sys.stderr)
-        code = 2
+        print(f"error: {printable(cut(full_text(error)))}", file=sys.stderr)
+        code = error.exit_code
+    except Exception as error:
+        if not is_of_the_disk(error):
+            raise
+        print(
+            f"error: The disk refused to take a file ({printable(full_text(error))[:200]}): make room, or write "
+            "elsewhere; what was written before is whole.",
+            file=sys.stderr,
+        )
+        code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130

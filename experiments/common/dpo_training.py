@@ -30,6 +30,7 @@ from manako.envs import Observations
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
 from manako.experiments.common.command_line import UsageError
+from manako.experiments.common.disk_room import check_disk_room
 from manako.experiments.common.environments import ignored_seeds, make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
 from manako.experiments.common.results import evaluate_run, write_final
@@ -70,6 +71,7 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     check_learns_by_acting(policy, command.policy.trainable)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
+    check_disk_room(policy, run_dir, 0)
     console, before = plain_console(), measure_retention(policy)
     unseeded = ignored_seeds(environment, run.seed, needed_for=SAME_SEED.get(dpo.pairs))
     if unseeded is not None:

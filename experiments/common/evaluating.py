@@ -12,6 +12,7 @@ from manako.experiments.common.environments import dead_frames, make_vector_env,
 from manako.experiments.common.progress import RowsDone, plain_console, print_table
 from manako.experiments.common.remote import make_remote_policy
 from manako.experiments.common.results import write_gif
+from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import EvaluateCommand, EvaluateSettings
 from manako.policies.interface import Policy
 from manako.policies.remote.ledger import DOLLAR
@@ -48,7 +49,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     summary = {row: evaluation.summary() for row, evaluation in evaluations.items()}
     print_table(console, summary, f"{name} on {environment.env}, held-out seeds of seed {run.seed}")
     if run.output:
-        Path(run.output).write_text(json.dumps(summary, indent=2))
+        write_text(Path(run.output), json.dumps(summary, indent=2))
     if run.gif:
         write_gif(environment, policy, run.seed, run.gif_episodes, Path(run.gif))
     if remote is not None:

@@ -24,6 +24,7 @@ from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import knows_expert, make_vector_env
 from manako.experiments.common.progress import episodes_in_words, plain_console
+from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import ImagineCommand
 from manako.memory import before, turns_before
 from manako.policies import VLMPolicy
@@ -117,7 +118,7 @@ def run_imagination(command: ImagineCommand, name: str) -> int:
     }
     _print(rows, summary, f"{name} on {environment.env}, {run.player} acts")
     if run.output:
-        Path(run.output).write_text(json.dumps(summary, indent=2))
+        write_text(Path(run.output), json.dumps(summary, indent=2))
     if run.gif:
         shown = slice(0, run.gif_episodes)
         drawn = [

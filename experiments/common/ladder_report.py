@@ -69,7 +69,7 @@ def evaluate_ladder(
     for name in (START, *trained):
         if name != START:
             final = folder / name / "final"
-            learns = json.loads((final / "policy.json").read_text())["source"]["trainable"]
+            learns = json.loads((final / "policy.json").read_text(encoding="utf-8"))["source"]["trainable"]
             of_folder: dict[str, Any] = {"policy": str(final), "trainable": learns, **dict.fromkeys(OF_PRESETS)}
             source = dataclasses.replace(start.policy, **of_folder)
         policy, _ = policy_of_run(environment, source, seed, start.run.torch_threads)
@@ -199,7 +199,7 @@ def _in_words(row: dict[str, Any], measure: str) -> str:
 def _controls(step: Path) -> dict[str, float]:
     """Success of a step's controls, where it was evaluated."""
     file = step / "evaluation.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {name: found[name]["success"] for name in CONTROLS if name in found and found[name]["success"] is not None}
 
 

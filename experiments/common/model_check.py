@@ -423,7 +423,7 @@ def device_in_words(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", info.read_text() if info.is_file() else "", re.M)
+    found = re.search(r"^model name\s*: (.*)$", info.read_text(encoding="utf-8") if info.is_file() else "", re.M)
     threads = torch.get_num_threads()
     name = found[1].strip() if found else platform.processor() or platform.machine()
     return f"{device.type}, {name}, {threads} thread{'s' if threads > 1 else ''}"

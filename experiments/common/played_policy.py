@@ -12,9 +12,9 @@ from manako.experiments.common.command_line import (
     check_new_file,
     checked_sections,
     read_command_line,
-    read_yaml,
 )
-from manako.experiments.common.run_folder import is_run, policy_folder
+from manako.experiments.common.named_modules import check_named
+from manako.experiments.common.run_folder import is_run, policy_folder, read_run_settings
 from manako.experiments.common.settings import OF_PRESETS, EvaluateCommand, ImagineCommand, PPOCommand
 from manako.policies import PolicySource
 from manako.policies.remote.settings import REMOTE
@@ -54,7 +54,7 @@ def with_the_runs(line: CommandLine[Played]) -> Played:
     if not folder.is_dir() or run is None:
         return command
     file = run / "config.yaml"
-    written = read_yaml(file)
+    written = read_run_settings(file)
     shared = {part: values for part, values in written.items() if part not in ("sft", "dpo", "run", REMOTE)}
     sections = checked_sections(PPOCommand, shared, str(file))
     played, source = sections.get("environment", {}), sections.get("policy", {})
@@ -63,6 +63,7 @@ def with_the_runs(line: CommandLine[Played]) -> Played:
     played.pop("num_envs", None)
     of_policy = {name: value for name, value in source.items() if name not in ("policy", *OF_PRESETS)}
     environment = EnvSettings(**{**played, **_given(command.environment, given)})
+    check_named(environment.env, f"The run {str(run)!r}")
     policy_source = PolicySource(**{**of_policy, **_given(command.policy, given), "policy": policy})
     seed = {} if "seed" in given else {"seed": written["run"]["seed"]}
     return dataclasses.replace(

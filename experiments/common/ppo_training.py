@@ -22,6 +22,7 @@ from manako.experiments.common.building import (
     policy_of_run,
 )
 from manako.experiments.common.command_line import UsageError
+from manako.experiments.common.disk_room import check_disk_room
 from manako.experiments.common.environments import dead_frames, ignored_seeds, sights, warn_of
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_final, write_gif
@@ -55,6 +56,7 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
     )
     check_learns_by_acting(policy, command.policy.trainable)
     check_training_room(policy, command.policy.trainable, policy.device)
+    check_disk_room(policy, run_dir, run.keep_checkpoints)
     compared = f"and --advantage {ppo.advantage} compares episodes of one seed: {SEEDED}"
     unseeded = ignored_seeds(environment, run.seed, needed_for=None if ppo.advantage == "gae" else compared)
     staging = run_dir / ".staging"
@@ -108,8 +110,8 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
         finally:
             saver.restore_signals()
             progress.stop()
-            metrics.board.close()
             shutil.rmtree(staging, ignore_errors=True)
+            metrics.board.close()
     again = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
     if trainer.iteration:
         print(f"Stopped after iteration {trainer.iteration} of {args.num_iterations}. Go on with:\n  {again}")

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 from manako.agent.interfaces import GIVEN_UP, NOT_FIXED
@@ -16,15 +17,25 @@ from manako.agent.report.evaluation import CONDITIONS, Evaluation
 from manako.agent.tuning.forgetting import Retention
 from manako.envs import EpisodeVectorEnv
 from manako.experiments.common.outcomes import measure_of, outcome_in_words, warnings_of
+from manako.experiments.common.outlet import console_file
 from manako.experiments.common.settings import PPOCommand
+from manako.plain import shown
 from manako.policies import VLMPolicy, parameter_table
 from manako.policies.sensitivity import Sensitivity
 from manako.spaces import actions_in_words
 
 
+class PlainConsole(Console):
+    """A console for which no text holds control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed, cells and titles of tables too, goes through here."""
+        return super().render_str(shown(text), **options)
+
+
 def plain_console() -> Console:
     """Prints what it is given: an action named [left] is no markup."""
-    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    return PlainConsole(file=console_file(), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class Progress(TrainerCallback):

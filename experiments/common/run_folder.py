@@ -1,21 +1,28 @@
 """Run folders: where they lie and what describes them. Light to import: common/results.py fills them."""
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from manako.experiments.common.command_line import UsageError, as_sections
+from manako.agent.locks import LOCK, held_beside, held_folder, new_folder, refuse_held
+from manako.experiments.common.command_line import UsageError, as_sections, read_yaml
 from manako.experiments.common.settings import TrainCommand
 from manako.policies.remote.settings import REMOTE
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
+SEAL = "# sha256 of what follows: "  # the first line of a run's config.yaml
 LONGEST_PART = 50  # characters of a name in the name of a run
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "gymnasium", "numpy", "pillow", "ray")
 
@@ -36,7 +43,9 @@ def new_run_dir(command: TrainCommand) -> Path:
     name = command.run.output_dir or str(default_run_dir(command))
     check_job_folder(name, "--output_dir")
     path = Path(name)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.is_dir():
+        refuse_held(path)
+    if path.exists() and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
         raise UsageError(f"{name!r} exists: a run is never overwritten, give another --output_dir or --resume {name}.")
     above = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
@@ -45,6 +54,53 @@ def new_run_dir(command: TrainCommand) -> Path:
             "another --output_dir."
         )
     return path
+
+
+@contextlib.contextmanager
+def making(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Makes a folder and holds it against every other process for a block; one that stays empty is removed again.
+
+    Raises:
+        UsageError: it cannot be made.
+        InUseError: another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        _enter(stack, new_folder(folder), f"The run folder {str(folder)!r} cannot be made", flag)
+        yield
+
+
+@contextlib.contextmanager
+def going_on(folder: Path, flag: str = "--resume") -> Iterator[None]:
+    """Holds the folder of a run against every other process for a block.
+
+    Raises:
+        UsageError: nothing can be written there.
+        InUseError: another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        _enter(stack, held_folder(folder), f"Nothing can be written into {str(folder)!r}", flag)
+        yield
+
+
+@contextlib.contextmanager
+def writing(flag: str, *outputs: str | None) -> Iterator[None]:
+    """Holds the names of outputs that are not there yet for a block.
+
+    Raises:
+        UsageError: nothing can be written there.
+        InUseError: another process holds one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        names = " and ".join(repr(output) for output in outputs if output)
+        _enter(stack, held_beside(*outputs), f"{names} cannot be written", flag)
+        yield
+
+
+def _enter(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManager[None], what: str, flag: str) -> None:
+    try:
+        stack.enter_context(lock)
+    except OSError as error:
+        raise UsageError(f"{what} ({error.strerror or error}): give another {flag}.") from error
 
 
 def check_job_folder(name: str, flag: str) -> None:
@@ -64,7 +120,7 @@ def write_description(run_dir: Path, command: TrainCommand) -> None:
     """Writes config.yaml with every setting, run.json with versions and the command line."""
     sections = as_sections(command)
     sections["run"].pop("resume", None)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+    write_settings(run_dir / "config.yaml", sections)
     description = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -78,13 +134,52 @@ def write_description(run_dir: Path, command: TrainCommand) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
+def write_settings(file: Path, sections: dict[str, Any]) -> None:
+    """Writes settings as YAML, whole or not there, behind a line with the sum of them."""
+    text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    write_text(file, f"{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def read_run_settings(file: Path) -> dict[str, Any]:
+    """Returns what `write_settings` wrote, which another hand may have changed only by taking out the first line.
+
+    Raises:
+        UsageError: it cannot be read, or is not what was written.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return read_yaml(file)  # says why
+    line, _, text = content.partition(b"\n")
+    if re.fullmatch(re.escape(SEAL).encode() + rb"[0-9a-f]{64}", line) is None:
+        print(f"warning: nothing says that the settings in {str(file)!r} are those that were written", flush=True)
+    elif line.decode().removeprefix(SEAL) != hashlib.sha256(text).hexdigest():
+        raise UsageError(
+            f"The settings in {str(file)!r} are not those that were written (their SHA-256 sum is another): use "
+            "another copy of the run; if you changed them on purpose, take out the first line."
+        )
+    return read_yaml(file)
+
+
 def is_run(folder: Path) -> bool:
-    """Says whether a runner that trains made this folder."""
-    return (folder / "config.yaml").is_file() and (folder / "run.json").is_file()
+    """Says whether a runner that trains made this folder.
+
+    Raises:
+        UsageError: it did, and one of the two files that say how is missing.
+    """
+    settings, described = folder / "config.yaml", folder / "run.json"
+    if settings.is_file() == described.is_file():
+        return settings.is_file()
+    missing = described if settings.is_file() else settings
+    if not any((folder / name).is_dir() for name in ("final", "checkpoints")):
+        return False
+    if missing == described and not settings.read_bytes().startswith(SEAL.encode()):
+        return False  # of another program
+    raise UsageError(f"The run {str(folder)!r} lacks {missing.name}: use another copy of it.")
 
 
 def policy_folder(name: str) -> str:

@@ -48,7 +48,7 @@ class RunSettings:
     eval_steps: int = setting(EVAL_STEPS, EVAL_STEPS_HELP, ge=1)
     gif_episodes: int = setting(4, "episodes in before.gif and after.gif, 0 for none", ge=0)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
 
 
@@ -88,7 +88,7 @@ class CollectSettings:
     group_size: int = setting(1, "episodes of the same seed", ge=1)
     seed: int = setting(0, "of everything random", ge=0, lt=2**31)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
     bf16: bool = setting(False, "bfloat16 autocast while the policy acts in Ray workers")
 
@@ -108,7 +108,7 @@ class EvaluateSettings:
     gif: str | None = setting(None, "GIF file for the first episodes, must not exist", is_path=True)
     gif_episodes: int = setting(4, "how many of them", ge=1)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
 
 
@@ -127,7 +127,7 @@ class ImagineSettings:
     )
     gif_episodes: int = setting(4, "how many of them", ge=1)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
 
 
@@ -143,7 +143,7 @@ class ModelCheckSettings:
     )
     num_steps: int = setting(PPOSettings.num_steps, "env steps of the rollout whose room is counted", ge=1)
     torch_threads: int | None = setting(
-        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1
+        None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
 
 

@@ -19,6 +19,7 @@ from manako.agent.tuning.supervised import captions, demonstrated_actions, demon
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
+from manako.experiments.common.disk_room import check_disk_room
 from manako.experiments.common.environments import dead_frames, make_vector_env, random_actions, sights, warn_of
 from manako.experiments.common.progress import (
     plain_console,
@@ -63,6 +64,7 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
         check_learns_text(policy)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
+    check_disk_room(policy, run_dir, 0)
     data, frames = training_data(command, policy)
     console = plain_console()
     console.print(f"data         {len(data):,} examples, {sft.stage}")
@@ -133,6 +135,7 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     sft, run = command.sft, command.run
     policy.value_head.requires_grad_(False)
     check_training_room(policy, command.policy.trainable, policy.device)
+    check_disk_room(policy, run_dir, 0)
     captioned = pretraining.needs_captions
     frames, texts = frames_and_captions(command, sft.captions, captioned=captioned)
     held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True, captioned=captioned)

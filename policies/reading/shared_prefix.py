@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # architectures name their reading
     from manako.policies.architectures.model import Model
     from manako.policies.processing import Processing
 
+MakeCache = Callable[[], DynamicCache]  # keys and values, made where they are needed
+
 # The prefix is what all these instructions leave alone: a tokenizer may join the text before the instruction with its
 # first character.
 PROBES = ("a", "b c", "", "X", "1", ".", ")", '"', "'s", "-", "é", "目")
@@ -74,6 +76,7 @@ class SharedPrefix(Reading):
         self._rows = torch.tensor([token for branch in codec.branches for token in branch.children])
         self._kept: DynamicCache | None = None
         self._whole_prompt = WholePrompt(model, codec, processing)
+        self.start = len(prefix_ids)  # place in a prompt of the first of the hidden states that `_run_rest` gives
         self.longest_answer = max(map(len, codec.path_tokens), default=0)
 
     @property
@@ -105,7 +108,7 @@ class SharedPrefix(Reading):
         for entry in range(len(self.codec.branches)):
             said.append(choose(entry, head(entry, at)))
             if entry + 1 < len(self.codec.branches):
-                at = self._run_path(torch.stack(said, 1), cache, inputs["lengths"], last)[:, -1]
+                at = self._run_path(torch.stack(said, 1), cache(), inputs["lengths"], last)[:, -1]
         return hidden
 
     def read_hidden(self, inputs: Rows) -> Tensor:
@@ -122,8 +125,8 @@ class SharedPrefix(Reading):
         """Returns what the model says of whole answers, in one forward behind the prefix."""
         if self.is_beyond_window(inputs, answers.shape[1]):
             return self._whole_prompt.read_answers(inputs, answers, lengths, asked)
-        hidden, _, _ = self._run_rest(inputs, self.processing.with_answers(inputs, answers, lengths))
-        first = inputs["lengths"] - len(self.prefix_ids) - 1  # (B,) the prompt's last token
+        hidden, _, _ = self._run_rest(inputs, answers, lengths)
+        first = inputs["lengths"] - self.start - 1  # (B,) the prompt's last token
         places = first[:, None] + torch.arange(answers.shape[1], device=answers.device)  # (B, S)
         before = hidden[torch.arange(len(answers), device=answers.device)[:, None], places]  # (B, S, D)
         return SaidAll(before, self.vlm.get_output_embeddings()(before[asked]))
@@ -162,27 +165,41 @@ class SharedPrefix(Reading):
         self.vlm.model(input_ids=self.prefix_ids.to(self.vlm.device)[None], past_key_values=cache, use_cache=True)
         return cache
 
-    def _run_prompts(self, inputs: Rows, answers: Tensor | None = None) -> tuple[Tensor, DynamicCache, Tensor]:
+    def _run_prompts(self, inputs: Rows, answers: Tensor | None = None) -> tuple[Tensor, MakeCache, Tensor]:
         """Hidden states (B, D) at the last token, keys and values of whole prompts, position (..., B) of that token.
 
         With answers (B, K) behind the prompts, the hidden states are (B, 1 + K, D), from that token on.
         """
         lengths = inputs["lengths"]
-        given = self.processing.model_inputs(inputs, () if answers is None else answers)
-        hidden, cache, positions = self._run_rest(inputs, given)
+        behind_them = lengths.new_zeros(len(lengths), 0) if answers is None else answers
+        hidden, cache, positions = self._run_rest(inputs, behind_them, torch.full_like(lengths, behind_them.shape[1]))
         rows = torch.arange(len(lengths), device=lengths.device)
         last = lengths - 1 if positions is None else positions[..., rows, lengths - 1]
-        place = lengths - len(self.prefix_ids) - 1  # (B,)
+        place = lengths - self.start - 1  # (B,)
         if answers is None:
             return hidden[rows, place], cache, last
         places = place[:, None] + torch.arange(answers.shape[1] + 1, device=lengths.device)
         return hidden[rows[:, None], places], cache, last
 
-    def _run_rest(self, inputs: Rows, given: dict[str, Tensor]) -> tuple[Tensor, DynamicCache, Tensor | None]:
-        """Hidden states (B, L - P, D) behind the prefix, keys and values of all, positions (..., B, L) if counted."""
+    def _run_rest(
+        self, inputs: Rows, answers: Tensor, answer_lengths: Tensor
+    ) -> tuple[Tensor, MakeCache, Tensor | None]:
+        """Hidden states (B, L - P, D) behind the prefix, keys and values of all, positions (..., B, L) if counted.
+
+        Args:
+            inputs: B rows.
+            answers: (B, K) int64 behind the prompts.
+            answer_lengths: (B,) of them.
+        """
+        given = self.processing.with_answers(inputs, answers, answer_lengths)
+        hidden, cache, positions = self._run_given(given, len(answers))
+        return hidden, lambda: cache, positions
+
+    def _run_given(self, given: dict[str, Tensor], batch: int) -> tuple[Tensor, DynamicCache, Tensor | None]:
+        """The same of what the model is given."""
         prefix = self._kept if self._kept is not None else self.run_prefix()
-        lengths, shared = inputs["lengths"], len(self.prefix_ids)
-        cache = self._expand(prefix, len(lengths))
+        shared = len(self.prefix_ids)
+        cache = self._expand(prefix, batch)
         positions = None if self.model.positions is None else self.model.positions(self.vlm, given)  # (..., B, L)
         cut = [name for name in self.processing.of_tokens if name not in self.model.by_place]
         rest = {name: given[name][:, shared:] for name in ("input_ids", *cut)}
@@ -203,11 +220,11 @@ class SharedPrefix(Reading):
                 layer.cumulative_length = source.cumulative_length
         return cache
 
-    def _branch_logits(self, hidden: Tensor, cache: DynamicCache, lengths: Tensor, last: Tensor) -> list[Tensor]:
+    def _branch_logits(self, hidden: Tensor, cache: MakeCache, lengths: Tensor, last: Tensor) -> list[Tensor]:
         """Logits (B, children) of each branching node."""
         at_node: dict[tuple[int, ...], Tensor] = {(): hidden}  # (B, D) each
         for path in self.codec.path_tokens:
-            below = self._run_path(path, cache, lengths, last)  # (B, path, D)
+            below = self._run_path(path, cache(), lengths, last)  # (B, path, D)
             for depth in range(1, len(path) + 1):
                 at_node[path[:depth]] = below[:, depth - 1]
         head = self._head()
@@ -260,7 +277,8 @@ class _Cached(GoingOn):
 
     def __init__(self, reading: SharedPrefix, inputs: Rows) -> None:
         self.reading, self.lengths = reading, inputs["lengths"]
-        hidden, self.cache, self.last = reading._run_prompts(inputs)
+        hidden, cache, self.last = reading._run_prompts(inputs)
+        self.cache = cache()
         self.width = self.cache.get_seq_length()
         self.now = self._said(hidden)
 

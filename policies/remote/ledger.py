@@ -40,7 +40,7 @@ class Ledger:
             file = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{os.urandom(4).hex()}.json"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(EMPTY))
+                file.write_text(json.dumps(EMPTY), encoding="utf-8")
             except OSError as error:
                 raise RemoteError(
                     f"--remote_cache {settings.remote_cache!r} cannot be written to ({error.strerror}): give a folder "
@@ -123,7 +123,7 @@ class Ledger:
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
         """The account, locked against all others; what is changed is written."""
-        with self.file.open("r+") as opened:
+        with self.file.open("r+", encoding="utf-8") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
             before = opened.read()
             account = json.loads(before)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,35 @@ TINY_RUN = [
     "2",
 ]
 FLAGS = {
+    "an unset variable as run": (["--resume", ""], "--resume is '': expected text that is not empty; is a variable"),
+    "an unset variable as folder": (["--output_dir", ""], "--output_dir is ''"),
+    "an unset variable as configuration": (["--config", " "], "--config is ' ': expected a YAML file"),
+    "two configurations": (
+        ["--config", "a.yaml", "--config=b.yaml"],
+        "--config came twice, with 'a.yaml' and 'b.yaml'",
+    ),
+    "a switch twice": (["--bf16", "--bf16", "false"], "--bf16 came twice, with 'true' and 'false'"),
+    "a value twice": (["--seed", "1", "--seed", "1"], "--seed came twice"),
+    "environments": (["--num_envs", "100000000"], "--num_envs is 100000000: expected a whole number from 1 on up to"),
+    "a rollout": (["--num_envs", "1000000"], "A rollout does not fit: 1,000,000 environments x 16 steps of "),
+    "steps of 30 digits": (["--total_steps", "9" * 30], "and no more than 9,007,199,254,740,992"),
+    "steps of 5,000 digits": (["--total_steps", "9" * 5_000], "--total_steps is '9999"),
+    "LoRA": (["--lora_rank", "1000000000", "--trainable", "lora"], "LoRA of rank 1,000,000,000 does not fit: its "),
+    "image size": (["--image_size", "100000", "--patch_size", "8"], "makes 156,250,000 patches of a frame: seeing one"),
+    "pixels": (
+        ["--image_size", "96000", "--patch_size", "96000"],
+        "of memory are free on this machine; expected a small",
+    ),
+    "bins": (["--bins", "1000000000"], "--bins is 1000000000: expected a whole number from 2 on up to 65536"),
+    "threads": (["--torch_threads", "1000000000"], "--torch_threads is 1000000000"),
+    "a long name": (["--output_dir", "a" * 255], "with a name of 255 bytes: expected names of up to 240 bytes"),
+    "a long name in bytes": (["--output_dir", "é" * 150], "with a name of 300 bytes"),
+    "a long path": (["--output_dir", "a/" * 2_000], "and 3,000 with their folders"),
+    "a long policy": (["--policy", "p" * 255], "with a name of 255 bytes"),
+    "a long environment": (["--env", "e" * 255], "eee"),
+    "deep JSON": (["--env_kwargs", '{"a":' * 5_000 + "1" + "}" * 5_000], "it is nested more than 100 deep"),
+    "a JSON number": (["--env_kwargs", '{"size": ' + "9" * 5_000 + "}"], "a number has 5,000 digits"),
+    "a JSON key twice": (["--env_kwargs", '{"size": 4, "size": 5}'], "'size' stands there twice, with two values"),
     "unknown flag": (["--totl_steps", "5"], "did you mean --total_steps"),
     "another spelling": (["--total-steps", "5"], "did you mean --total_steps"),
     "another framework's word": (["--lr", "1e-4"], "did you mean --learning_rate"),
@@ -142,6 +172,27 @@ FLAGS = {
     "resume of a finished run": (["--resume", "finished"], "finished"),
 }
 FILES = {
+    "a key twice": ("run: {seed: 1}\nppo: {}\nrun: {seed: 2}", "'run' in line 3 stands there twice"),
+    "deep": ("a: " + "[" * 5_000 + "]" * 5_000, "it is nested more than 100 deep"),
+    "a number of 5,000 digits": ("run: {seed: " + "9" * 5_000 + "}", "a value is not what its form or tag says"),
+    "a number of 4,000 digits": (
+        "run: {seed: " + "9" * 4_000 + "}",
+        "seed in settings.yaml is a whole number of some 4,000",
+    ),
+    "anchors": (
+        "a: &a [x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi")),
+        "its anchors stand for more than 100,000 values",
+    ),
+    "an anchor of itself": ("a: &a [*a]", "line 1 refers to itself"),
+    "large": ("# " + "x" * 300_000 + "\n", "it is longer than 262,144"),
+    "a tag": ("a: !!python/object/apply:os.system [ls]", "is no YAML that can be read (line 1"),
+    "a date that is none": ("run: {seed: 2001-99-99}", "a value is not what its form or tag says"),
+    "an empty name": ("run: {output_dir: ''}", "output_dir in settings.yaml is '': expected text that is not empty."),
+    "a null character": ('run: {output_dir: "a\\0b"}', "expected text without null characters"),
+    "a long list": (
+        "run: {seed: [" + "1, " * 9_000 + "]}",
+        "seed in settings.yaml is [1, 1, 1, 1, 1, 1, ...]: expected",
+    ),
     "no YAML": ("environment: [1", "line"),
     "a list": ("- num_envs", "no mapping"),
     "half a step": ("run: {total_steps: 2.5}", "is 2.5"),

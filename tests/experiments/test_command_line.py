@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -35,11 +36,16 @@ from manako.experiments.common.settings import (
     CollectCommand,
     DPOCommand,
     EvaluateCommand,
+    ImagineCommand,
     PPOCommand,
     SFTCommand,
     check_together,
+    largest_divisor,
     moved,
 )
+from manako.experiments.export_lerobot import ExportCommand
+from manako.experiments.play import PlayCommand
+from manako.experiments.run_ladder import LadderCommand
 from manako.experiments.submit_ray_job import JobCommand, job_words
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +79,35 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(yaml_file):
         assert command.ppo.num_steps == PPOSettings().num_steps
     line = read_command_line(PPOCommand, "", ["--config", file, "--gamma", "0.5"])
     assert line.given == {"num_envs", "seed", "bf16", "gamma"} and line.file == file
+
+
+EVERY = [*COMMANDS, ImagineCommand, JobCommand, LadderCommand, ExportCommand, PlayCommand]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_no_text_is_empty_and_no_flag_comes_twice(kind):
+    """An unset variable of the shell never starts a default run."""
+    known = {name: setting for name, setting in known_settings(kind).items() if not setting.only_in_file}
+    for name, setting in known.items():
+        with pytest.raises(UsageError) as caught:
+            parse(kind, "", [f"--{name}", "x", f"--{name}", "x"])
+        assert str(caught.value) == f"--{name} came twice, with 'x' and 'x': expected one."
+        if setting.plain is str:
+            for empty in ("", "  "):
+                assert refused(kind, f"--{name}", empty).startswith(f"--{name} is {empty!r}: expected text that is not")
+    names = {name for name, setting in known.items() if setting.is_path}
+    assert all(
+        name in names
+        for name in known
+        if re.search("_dir$|^output$|gif$|^resume$|^dataset$|^recording$|^policy$", name)
+    )
+    for name in names:
+        assert "with a name of 255 bytes: expected names of up to 240" in refused(kind, f"--{name}", "x/" + "a" * 255)
+
+
+@pytest.mark.parametrize(("number", "most", "divisor"), [(12, 5, 4), (7, 6, 1), (16, 16, 16), (2**40, 2**31, 2**31)])
+def test_the_largest_divisor(number, most, divisor):
+    assert largest_divisor(number, most) == divisor
 
 
 @pytest.mark.parametrize(("words", "value"), [(["--bf16"], True), (["--bf16", "False"], False), ([], False)])

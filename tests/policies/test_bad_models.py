@@ -73,6 +73,17 @@ def cut(file):
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-40])
 
 
+def sparse(file):
+    """4 GiB of nothing, which take no room on the disk."""
+
+    def change(folder):
+        with (folder / file).open("wb") as opened:
+            opened.write(b"{")
+            opened.truncate(2**32)
+
+    return change
+
+
 def dangling(file):
     def change(folder):
         (folder / file).unlink()
@@ -190,6 +201,35 @@ FAULTS = {  # what is done to a folder, families, what the sentence says
     "another image token": (config(image_token_index=7), "llava blip2_t5", "holds no token 7, which"),
     "image token a text": (config(image_token_id="7"), "qwen2_5_vl", "expected int, got str"),
     "unknown kind": (config(model_type="no_such"), "llava", "does not recognize this architecture"),
+    "a billion layers": (
+        text_config(num_hidden_layers=10**9),
+        "llava qwen2_5_vl",
+        "and no more than 4,096 modules are",
+    ),
+    "a vocabulary of billions": (text_config(vocab_size=10**10), "llava", "model knows 10000000000"),
+    "a width of millions": (text_config(intermediate_size=10**9), "llava", "do not fit: they need "),
+    "a number of 50 digits": (text_config(hidden_size=10**50), "llava", "a number has 51 digits"),
+    "a number of 5,000 digits": (
+        write("config.json", '{"a": ' + "9" * 5_000 + "}"),
+        "llava",
+        "a number has 5,000 digits",
+    ),
+    "deep settings": (write("generation_config.json", "[" * 5_000 + "]" * 5_000), "llava", "nested more than 100 deep"),
+    "deep tokenizer": (write("tokenizer.json", '{"a":' * 5_000 + "1" + "}" * 5_000), "llava", "nested more than 100"),
+    "a list of settings": (write("preprocessor_config.json", "[{}]"), "llava", f"is no JSON object: {WHOLE}"),
+    "a list of a tokenizer": (write("tokenizer_config.json", "[{}]"), "llava", f"is no JSON object: {WHOLE}"),
+    "a key with two values": (write("config.json", '{"a": 1, "a": 2}'), "llava", "'a' stands there twice, with two"),
+    "gigabytes of JSON": (
+        sparse("tokenizer.json"),
+        "llava",
+        "is 4,294,967,296 bytes long, and no more than 134,217,728",
+    ),
+    "gigabytes of template": (sparse("chat_template.jinja"), "llava", "is 4,294,967,296 bytes long"),
+    "frames of a million pixels a side": (
+        image(size={"height": 10**6, "width": 10**6}),
+        "llava gemma3",
+        "a side are read",
+    ),
     "no layers": (text_config(num_hidden_layers=-2), "llava", "copy or download the folder again"),
     "heads of 0": (text_config(num_attention_heads=0), "llava qwen2_5_vl", "by zero"),
     "a larger vocabulary": (text_config(vocab_size=90_000), "llava", "tokens, but the model knows 90000"),
@@ -280,6 +320,23 @@ def test_code_of_a_part_does_not_run(part, tmp_path):
     assert EVIL in sentence("tiny", **{part: str(folder)})
     (folder / "config.json").write_text("{")
     assert "config.json in" in sentence("tiny", **{part: str(folder)})
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "expected"),
+    [
+        ("language_model", {"vocab_size": 10**9}, "do not fit: they need "),
+        ("language_model", {"intermediate_size": 10**9}, "do not fit: they need "),
+        ("language_model", {"num_hidden_layers": 10**9}, "and no more than 4,096 modules are read"),
+        ("vision_encoder", {"intermediate_size": 10**9}, "do not fit: they need "),
+        ("vision_encoder", {"image_size": 10**6}, "and no more than 16,384 pixels a side are read"),
+    ],
+)
+def test_sizes_of_a_part(part, entries, expected, tmp_path):
+    kind, make = ("siglip", vision_folder) if part == "vision_encoder" else ("llama", text_folder)
+    folder = make(tmp_path / "part", kind)
+    edit_json(folder, "config.json", **entries)
+    assert expected in sentence("tiny", **{part: str(folder)})
 
 
 def test_a_model_that_does_not_go_on_from_a_prompt(made):

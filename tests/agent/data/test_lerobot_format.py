@@ -276,7 +276,7 @@ def place(goto, corridor, tmp_path, monkeypatch):
     save_trajectories(goto[0], tmp_path / "goto")
     save_trajectories(corridor[0], tmp_path / "corridor")
     save_trajectories(goto[0].shuffle(seed=0), tmp_path / "shuffled")
-    goto[0].remove_columns("seed").save_to_disk(tmp_path / "columns")
+    save_trajectories(goto[0].remove_columns("seed"), tmp_path / "columns")
     (tmp_path / "full").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -14,6 +14,7 @@ from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
 from manako.agent.data.trajectories import FEATURES, load_trajectories, save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
 from manako.envs import EpisodeVectorEnv
+from manako.manifest import write_manifest
 from tests.helpers.rollout_equality import same_bits
 from tests.helpers.small_runs import corridor_env, goto_policy, tiny_policy
 
@@ -132,6 +133,7 @@ def spoil(dataset, folder, change):
     changed = change(dataset)
     changed.info.description = changed.info.description or dataset.info.description
     changed.save_to_disk(folder)
+    write_manifest(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from manako.agent.report.callbacks import (
     read_metrics,
     set_aside,
 )
+from manako.manifest import write_manifest
 from manako.policies.errors import PolicyError
 from tests.helpers.small_runs import difference, make_trainer, weights
 
@@ -151,6 +152,7 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
     description = json.loads((folder / "policy.json").read_text())
     description["learned_sha256"] = "0" * 64
     (folder / "policy.json").write_text(json.dumps(description))
+    write_manifest(folder)
     again, _ = run(tmp_path / "again", num_iterations=2)
     with pytest.raises(PolicyError, match="are not the saved ones"):
         again.train(resume_from_checkpoint=str(folder))
