@@ -8,7 +8,7 @@ of the rollout is no special case.
 import torch
 from torch import Tensor
 
-from manako.agent.errors import TrainingError
+from manako.agent.errors import NotFiniteError, TrainingError
 
 
 def gae(
@@ -214,7 +214,7 @@ def _check(**tensors: Tensor) -> None:
             if tensor.dtype != torch.bool:
                 raise TrainingError(f"{name} is {tensor.dtype}: expected torch.bool, so convert it with .bool().")
         elif not torch.isfinite(tensor).all():
-            raise TrainingError(
+            raise NotFiniteError(
                 f"{name} holds {int((~torch.isfinite(tensor)).sum())} values that are not finite (NaN or infinity): "
                 "expected numbers; look at the rewards and at the value head before this rollout."
             )

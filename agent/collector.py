@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manako.agent.backends import RolloutPlan
-from manako.agent.errors import TrainingError
+from manako.agent.errors import NotFiniteError, TrainingError
 from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask, remember_for
 from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers, verdict
@@ -124,9 +124,9 @@ class RolloutCollector:
                 inputs = policy.prepare(self._shown.images, self._shown.instructions, told)
                 acted = self._act(inputs, draws)
                 if not torch.isfinite(acted.logprobs[acted.mask]).all():
-                    raise TrainingError(
+                    raise NotFiniteError(
                         f"The policy's probabilities are not finite in iteration {iteration}, step {t}: expected "
-                        "numbers; start again from the last checkpoint with a smaller learning_rate."
+                        "numbers, which a smaller learning_rate keeps."
                     )
                 advice = told.get("expert_actions") if self.ask_expert else None
                 if self.ask_expert and advice is None:
@@ -139,7 +139,8 @@ class RolloutCollector:
                 steps.append(_Step(self._shown, inputs, acted, masks, advice, reasons, result, seeds, numbers))
                 self._shown = result.observations
                 ended = result.terminated | result.truncated  # (N,)
-                if ended.any():
+                anew = ended | result.failed
+                if anew.any():
                     episodes += self._ended(result, ended, t)
                     cut = np.flatnonzero(result.truncated & ~result.terminated)
                     if len(cut) and policy.can_learn:
@@ -147,9 +148,10 @@ class RolloutCollector:
                         told = {name: values[cut] for name, values in ask(env, policy.needs).items()}
                         finals.append(policy.prepare(result.observations.images[cut], texts, told))
                         final_at.extend((t, slot) for slot in cut.tolist())
-                    self._shown = env.reset_done(ended)
+                    self._shown = env.reset_done(anew)
             rollout = self._transpose(steps, finals, final_at)
-        return rollout._replace(episodes=episodes, version=iteration, seconds=time.perf_counter() - start)
+        seconds, faults = time.perf_counter() - start, env.take_faults()
+        return rollout._replace(episodes=episodes, version=iteration, seconds=seconds, faults=faults)
 
     def metrics(self) -> dict[str, float]:
         """Returns the number of episodes given up so far, since they did not replay."""
@@ -214,6 +216,7 @@ class RolloutCollector:
         values = torch.stack([step.acted.values for step in steps])  # (T, N)
         bootstrap, next_values = self._bootstrap(values, inputs, finals, final_at)
         truncated = [step.result.truncated & ~step.result.terminated for step in steps]
+        failed = torch.from_numpy(np.stack([step.result.failed for step in steps]))  # (T, N)
         outcomes = [outcome for step in steps for outcome in step.acted.outcomes or ()]
         return Rollout(
             inputs=inputs,
@@ -234,6 +237,7 @@ class RolloutCollector:
             outcomes=outcomes or None,
             token_values=_stacked([step.acted.token_values for step in steps]),
             record=self._record(steps) if self.record else None,
+            failed=failed if failed.any() else None,
         )
 
     def _paid(self, step: _Step) -> np.ndarray:

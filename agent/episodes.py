@@ -6,6 +6,8 @@ began before it, or with it, in any slot, have ended. Nothing is counted before 
 ended, and each ended episode is counted once. An episode that has been running for more than `LONGEST` steps no longer
 holds the others back.
 
+An episode that an environment's fault has cut off is in no number: `episodes_failed` of the metrics counts these.
+
 Where every rollout starts new episodes in all slots, those that the rollout cuts off are never played to their end:
 counted are those that began before all of these.
 
@@ -49,6 +51,9 @@ class EpisodeCount:
             self._waiting.append((end - episode.length, episode))
             self._begun[episode.slot] = end
             self._silent |= episode.success is None
+        if rollout.failed is not None:  # lost episodes end without being counted, and hold nobody back
+            for step, slot in rollout.failed.nonzero().tolist():
+                self._begun[slot] = max(self._begun[slot], self._now + step + 1)
         self._now += len(rollout.rewards)
         first = min((step for step in self._begun if self._now - step <= LONGEST), default=self._now)
         counted = [episode for step, episode in self._waiting if step < first]

@@ -11,6 +11,16 @@ class WorkersError(TrainingError):
     """Rollout workers, or the environments in them, are lost for good; what was learned so far can still be saved."""
 
 
+class NotFiniteError(TrainingError):
+    """What the policy computes is no number any more: its last update, or one before, was too large."""
+
+
+class HeadLostError(WorkersError):
+    """Ray's head is gone, and with it every worker."""
+
+    exit_code = 1
+
+
 class DiskError(TrainingError):
     """The disk takes nothing more, or refuses; what was written before is whole."""
 

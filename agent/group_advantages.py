@@ -101,6 +101,7 @@ def group_advantages(
     states: Tensor | None = None,
     gamma: float = 0.95,
     step_weight: float = 1.0,
+    failed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns advantages of a rollout in which every slot started its episodes at the first row.
 
@@ -114,6 +115,7 @@ def group_advantages(
         states: (T, N) int64, equal where the observation is; for gigpo.
         gamma: discount of gigpo's returns to go.
         step_weight: omega of gigpo, the weight of the step's advantage beside the episode's.
+        failed: (T, N) bool, the environment broke in this step: its episode is over, and was none; None: nowhere.
 
     Returns:
         (T, N) float32 advantages, and (T, N) bool: True = of an episode that ended, as did all of its group.
@@ -126,6 +128,7 @@ def group_advantages(
     if method == "gigpo" and states is None:
         raise TrainingError("gigpo compares steps that saw the same: expected the states' digests.")
     steps, slots = rewards.shape
+    ended = ended if failed is None else ended | failed
     ends = ended.long()
     episode = ends.cumsum(0) - ends  # (T, N) number of the slot's episode
     complete = episode < ends.sum(0)  # (T, N)
@@ -136,6 +139,8 @@ def group_advantages(
     first = torch.full((number,), len(key), dtype=torch.long)
     first = first.scatter_reduce(0, place, torch.arange(len(key)), "amin")  # the first sample of each episode
     whole = complete.flatten()[first]  # (episodes,)
+    if failed is not None:
+        whole[place[failed.flatten()]] = False
     group = (groups.expand(steps, slots) * steps + episode).flatten()[first]  # (episodes,)
     judged = torch.zeros(number)
     if method == "rloo":

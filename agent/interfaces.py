@@ -50,6 +50,24 @@ class Stepped(Protocol):
     def success(self) -> np.ndarray:
         """(N,) int8: 1 where an episode ended with this step in success, -1 where nobody says what one is, 0 else."""
 
+    @property
+    def failed(self) -> np.ndarray:
+        """(N,) bool: the environment broke, and its episode is given up: no step was taken and nothing was paid."""
+
+
+class Fault(Protocol):
+    """What an environment broke with, and what became of its episode; a NamedTuple."""
+
+    @property
+    def sentence(self) -> str:
+        """What happened, and where."""
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the episode was lost; else it was played again, and goes on."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
 
 class VectorEnv(Protocol):
     """The part of `manako.envs.EpisodeVectorEnv` that learning needs."""
@@ -63,6 +81,10 @@ class VectorEnv(Protocol):
     digests: list[str]  # N, of all that the current episodes have shown and paid so far
     given_up: int  # episodes that did not replay, so far
     memory: Memory  # of the current episodes, as far as `remember` asked for it
+
+    @property
+    def started(self) -> list[int]:
+        """N, how many episodes each slot has started."""
 
     def remember(self, frames: int = 0, turns: int = 0) -> None:
         """Keeps so many past frames and turns of each episode; called before `reset`."""
@@ -91,6 +113,9 @@ class VectorEnv(Protocol):
 
     def step(self, actions: np.ndarray) -> Stepped:
         """Takes one action (N, ...) in every slot."""
+
+    def take_faults(self) -> "Sequence[Fault]":
+        """Returns the faults that were survived since the last call."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as JSON: `first_slot`, and of N slots each `episodes`, `slots`, `replacements`."""

@@ -27,7 +27,8 @@ from trl.trainer.base_trainer import _BaseTrainer
 from manako.agent.checkpoint import OF_A_RUN, disk_refused, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
-from manako.agent.errors import TrainingError, WorkersError
+from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
+from manako.agent.faults import FaultLog
 from manako.agent.group_advantages import METHODS, whole_groups
 from manako.agent.interfaces import NOT_FIXED, SEEDED, EvaluationEnv, Rollouts
 from manako.agent.losses import explained_variance, ppo_loss
@@ -71,6 +72,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
 
     Attributes:
         iteration: rollouts collected and learned from.
+        faults: of environments, survived; another one may be set, with a file and a limit.
         failure: what ended the run at the start of an iteration, with everything learned so far kept; None if nothing.
 
     Raises:
@@ -123,6 +125,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.iteration = 0
         self.scale = return_scale(args, source.num_envs)
         self.failure: WorkersError | None = None
+        self.brought_back: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None  # by `LastIterations`
+        self.faults = FaultLog()
         self._ended = EpisodeCount(rounds=args.advantage != "gae")
         self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
@@ -148,12 +152,14 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         with self.compute_loss_context_manager():  # the same autocast as in updates
             try:
                 rollout = self.collector.collect(self.iteration)
+                faults = self.faults.take(rollout, self.iteration)
             except WorkersError as error:  # no weight has changed since the last iteration: it can still be saved
                 self.failure = error
                 return
             lag = self.iteration - rollout.version
             samples = samples_of(rollout, self.policy, args, self.scale, lag)
         self._rollout_metrics(rollout, samples)
+        self._rollout |= faults
         if samples.importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
         parts = self.num_samples // args.per_device_train_batch_size
@@ -187,6 +193,14 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder)
+        state, tensors = self.brought_back or (self.run_state(), self.collector.tensors())
+        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
+        if tensors:
+            save_file(tensors, folder / ROLLOUT_TENSORS)
+        write_manifest(folder, trusted=True, deep=False)
+
+    def run_state(self) -> dict[str, Any]:
+        """Returns where the run is, as JSON: what a checkpoint holds beside weights, optimizer and chance."""
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "env": self.collector.state_dict(),
@@ -194,10 +208,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         }
         if self.scale is not None:
             state["return_scale"] = self.scale.state_dict()
-        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
-        if tensors := self.collector.tensors():
-            save_file(tensors, folder / ROLLOUT_TENSORS)
-        write_manifest(folder, trusted=True)
+        return state
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -261,7 +272,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             **self._outcomes(rollout),
             **(
                 {"explained_variance": self._explained(samples)}
-                if samples.usable is None
+                if self.args.advantage == "gae" or samples.usable is None
                 else {
                     "usable_samples": samples.usable.float().mean().item(),
                     "whole_groups": whole_groups(rollout.terminated | rollout.truncated, self.args.group_size),
@@ -276,6 +287,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
     @staticmethod
     def _explained(samples: Samples) -> float:
         counted = samples.mask if samples.values.ndim == 2 else torch.ones_like(samples.values, dtype=torch.bool)
+        if samples.usable is not None:
+            counted = counted & samples.usable.view(-1, *[1] * (counted.ndim - 1))
         return explained_variance(samples.values[counted], samples.returns[counted]).item()
 
     def _outcomes(self, rollout: Rollout) -> dict[str, float | None]:
@@ -300,9 +313,9 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         """Stops on NaN and on a first ratio other than 1; keeps the numbers for the log."""
         if not torch.isfinite(measured["loss"]):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in measured.items())
-            raise TrainingError(
-                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers; start again from "
-                "the last checkpoint with a smaller learning_rate."
+            raise NotFiniteError(
+                f"The loss is not finite in iteration {self.iteration} ({values}): expected numbers, which a smaller "
+                "learning_rate keeps."
             )
         if not self._measured:
             self.first_ratio_error = (ratio - 1).abs().max().item()
@@ -361,9 +374,9 @@ class _PPOStops(TrainerCallback):
         trainer = self.trainer
         gradients = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise TrainingError(
-                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers; start again from "
-                "the last checkpoint with a smaller learning_rate."
+            raise NotFiniteError(
+                f"The gradients are not finite in iteration {trainer.iteration}: expected numbers, which a smaller "
+                "learning_rate keeps."
             )
         if args.target_kl is not None:
             last = trainer._measured[-args.gradient_accumulation_steps :]

@@ -50,12 +50,13 @@ class ReturnScale:
         size = (variance + self.mean**2) ** 0.5
         return variance**0.5 if variance**0.5 > EQUAL * size else size or 1.0
 
-    def update(self, rewards: Tensor, ended: Tensor) -> None:
+    def update(self, rewards: Tensor, ended: Tensor, failed: Tensor | None = None) -> None:
         """Adds T steps.
 
         Args:
             rewards: (T, N).
             ended: (T, N) bool, the episode ended with this step.
+            failed: (T, N) bool, this was no step; None: all were.
 
         Raises:
             TrainingError: a reward is not finite.
@@ -73,6 +74,10 @@ class ReturnScale:
             paid.append(self.paid)
             self.paid = self.paid.masked_fill(end, 0.0)
         new = torch.stack(paid)  # (T, N)
+        if failed is not None:
+            new = new[~failed]
+        if not new.numel():
+            return
         # two sets' means and squares as one's (Chan et al. 1979)
         count, mean = new.numel(), float(new.mean())
         squares, apart, total = float((new - mean).square().sum()), mean - self.mean, self.count + new.numel()
@@ -82,7 +87,7 @@ class ReturnScale:
 
     def __call__(self, rollout: Rollout) -> Rollout:
         """Returns the rollout with its rewards in the running unit, to which they are added first."""
-        self.update(rollout.rewards, rollout.terminated | rollout.truncated)
+        self.update(rollout.rewards, rollout.terminated | rollout.cut, rollout.failed)
         scaled = rollout.rewards.double() / self.deviation
         if not self.restarts:
             scaled = scaled.clamp(-LIMIT, LIMIT)

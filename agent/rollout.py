@@ -6,7 +6,7 @@ keeps beside it (frames, seeds, the expert's advice) in its `record`, where one 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manako.policies.interface import Rows
+
+if TYPE_CHECKING:
+    from manako.agent.interfaces import Fault
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,20 @@ class Rollout(NamedTuple):
     outcomes: list[str] | None = None  # T * N, of text answers
     token_values: Tensor | None = None  # (T, N, S) float32, see `Acted`
     record: Record | None = None
+    failed: Tensor | None = None  # (T, N) bool, the environment broke: no sample, its episode is lost; None: nowhere
+    faults: Sequence["Fault"] = ()  # what environments broke with, also where an episode was brought back
+
+    @property
+    def cut(self) -> Tensor:
+        """(T, N) bool: no trace goes on from this step to the next row, though the episode has not terminated.
+
+        A step before one that failed is as good as truncated: what it returned was seen, and its value stands in
+        `next_values`. The failed step itself is no sample, and what follows it is another episode.
+        """
+        if self.failed is None:
+            return self.truncated
+        before = torch.cat([self.failed[1:], torch.zeros_like(self.failed[:1])])
+        return self.truncated | self.failed | (before & ~self.terminated)
 
 
 def pad_answers(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -128,7 +145,17 @@ def merge(fragments: Sequence[Rollout]) -> Rollout:
         outcomes=[said[row] for row in rows.tolist()] if outcomes else None,
         token_values=torch.cat(pad_answers(token_values), dim=1) if token_values else None,
         record=_merge_records(records, rows, firsts) if records else None,
+        failed=_merge_failed(fragments),
+        faults=[fault for fragment in fragments for fault in fragment.faults],
     )
+
+
+def _merge_failed(fragments: Sequence[Rollout]) -> Tensor | None:
+    if all(fragment.failed is None for fragment in fragments):
+        return None
+    none = [torch.zeros_like(fragment.terminated) for fragment in fragments]
+    parts = [zeros if part.failed is None else part.failed for part, zeros in zip(fragments, none, strict=True)]
+    return torch.cat(parts, dim=1)
 
 
 def _merge_bootstrap(fragments: Sequence[Rollout], sizes: list[int], firsts: list[int]) -> tuple[Rows, Tensor]:

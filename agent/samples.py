@@ -80,6 +80,10 @@ def recompute_logprobs(rollout: Rollout, policy: Policy, max_batch: int = 256) -
 def with_advantages(rollout: Rollout, gamma: float, gae_lambda: float, importance: Tensor | None = None) -> Samples:
     """Returns the rollout's samples with advantages by GAE over env steps, normalised over the whole rollout.
 
+    Steps that failed are none of them: what an environment would have paid is not known. The steps before in the same
+    episode are right and are kept, with the trace cut at the last thing seen, as at a truncation: dropped, they would
+    be missing where environments break most.
+
     Args:
         rollout: as the policy that is updated sees it.
         gamma: discount per step.
@@ -91,12 +95,24 @@ def with_advantages(rollout: Rollout, gamma: float, gae_lambda: float, importanc
         rollout.values,
         rollout.next_values,
         rollout.terminated,
-        rollout.truncated,
+        rollout.cut,
         gamma=gamma,
         gae_lambda=gae_lambda,
         importance=importance,
     )
-    return _flat(rollout, normalize(advantages), returns, importance)
+    return _flat(rollout, _normalized(advantages, usable_of(rollout)), returns, importance, usable_of(rollout))
+
+
+def usable_of(rollout: Rollout) -> Tensor | None:
+    """Returns (T, N) bool, which steps were taken; None where all were."""
+    return None if rollout.failed is None else ~rollout.failed
+
+
+def _normalized(advantages: Tensor, kept: Tensor | None) -> Tensor:
+    """Advantages normalised over those that are kept, and 0 for the others."""
+    if kept is None or not kept.any():
+        return normalize(advantages)
+    return torch.zeros_like(advantages).masked_scatter(kept, normalize(advantages[kept][None])[0])
 
 
 def with_token_advantages(rollout: Rollout, credit: str, gamma: float, gae_lambda: float) -> Samples:
@@ -117,16 +133,18 @@ def with_token_advantages(rollout: Rollout, credit: str, gamma: float, gae_lambd
             f"token_credit is {credit}, but the policy says an action by one number: expected token_credit step, or "
             "--action_format text without --thought_coef."
         )
-    ends = rollout.next_values, rollout.terminated, rollout.truncated
+    ends = rollout.next_values, rollout.terminated, rollout.cut
     if credit == "token":
         advantages, returns = token_gae(rollout.rewards, of_tokens, mask, *ends, gamma, gae_lambda)
     else:
         advantages, returns = bilevel_gae(rollout.rewards, rollout.values, of_tokens, mask, *ends, gamma, gae_lambda)
-    sampled = normalize(advantages[mask][None])[0]
-    samples = _flat(rollout, rollout.values, rollout.values, None)
+    usable = usable_of(rollout)
+    kept = mask if usable is None else mask & usable[..., None]
+    sampled = normalize(advantages[kept][None])[0]
+    samples = _flat(rollout, rollout.values, rollout.values, None, usable)
     return samples._replace(
         values=of_tokens.flatten(0, 1),
-        advantages=torch.zeros_like(advantages).masked_scatter(mask, sampled).flatten(0, 1),
+        advantages=torch.zeros_like(advantages).masked_scatter(kept, sampled).flatten(0, 1),
         returns=returns.flatten(0, 1),
     )
 
@@ -149,6 +167,7 @@ def with_group_advantages(
         rollout.inputs.digests().view(shape) if method == "gigpo" else None,
         gamma,
         step_weight,
+        rollout.failed,
     )
     return _flat(rollout, advantages, torch.zeros(shape), importance, usable)
 

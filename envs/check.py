@@ -22,6 +22,7 @@ import numpy as np
 from manako.envs.action_vectors import FlatActions
 from manako.envs.errors import EnvError
 from manako.envs.guard import disturbed, folder_now, pass_ours, space_check, unpacked, wrong_flag, wrong_success
+from manako.envs.limits import is_default, limit_in_words
 from manako.envs.making import find_spec, make_raw_env, make_vlm_env
 from manako.envs.masks import KEY, random_actions, read_mask
 from manako.envs.observation import (
@@ -53,6 +54,7 @@ def check_vlm_env(
     image_source: ImageSource = "auto",
     success_return: float | None = None,
     action_masks: bool = True,
+    max_episode_steps: int | None = None,
     steps: int = 200,
 ) -> list[str]:
     """Returns the faults of an environment.
@@ -65,6 +67,7 @@ def check_vlm_env(
         image_source: "auto", "observation" or "render".
         success_return: The lowest return of a successful episode.
         action_masks: Obey `info["action_mask"]` where the environment gives one.
+        max_episode_steps: After so many steps an episode is truncated.
         steps: How many steps to play.
 
     Returns:
@@ -72,7 +75,7 @@ def check_vlm_env(
     """
     try:
         name = find_spec(env_id).id
-        env = make_raw_env(env_id, env_kwargs)
+        env = make_raw_env(env_id, env_kwargs, max_episode_steps)
     except EnvError as error:
         return [str(error)]
     faults = _Faults(name)
@@ -91,7 +94,7 @@ def check_vlm_env(
             _judge(first, env, faults)
             if not player.stopped and _compare(first, player.play(env, steps), "a second time in one object", faults):
                 with contextlib.suppress(EnvError):  # it could be made once; the last lines try again
-                    other = make_raw_env(env_id, env_kwargs)
+                    other = make_raw_env(env_id, env_kwargs, max_episode_steps)
                     with contextlib.closing(_Closing(other, faults)):
                         _compare(first, player.play(other, steps), "in a new object", faults)
     if all(fault.startswith(WARNING) for fault in faults.sentences):
@@ -105,6 +108,7 @@ def check_vlm_env(
                 image_source=image_source,
                 success_return=success_return,
                 action_masks=action_masks,
+                max_episode_steps=max_episode_steps,
             )
             with contextlib.closing(made):
                 made.reset(seed=0)
@@ -474,12 +478,11 @@ def _judge(moments: list[_Moment], env: gym.Env, faults: _Faults) -> None:
         faults.add(
             "still", f"changes neither its frame nor its instruction in {len(pairs)} steps of any action", warning=True
         )
-    limit = env.spec.max_episode_steps if env.spec is not None else None
-    if pairs and limit is None and not any(new.terminated or new.truncated for _, new in pairs):
+    if pairs and is_default(env) and not any(new.terminated or new.truncated for _, new in pairs):
         faults.add(
             "endless",
-            f"ends no episode in {len(pairs)} steps and is registered without max_episode_steps: if it has no limit of "
-            "its own, set env_kwargs max_episode_steps",
+            f"ends no episode in {len(pairs)} steps and is registered without max_episode_steps: its episodes are "
+            f"{limit_in_words(env)[1]}",
             warning=True,
         )
 

@@ -8,3 +8,7 @@ from manako.errors import ManakoError
 
 class EnvError(ManakoError):
     """An environment cannot be used as asked, or broke while it ran."""
+
+
+class EnvBrokeError(EnvError):
+    """The environment's own code raised something: it may be chance, and work the next time."""

@@ -18,6 +18,7 @@ from gymnasium.envs.registration import load_env_creator
 
 from manako.envs.errors import EnvError
 from manako.envs.guard import pass_ours
+from manako.envs.limits import limited
 from manako.envs.observation import ImageSource, VLMObservation, missing_package
 from manako.errors import type_and_text
 
@@ -38,6 +39,7 @@ def make_vlm_env(
     image_source: ImageSource = "auto",
     success_return: float | None = None,
     action_masks: bool = True,
+    max_episode_steps: int | None = None,
 ) -> VLMObservation:
     """Makes an environment that shows an image and an instruction.
 
@@ -50,11 +52,12 @@ def make_vlm_env(
         image_source: "observation", "render", or "auto" (the observation where it is a picture, else `render()`).
         success_return: The lowest return of a successful episode; replaces the environment's own verdict.
         action_masks: Obey `info["action_mask"]` where the environment gives one.
+        max_episode_steps: See `make_raw_env`.
 
     Raises:
         EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
     """
-    env = make_raw_env(env_id, env_kwargs)
+    env = make_raw_env(env_id, env_kwargs, max_episode_steps)
     try:
         return VLMObservation(
             env,
@@ -75,8 +78,16 @@ def make_vlm_env(
         ) from error
 
 
-def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
-    """Makes the environment as it is, rendering to arrays where it can.
+def make_raw_env(
+    env_id: str, env_kwargs: Mapping[str, Any] | None = None, max_episode_steps: int | None = None
+) -> gym.Env:
+    """Makes the environment as it is, rendering to arrays where it can, with an end to each of its episodes.
+
+    Args:
+        env_id: See `make_vlm_env`.
+        env_kwargs: See there.
+        max_episode_steps: After so many steps an episode is truncated. None leaves the limit that the environment is
+            registered with, or wrapped in; one without is given a limit, see `envs/limits.py`.
 
     Raises:
         EnvError: Its plugin cannot be imported, it is not registered, or its constructor refuses.
@@ -85,11 +96,16 @@ def make_raw_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gy
     kwargs = dict(env_kwargs or {})
     if "render_mode" in kwargs:
         raise EnvError(f"env_kwargs for {env_id} has a render_mode, which is always rgb_array here: leave it out")
+    if max_episode_steps is not None and kwargs.setdefault("max_episode_steps", max_episode_steps) != max_episode_steps:
+        raise EnvError(
+            f"env_kwargs for {env_id} has max_episode_steps {kwargs['max_episode_steps']}, and max_episode_steps is "
+            f"{max_episode_steps}: leave one of them out"
+        )
     try:
         if _renders_arrays(spec):
             kwargs["render_mode"] = "rgb_array"
         # The contract is checked by VLMObservation at each step, and in full by envs.check.
-        return gym.make(spec, disable_env_checker=True, **kwargs)
+        return limited(gym.make(spec, disable_env_checker=True, **kwargs))
     except gym.error.DependencyNotInstalled as error:
         raise EnvError(f"{env_id} needs a package that is not installed: {missing_package(error)}") from error
     except BaseException as error:

@@ -26,7 +26,6 @@ them in a wrapper of yours).
 
 import enum
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NoReturn
@@ -37,8 +36,9 @@ import numpy as np
 from manako.envs.action_vectors import FlatActions
 from manako.envs.attributes import attribute_of, owner_of
 from manako.envs.captions import caption_of
-from manako.envs.errors import EnvError
+from manako.envs.errors import EnvBrokeError, EnvError
 from manako.envs.experts import make_expert
+from manako.envs.faults import HangError
 from manako.envs.guard import (
     STEP,
     disturbed,
@@ -51,6 +51,7 @@ from manako.envs.guard import (
     wrong_reward,
     wrong_success,
 )
+from manako.envs.limits import limit_in_words, time_limit
 from manako.envs.masks import KEY, read_mask
 from manako.envs.tasks import TASKS, success_rule, task_of
 from manako.errors import type_and_text
@@ -63,6 +64,7 @@ IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
 MOST_OF_CODES = 31  # a uint8 grid of no larger number is taken for symbols, unless all of it is 0
 MIN_IMAGE_SIDE = 16  # pixels; a smaller uint8 grid is taken for symbols
 MOST_SKIPPED = 32  # turns of an episode without an action; the last of them truncates it
+LARGEST_REWARD = 1e15  # squares of an episode's sum of larger ones overflow float32
 MAX_INSTRUCTION_LENGTH = 65_536  # characters; beyond it the text is a fault, not an instruction
 
 
@@ -346,6 +348,7 @@ class VLMObservation(gym.Wrapper):
         gives_masks: Whether the environment says which actions are allowed, and is obeyed.
         action_mask: (A,) bool, those allowed now; all of them where it does not say, or the episode has ended.
         image_from: Where the image comes from, in words; likewise `instruction_from` and `action_names_from`.
+        limit: After how many steps an episode is truncated; `limit_from` says it in words.
         slot: The number of this environment among several, for the messages; None for a single one.
     """
 
@@ -367,6 +370,8 @@ class VLMObservation(gym.Wrapper):
         super().__init__(env)
         spec = env.spec
         self.env_id: str = spec.id if spec is not None else type(env.unwrapped).__name__
+        self.limit: int | None
+        self.limit, self.limit_from = limit_in_words(env) if time_limit(env) else (None, "not limited")
         self.slot: int | None = None
         self._seed: int | None = None
         self._step = 0
@@ -432,8 +437,8 @@ class VLMObservation(gym.Wrapper):
             )
         value = reward.item() if isinstance(reward, np.ndarray) else float(reward)
         ended = bool(terminated or truncated)
-        if not math.isfinite(value):
-            self._fail(f"gave the reward {value}, expected a finite number")
+        if not abs(value) <= LARGEST_REWARD:
+            self._fail(f"gave the reward {value}, expected a finite number up to {LARGEST_REWARD:g}: divide it")
         if ended:
             self._refuse(wrong_success(info))
         self._take_mask(info, ended)
@@ -616,9 +621,10 @@ class VLMObservation(gym.Wrapper):
             self._fail(f"{wrong}, from {where}", error)
         if isinstance(error, gym.error.DependencyNotInstalled):
             self._fail(f"needs a package that is not installed: {missing_package(error)}", error)
-        self._fail(f"broke in {where} with {type_and_text(error)}", error)
+        what = "did not return in time" if isinstance(error, HangError) else f"with {type_and_text(error)}"
+        self._fail(f"broke in {where} {what}", error, EnvBrokeError)
 
-    def _fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
+    def _fail(self, what: str, cause: BaseException | None = None, kind: type[EnvError] = EnvError) -> NoReturn:
         place = [] if self.slot is None else [f"slot {self.slot}"]
         place += ["unseeded episode" if self._seed is None else f"episode seed {self._seed}", f"step {self._step}"]
         if isinstance(self._action, np.ndarray):
@@ -626,4 +632,4 @@ class VLMObservation(gym.Wrapper):
         elif self._action is not None:
             named = 0 <= self._action < len(self.action_names)
             place.append(f"action {self.action_names[self._action]!r}" if named else f"action {self._action}")
-        raise EnvError(f"{self.env_id} {what} ({', '.join(place)})") from cause
+        raise kind(f"{self.env_id} {what} ({', '.join(place)})") from cause

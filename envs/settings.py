@@ -19,7 +19,16 @@ class EnvSettings:
     env_kwargs: dict[str, Any] | None = setting(None, "arguments of the env's constructor")
     image_source: ImageSource = setting("auto", "where the image comes from")
     success_return: float | None = setting(None, "lowest return of a successful episode")
+    max_episode_steps: int | None = setting(
+        None, "steps after which an episode is truncated; by default the env's own limit, else 1000", ge=1
+    )
     action_masks: bool = setting(True, "obey info['action_mask'] where the env gives one")
+
+    @property
+    def made_with(self) -> dict[str, Any] | None:
+        """What a recording says of how its environment was made: `env_kwargs`, and the limit where one was given."""
+        limit = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
+        return {**(self.env_kwargs or {}), **limit} if limit else self.env_kwargs
 
     def options(self) -> dict[str, Any]:
         """Returns the keyword arguments of `make_vlm_env`, `check_vlm_env` and `EpisodeVectorEnv`, by their names."""

@@ -1,9 +1,12 @@
 """N environments side by side, with every episode's seed ours, no dummy transitions and faults that name their place.
 
 Built on Gymnasium's `SyncVectorEnv` with `AutoresetMode.DISABLED`: the observation that ends an episode is returned
-by `step`, and the caller starts the next episode with `reset_done`. Faults end the use of the object: after an
-`EnvError` from `reset`, `reset_done` or `step` some slots have moved and others have not, so close it, build
-it again and load the last `state_dict`.
+by `step`, and the caller starts the next episode with `reset_done`. A fault that is raised ends the use of the object:
+some slots have moved and others have not, so close it, build it again and load the last `state_dict`.
+
+What an environment's own code raises need not be raised here (`on_fault`): that slot alone is made anew and its episode
+played again. An episode that cannot be brought back is given up: its step says `failed`, with no reward and nothing
+shown, and `reset_done` starts the slot's next one. Values outside the contract are raised always: they are no chance.
 
 Left out: `AsyncVectorEnv`. In Gymnasium 1.4.0 it returns blank `Text` with shared memory, and a killed worker
 leaves it stuck.
@@ -17,28 +20,34 @@ kept as one digest, each step's made of the one before, so a replay that differs
 is given up, and its slot starts another one from the same seed.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from manako.envs.errors import EnvError
+from manako.envs.errors import EnvBrokeError, EnvError
+from manako.envs.faults import IN_A_ROW, REPLAYS, Fault, HangError, Watchdog, fault_of
 from manako.envs.making import make_vlm_env
 from manako.envs.masks import random_actions
 from manako.envs.observation import ImageSource, VLMObservation
 from manako.memory import Memory
 from manako.spaces import action_dtype, action_shape, is_skip, is_vector, random_vectors
 
+log = logging.getLogger("manako.envs")
+
 TRAINING, HELD_OUT = 0, 1  # splits
 
 STATE_FORMAT = 1
 EPISODES_A_ROUND = 100_000  # more than one slot plays in a round
+OnFault = Literal["raise", "replay", "give up"]
 _MAX_REMEMBERED = 256  # instructions kept for replaced_instructions
 _SEED_RESETS, _SEED_SECONDS = 5, 1.0  # resets to one seed, and after how long two of them are enough
 
@@ -58,6 +67,7 @@ class StepResult(NamedTuple):
     terminated: np.ndarray  # (N,) bool
     truncated: np.ndarray  # (N,) bool
     success: np.ndarray  # (N,) int8: 1 success, 0 none or no episode ended, -1 ended and nobody says what a success is
+    failed: np.ndarray  # (N,) bool: the environment broke instead, its episode is lost, and this was no step
 
 
 def episode_seed(seed: int, split: int, slot: int, episode: int) -> int:
@@ -84,6 +94,7 @@ class EpisodeVectorEnv:
         action_names: One name an action, (A,), or an entry of a vector, (d,).
         frame_shape: (H, W, 3).
         success_rule: How an episode's success is judged, in words.
+        limit: After how many steps an episode is truncated; `limit_from` says it in words.
         gives_masks: Whether the environment says which actions are allowed, and is obeyed.
         episode_returns: (N,) float64, the current episodes' rewards so far.
         episode_lengths: (N,) int64, their steps so far. Both may be read between `step` and `reset_done`.
@@ -91,6 +102,7 @@ class EpisodeVectorEnv:
         observations: What every slot shows now; None before the first reset.
         digests: One a slot, of all that its episode has shown and paid so far.
         given_up: Episodes that did not replay in `load_state_dict`, so far.
+        faults: What was survived since `take_faults`.
         memory: What the current episodes have shown and paid before now, as far as `remember` asked for it.
     """
 
@@ -110,11 +122,14 @@ class EpisodeVectorEnv:
         image_source: ImageSource = "auto",
         success_return: float | None = None,
         action_masks: bool = True,
+        max_episode_steps: int | None = None,
+        on_fault: OnFault = "raise",
+        step_timeout: float | None = None,
     ) -> None:
         """Makes the environments; nothing is started before `reset`.
 
         Args:
-            env_id: See `make_vlm_env`, as for the last six arguments.
+            env_id: See `make_vlm_env`, as for those from `instruction` to `max_episode_steps`.
             num_envs: N.
             seed: The run's seed, from 0 on.
             split: `TRAINING` or `HELD_OUT`.
@@ -128,6 +143,11 @@ class EpisodeVectorEnv:
             image_source: "auto", "observation" or "render".
             success_return: The lowest return of a successful episode.
             action_masks: Obey `info["action_mask"]` where the environment gives one.
+            max_episode_steps: After so many steps an episode is truncated.
+            on_fault: What an environment's exception does: it is raised, or the episode is played again, and where that
+                does not bring it back, it is raised then, or the episode is given up.
+            step_timeout: Seconds after which a step is broken off, with the whole process where it must be, so in a
+                worker alone; None warns of a long one.
 
         Raises:
             EnvError: The environment cannot be made, or a number is out of range.
@@ -148,7 +168,7 @@ class EpisodeVectorEnv:
         self.seed, self.split, self.first_slot, self.group_size = seed, split, first_slot, group_size
         self._envs: list[VLMObservation] = []
 
-        def make(index: int) -> gym.Env:
+        def make(index: int) -> _SuccessInInfo:
             env = make_vlm_env(
                 env_id,
                 instruction=instruction,
@@ -157,10 +177,13 @@ class EpisodeVectorEnv:
                 image_source=image_source,
                 success_return=success_return,
                 action_masks=action_masks,
+                max_episode_steps=max_episode_steps,
             )
             env.slot = first_slot + index
-            self._envs.append(env)
-            return _SuccessInInfo(env)
+            self._envs[index:index] = [env]
+            return _SuccessInInfo(env, on_fault != "raise")
+
+        self._make, self.on_fault = make, on_fault
 
         try:
             self._vector: SyncVectorEnv = SyncVectorEnv(
@@ -181,6 +204,7 @@ class EpisodeVectorEnv:
         self.success_rule = first.success.sentence
         self.gives_masks = any(env.gives_masks for env in self._envs)
         self.image_from = first.image_from
+        self.limit, self.limit_from = first.limit, first.limit_from
         self.render_fps = first.metadata.get("render_fps")
         self.episode_returns = np.zeros(num_envs, np.float64)
         self.episode_lengths = np.zeros(num_envs, np.int64)
@@ -191,6 +215,11 @@ class EpisodeVectorEnv:
         self._ended = np.zeros(num_envs, bool)
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
+        self.faults: list[Fault] = []
+        self._in_a_row = [0] * num_envs  # faults since the last step
+        self._watchdog = Watchdog(env_id, step_timeout)
+        for env in self._guarded:
+            env.watchdog = self._watchdog
         self.observations: Observations | None = None
         self.memory = Memory(num_envs)
         self._known: dict[str, None] = {}  # instructions seen, oldest first
@@ -265,19 +294,120 @@ class EpisodeVectorEnv:
             slots = (np.flatnonzero(self._ended) + self.first_slot).tolist()
             raise EnvError(f"the episodes of the slots {slots} have ended: call reset_done before the next step")
         seen, rewards, terminated, truncated, infos = self._vector.step(actions)
-        self.episode_returns = self.episode_returns + rewards
         self.episode_lengths = self.episode_lengths + 1
         for past, action in zip(self._actions, actions.tolist(), strict=True):
             past.append(action)
-        self._ended = terminated | truncated
         success = np.asarray(infos.get("success", np.zeros(self.num_envs)), np.int8)
+        shown, failed = Observations(seen["image"].copy(), seen["instruction"]), np.zeros(self.num_envs, bool)
+        if any(env.broke is not None for env in self._guarded):
+            shown, failed = self._recovered(actions, shown, rewards, terminated, truncated, success)
+        self.episode_returns = self.episode_returns + rewards
+        self._ended = terminated | truncated | failed
         for slot, action in enumerate(actions.tolist()):
+            self._in_a_row[slot] = self._in_a_row[slot] if failed[slot] else 0
             self.memory.step(slot, self.observations.images[slot], action, float(rewards[slot]))
-        self.observations = Observations(seen["image"].copy(), seen["instruction"])
+        self.observations = shown
         for slot in range(self.num_envs):
             paid = (rewards[slot], terminated[slot], truncated[slot])
             self._digest(slot, self.observations.images[slot], self.observations.instructions[slot], *paid)
-        return StepResult(self.observations, rewards, terminated, truncated, success)
+        return StepResult(self.observations, rewards, terminated, truncated, success, failed)
+
+    @property
+    def _guarded(self) -> "list[_SuccessInInfo]":
+        return list(self._vector.envs)  # type: ignore[arg-type]
+
+    @property
+    def started(self) -> list[int]:
+        """How many episodes each slot has started."""
+        return list(self._episodes)
+
+    def take_faults(self) -> list[Fault]:
+        """Returns the faults that were survived since the last call."""
+        taken, self.faults = self.faults, []
+        return taken
+
+    def _recovered(
+        self,
+        actions: np.ndarray,
+        shown: Observations,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        success: np.ndarray,
+    ) -> tuple[Observations, np.ndarray]:
+        """Brings slots back whose environment broke in this step, and writes what the step then gives.
+
+        Returns:
+            What all slots show, and (N,) bool, those that could not be brought back.
+
+        Raises:
+            EnvError: one could not, and it is not to be given up, or broke too often in a row.
+        """
+        assert self.observations is not None
+        images, texts, failed = shown.images, list(shown.instructions), np.zeros(self.num_envs, bool)
+        for slot, env in enumerate(self._guarded):
+            if env.broke is None:
+                continue
+            error = env.broke
+            again = self._play_again(slot, error)
+            self._note(slot, error, again is None, int(self.episode_lengths[slot]))
+            if again is None:
+                failed[slot] = True
+                images[slot], texts[slot] = self.observations.images[slot], self.observations.instructions[slot]
+                continue
+            seen, rewards[slot], terminated[slot], truncated[slot], info = again
+            images[slot], texts[slot] = seen["image"], seen["instruction"]
+            success[slot] = info.get("success", 0)
+        return Observations(images, tuple(texts)), failed
+
+    def _note(self, slot: int, error: EnvError, given_up: bool, step: int) -> None:
+        """Keeps a fault.
+
+        Raises:
+            EnvError: it is one that ends the run.
+        """
+        self.faults.append(fault_of(self.first_slot + slot, self.episode_seeds[slot], step, given_up, error))
+        if not given_up:
+            return
+        self._in_a_row[slot] += 1
+        if self.on_fault != "give up":
+            raise error
+        if self._in_a_row[slot] >= IN_A_ROW:
+            raise EnvError(f"{error}, as it has {IN_A_ROW} times in a row without a step between: repair it") from error
+
+    def _play_again(self, slot: int, error: EnvError) -> tuple[Any, float, bool, bool, dict[str, Any]] | None:
+        """Plays an episode again in a new object, with the action that broke; None where that goes otherwise."""
+        digest, (*before, last) = self.digests[slot], self._actions[slot]
+        for _ in range(REPLAYS):
+            self._renew(slot)
+            env, reached = self._guarded[slot], 0
+            try:
+                seen, _ = env.firm_reset(self.episode_seeds[slot])
+                self.digests[slot] = str(self.episode_seeds[slot])
+                self._digest(slot, seen["image"], seen["instruction"])
+                for action in before:
+                    seen, reward, terminated, truncated, _ = env.firm_step(action)
+                    self._digest(slot, seen["image"], seen["instruction"], reward, terminated, truncated)
+                    reached += 1
+                if self.digests[slot] != digest:
+                    return None  # seed and actions do not fix it
+                return env.firm_step(last)
+            except EnvBrokeError as another:
+                if reached == len(before) and str(another) == str(error):
+                    return None  # no chance: it breaks there
+            finally:
+                self.digests[slot] = digest
+        return None
+
+    def _renew(self, slot: int) -> None:
+        """Makes a slot's environment anew."""
+        with contextlib.suppress(Exception):  # it is broken
+            self._vector.envs[slot].close()
+        del self._envs[slot]
+        env = self._make(slot)
+        env.watchdog = self._watchdog
+        self._vector.envs = [env if index == slot else old for index, old in enumerate(self._vector.envs)]
+        self._experts[slot] = None
 
     @property
     def action_masks(self) -> np.ndarray | None:
@@ -428,7 +558,7 @@ class EpisodeVectorEnv:
                 self.digests[slot] = ""  # the saved episode went on: another one
                 break
             try:
-                seen, reward, terminated, truncated, _ = self._vector.envs[slot].step(action)
+                seen, reward, terminated, truncated, _ = self._guarded[slot].firm_step(action)
             except EnvError:  # what could be done there cannot be done here
                 self.digests[slot] = ""
                 break
@@ -449,8 +579,22 @@ class EpisodeVectorEnv:
         return np.array([started > len(seeds) for started, seeds in pairs])
 
     def close(self) -> None:
-        """Closes the environments; a second call does nothing."""
-        self._vector.close()
+        """Closes the environments; a second call does nothing.
+
+        What their own close() raises is warned of, once: all that they had to give has been read by then.
+        """
+        self._watchdog.close()
+        faults = []
+        for env in [] if self._vector.closed else self._envs:
+            try:
+                env.close()
+            except EnvError as error:
+                faults.append(str(error))
+        self._vector.closed = True
+        if faults:
+            log.warning(
+                "warning: %s; %d of %d environments did so when they were closed", faults[0], len(faults), self.num_envs
+            )
 
     def _identity(self) -> dict[str, Any]:
         """Returns what must be the same where a state is saved and where it is loaded."""
@@ -479,11 +623,16 @@ class EpisodeVectorEnv:
             self._experts[slot] = None
         before = self.observations
         seen, _ = self._vector.reset(seed=reset_seeds, options={"reset_mask": mask})
+        begun = {
+            slot: self._begin(slot, env.broke, seeds is None) for slot, env in enumerate(self._guarded) if env.broke
+        }
         self.episode_returns = np.where(mask, 0.0, self.episode_returns)
         self.episode_lengths = np.where(mask, 0, self.episode_lengths)
         self._ended = self._ended & ~mask
         images: np.ndarray = seen["image"].copy()
         instructions = list(seen["instruction"])
+        for slot, first in begun.items():
+            images[slot], instructions[slot] = first["image"], first["instruction"]
         if before is not None:
             # After load_state_dict the vector env's own rows are older than ours.
             images[~mask] = before.images[~mask]
@@ -499,6 +648,19 @@ class EpisodeVectorEnv:
             self.digests[slot] = str(self.episode_seeds[slot])
             self._digest(slot, images[slot], instructions[slot])
         return self.observations
+
+    def _begin(self, slot: int, error: EnvError, may_choose: bool) -> Any:
+        """Starts an episode whose reset broke in a new object, or the next one; returns what it shows."""
+        while True:
+            self._note(slot, error, True, 0)
+            self._renew(slot)
+            try:
+                return self._guarded[slot].firm_reset(self.episode_seeds[slot])[0]
+            except EnvBrokeError as another:
+                error = another
+            if may_choose and self._seed_lists is None and self.group_size == 1:
+                self.episode_seeds[slot] = self._next_seed(slot)
+                self._episodes[slot] += 1
 
     def _next_seed(self, slot: int) -> int:
         if self._seed_lists is not None:
@@ -532,28 +694,72 @@ class _SuccessInInfo(gym.Wrapper):
     """Reduces `info` to `{"success": 1, 0 or -1}` at the end of an episode, as `StepResult` has it.
 
     `SyncVectorEnv` merges every key of every `info` into arrays: that fails where an array changes its shape, and
-    takes time for keys that nobody reads.
+    takes time for keys that nobody reads. It also loses the others' step where one raises: so with `keeps`, what the
+    environment raises is kept in `broke`, and the caller is shown the last observation.
     """
 
-    def __init__(self, env: VLMObservation) -> None:
+    watchdog: Watchdog | None = None
+
+    def __init__(self, env: VLMObservation, keeps: bool) -> None:
         super().__init__(env)
-        self._success = env.success
+        self._success, self._keeps = env.success, keeps
         self._return = 0.0
+        self.broke: EnvBrokeError | None = None
+        self._place = [env.slot or 0, 0, 0]  # slot, seed, step
+        self._last: dict[str, Any] = {"image": np.zeros(env.frame_shape, np.uint8), "instruction": ""}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        self._return = 0.0
-        observation, _ = self.env.reset(seed=seed, options=options)
-        return observation, {}
+        self.broke = None
+        try:
+            return self.firm_reset(seed)
+        except EnvBrokeError as error:
+            if not self._keeps:
+                raise
+            self.broke = error
+            return self._last, {}
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        try:
+            return self.firm_step(action)
+        except EnvBrokeError as error:
+            if not self._keeps:
+                raise
+            self.broke = error
+            return self._last, 0.0, False, False, {}
+
+    def firm_reset(self, seed: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Starts an episode, and raises what the environment raises."""
+        self._return, self._place[1:] = 0.0, [seed or 0, 0]
+        self._last, _ = self._watched(self.env.reset, seed=seed)
+        return self._last, {}
+
+    def firm_step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Takes a step, and raises what the environment raises."""
+        self._place[2] += 1
+        observation, reward, terminated, truncated, info = self._watched(self.env.step, action)
+        self._last = observation
         self._return += float(reward)
         if not (terminated or truncated):
             return observation, float(reward), terminated, truncated, {}
         success = self._success(self._return, terminated, info)
         return observation, float(reward), terminated, truncated, {"success": -1 if success is None else int(success)}
+
+    def _watched(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Calls the environment while the watchdog looks."""
+        dog = self.watchdog
+        if dog is None:
+            return call(*arguments, **named)
+        try:
+            dog.enter(*self._place)
+            try:
+                return call(*arguments, **named)
+            finally:
+                dog.leave()
+        except HangError as error:  # it came back at that very moment
+            slot, seed, step = self._place
+            raise EnvBrokeError(f"an environment was late (slot {slot}, episode seed {seed}, step {step})") from error
 
 
 def held_out_seeds(count: int, seed: int = 0) -> list[int]:
@@ -591,6 +797,7 @@ def make_env(
     image_source: ImageSource = "auto",
     success_return: float | None = None,
     action_masks: bool = True,
+    max_episode_steps: int | None = None,
 ) -> EpisodeVectorEnv:
     """Makes environments to train on, or to evaluate on.
 
@@ -605,6 +812,7 @@ def make_env(
         image_source: See there.
         success_return: See there.
         action_masks: See there.
+        max_episode_steps: See there.
 
     Raises:
         EnvError: It cannot be made, or breaks the contract of `VLMObservation`.
@@ -620,4 +828,5 @@ def make_env(
         image_source=image_source,
         success_return=success_return,
         action_masks=action_masks,
+        max_episode_steps=max_episode_steps,
     )

@@ -20,6 +20,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.envs.check import WARNING, Speed, check_vlm_env, measure_speed  # noqa: E402
 from manako.envs.errors import EnvError  # noqa: E402
 from manako.envs.making import make_vlm_env  # noqa: E402
@@ -77,6 +82,7 @@ def describe(settings: EnvSettings) -> None:
     print(f"action names  {actions}{count}, from {env.action_names_from}")
     allowed = f"info['action_mask'], obeyed: {env.action_mask.sum()} of {len(env.action_mask)} actions at the start"
     print(f"action masks  {allowed if env.gives_masks else 'none'}")
+    print(f"episodes      {env.limit_from}")
     print(f"success       {env.success.sentence}")
     try:
         print_speed(measure_speed(env), env)

@@ -21,6 +21,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.experiments.common.command_line import parse, run_main  # noqa: E402
 from manako.experiments.common.model_table import TABLE  # noqa: E402
 from manako.experiments.common.settings import CheckModelCommand  # noqa: E402

@@ -29,6 +29,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 import gymnasium as gym  # noqa: E402
 
 from manako.agent.data.recordings import Recording, read_recordings  # noqa: E402
@@ -62,6 +67,7 @@ def record(command: CollectCommand, started: float) -> int:
             command, env.action_names, env.action_space
         )  # a fault in them shows before torch is loaded
         has_expert = knows_expert(env, needed=command.run.player == "expert")
+        show("episodes", env.limit_from)
         unseeded = ignored_seeds_of(env, needed_for=_needs_seeds(command))
     if unseeded is not None:
         show("seeds", unseeded)
@@ -126,7 +132,7 @@ def read_again(
     played, recording = command.environment, command.run.recording
     if recording is None:
         return []
-    recordings = read_recordings(recording, played.env, action_names, played.env_kwargs, action_space)
+    recordings = read_recordings(recording, played.env, action_names, played.made_with, action_space)
     odd = sum(recording.seed % 2 for recording in recordings)
     if odd:
         print(

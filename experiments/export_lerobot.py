@@ -24,6 +24,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.envs import EnvError  # noqa: E402
 from manako.envs.making import make_raw_env  # noqa: E402
 from manako.experiments.common.command_line import UsageError, parse, run_main, section, show  # noqa: E402

@@ -22,6 +22,11 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.experiments.common.command_line import CommandLine, run_main, show  # noqa: E402
 from manako.experiments.common.played_policy import read_played, with_the_runs  # noqa: E402
 from manako.experiments.common.run_folder import writing  # noqa: E402

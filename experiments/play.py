@@ -207,10 +207,11 @@ def main() -> int:
         raise UsageError(f"{str(above)!r} cannot be written to: give another --output.")
     show("recording", f"{played.env}, to {output}")
     with contextlib.closing(make_vector_env(played, 1, command.run.seed)) as env:
+        show("episodes", env.limit_from)
         unseeded = ignored_seeds_of(env)
         if unseeded is not None:
             print(f"warning: {unseeded}, so collect.py cannot play this recording again", file=sys.stderr)
-        known = (played.env, env.action_names, played.env_kwargs)
+        known = (played.env, env.action_names, played.made_with)
         before = read_recordings(output, *known) if path.exists() and path.stat().st_size else []
         played_seeds = {recording.seed for recording in before}
         seeds = (episode_seed(command.run.seed, TRAINING, 0, number) for number in itertools.count())

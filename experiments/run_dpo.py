@@ -3,6 +3,7 @@
     python experiments/run_dpo.py --policy runs/.../final --dataset data/goto --pairs expert
     python experiments/run_dpo.py --policy runs/.../final --rounds 3 --pairs return --method kto
     python experiments/run_dpo.py --policy runs/.../final --pairs remote --remote_model gpt-4o-mini
+    python experiments/run_dpo.py --resume runs/...
 
 A round: trajectories (the dataset in the first one if given, else the policy's own, sampled), pairs, training against
 the policy as it was, evaluation. See agent/tuning/preferences.py for how pairs are made.
@@ -22,9 +23,21 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import read_command_line, run_main, show, show_loading  # noqa: E402
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
+from manako.experiments.common.command_line import (  # noqa: E402
+    CommandLine,
+    read_command_line,
+    run_main,
+    show,
+    show_loading,
+)
 from manako.experiments.common.remote import asking, check_flags  # noqa: E402
-from manako.experiments.common.run_folder import making, new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import DPOCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 from manako.policies.remote.settings import REMOTE  # noqa: E402
@@ -33,18 +46,25 @@ from manako.policies.remote.settings import REMOTE  # noqa: E402
 def main() -> int:
     """Runs all rounds; returns the exit code."""
     started = time.perf_counter()
-    command = read_line()
-    run_dir = new_run_dir(command)
-    with making(run_dir), asking(command.remote if command.dpo.pairs == REMOTE else None):
-        show("run", str(run_dir))
+    line = read_line()
+    resumes = line.settings.run.resume is not None
+    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
+    remote = line.settings.remote if line.settings.dpo.pairs == REMOTE else None
+    with going_on(run_dir) if resumes else making(run_dir), asking(remote):
+        command, checkpoint, changes = line.settings, None, None
+        if resumes:
+            check_unfinished(run_dir)
+            command, checkpoint, changes = begin_again(line)
+        place = f", from {checkpoint.name if checkpoint else 'the start of its round'}" if resumes else ""
+        show("run", f"{run_dir}{place}")
         command = with_trainable(command)
         show_loading()
         from manako.experiments.common.dpo_training import train  # torch and all
 
-        return train(command, run_dir, started)
+        return train(command, run_dir, checkpoint, changes, started)
 
 
-def read_line(arguments: Sequence[str] | None = None) -> DPOCommand:
+def read_line(arguments: Sequence[str] | None = None) -> CommandLine[DPOCommand]:
     """Returns the settings of these words, by default of this program's command line.
 
     Raises:
@@ -52,7 +72,7 @@ def read_line(arguments: Sequence[str] | None = None) -> DPOCommand:
     """
     line = read_command_line(DPOCommand, "Preference optimisation with TRL on pairs made of trajectories.", arguments)
     check_flags(DPOCommand, line.given, "pairs", line.settings.dpo.pairs)
-    return line.settings
+    return line
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ ones: report_sampled.json.
 import contextlib
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,12 +36,19 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.agent.locks import refuse_held  # noqa: E402
+from manako.experiments.common import stopping  # noqa: E402
 from manako.experiments.common.command_line import (  # noqa: E402
     UsageError,
     checked_sections,
     known_settings,
     parse,
+    read_json,
     read_yaml,
     run_main,
     section,
@@ -238,9 +247,11 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
     name, runner = step["name"], step["runner"]
     finished, place, file = folder / f"{name}.json", folder / name, folder / f"{name}.settings.yaml"
     if finished.is_file():
-        return dict(json.loads(finished.read_text(encoding="utf-8")))
+        return read_json(finished)
     refuse_held(place)  # by a runner that outlived the ladder that started it
-    shutil.rmtree(place, ignore_errors=True)  # of a start that was stopped
+    goes_on = runner != "collect" and (place / "config.yaml").is_file()  # a start that was stopped
+    if not goes_on:
+        shutil.rmtree(place, ignore_errors=True)
     settings = settings_of(runner, own_sections(step), common)
     policy = settings.setdefault("policy", {})
     if policy.get("policy") == START:
@@ -258,8 +269,12 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
     write_text(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     print(f"== {name} ({runner})", flush=True)
     start = time.perf_counter()
-    words = [str(ROOT / "experiments" / RUNNERS[runner]), "--config", str(file)]
-    code = subprocess.run([sys.executable, *words]).returncode
+    told = ["--resume", str(place)] if goes_on else ["--config", str(file)]
+    ended = (place / ("evaluation.json" if runner == "ppo" else "report.json")).exists()
+    code = 0 if goes_on and ended else call([str(ROOT / "experiments" / RUNNERS[runner]), *told])
+    if code == stopping.STOPPED:
+        print(f"Stopped in the step {name!r}. Go on with:\n  python {sys.argv[0]} --resume {shlex.quote(str(folder))}")
+        raise KeyboardInterrupt
     if code:
         raise UsageError(
             f"The step {name!r} ended with exit code {code}: repair what it says above, and go on with "
@@ -273,6 +288,23 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
     }
     write_text(finished, json.dumps(result))
     return result
+
+
+def call(words: Sequence[str]) -> int:
+    """Runs a runner and returns its exit code; a signal that comes meanwhile is answered by the runner.
+
+    Ctrl-C reaches it from the terminal by itself, and SIGTERM is passed on.
+    """
+    process = subprocess.Popen([sys.executable, *words])
+    before = {
+        number: signal.signal(number, lambda each, _: process.send_signal(each) if each == signal.SIGTERM else None)
+        for number in stopping.SIGNALS
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@
 
 In order: environments, policy, before.gif, training, evaluation beside a random policy and two controls, after.gif. All
 of it lands in a run folder (see the README); an existing one is never overwritten. Ctrl-C or SIGTERM saves a checkpoint
-at the end of the iteration and prints the command that goes on from it.
+at the end of the iteration and prints the command that goes on from it, as does whatever else ends it. What may change
+then, such as --learning_rate and --total_steps, is in experiments/common/resuming.py.
 """
 
 import contextlib
-import dataclasses
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,26 +27,21 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.agent.checkpoint import OF_A_RUN, latest_checkpoint  # noqa: E402
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
 from manako.experiments.common.command_line import (  # noqa: E402
     CommandLine,
-    UsageError,
-    build,
-    checked_sections,
     read_command_line,
     run_main,
     show,
     show_loading,
 )
-from manako.experiments.common.named_modules import check_named  # noqa: E402
-from manako.experiments.common.run_folder import (  # noqa: E402
-    check_job_folder,
-    going_on,
-    making,
-    new_run_dir,
-    read_run_settings,
-)
-from manako.experiments.common.settings import GOTO, OF_THE_MACHINE, PPOCommand, check_together, moved  # noqa: E402
+from manako.experiments.common.resuming import Changes, begin_again, check_length, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
+from manako.experiments.common.settings import GOTO, PPOCommand, check_together  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
 
@@ -58,28 +52,34 @@ def main() -> int:
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.
     with contextlib.ExitStack() as stack:
         if line.settings.run.resume:
-            stack.enter_context(going_on(run_to_resume(line)))
-            command, run_dir, checkpoint = resumed(line)
+            run_dir = run_to_resume(line)
+            stack.enter_context(going_on(run_dir))
+            command, checkpoint, changes = resumed(line)
         else:
-            command, run_dir, checkpoint = line.settings, new_run_dir(line.settings), None
+            command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
             stack.enter_context(making(run_dir))
-        return run(line, command, run_dir, checkpoint, started)
+        return run(line, command, run_dir, checkpoint, changes, started)
 
 
 def run(
-    line: CommandLine[PPOCommand], command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float
+    line: CommandLine[PPOCommand],
+    command: PPOCommand,
+    run_dir: Path,
+    checkpoint: Path | None,
+    changes: Changes | None,
+    started: float,
 ) -> int:
     """Runs what `main` has found, in a folder that it holds; returns the exit code."""
-    show("run", f"{run_dir}" + (f", from {checkpoint.name}" if checkpoint else ""))
+    show("run", f"{run_dir}" + ("" if changes is None else f", from {checkpoint.name if checkpoint else 'its start'}"))
     if line.file is not None:
         names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
         show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
     command = with_trainable(command)
     check_together(command)
-    show_loading()
+    show_loading("nothing was begun, give the same command again")
     from manako.experiments.common.ppo_training import train  # torch and all
 
-    return train(command, run_dir, checkpoint, started)
+    return train(command, run_dir, checkpoint, changes, started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]:
@@ -96,53 +96,19 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]
     )
 
 
-def run_to_resume(line: CommandLine[PPOCommand]) -> Path:
-    """Returns the folder of the run to go on with.
+def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path | None, Changes]:
+    """Returns the settings of the run to go on with, its last whole checkpoint, and what came that is new.
+
+    A run that was stopped before its first checkpoint has none, and begins again.
 
     Raises:
-        UsageError: no run there.
+        UsageError: no run there, a finished one, damaged checkpoints alone, or flags that a run keeps from its start.
     """
-    run_dir = Path(str(line.settings.run.resume))
-    check_job_folder(str(run_dir), "--resume")
-    if not (run_dir / "config.yaml").is_file():
-        raise UsageError(f"--resume {str(run_dir)!r} is no run: expected a folder with config.yaml and checkpoints.")
-    return run_dir
-
-
-def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path, Path]:
-    """Returns the settings of the run to go on with, its folder and its last whole checkpoint.
-
-    Raises:
-        UsageError: no run there, a finished one, no whole checkpoint, or other flags beside --resume.
-    """
-    run_dir = run_to_resume(line)
-    changed = sorted(line.given - {"resume", "env", *OF_THE_MACHINE})
-    if changed:
-        raise UsageError(f"--resume goes on with the run's own settings, but --{changed[0]} came too: leave it out.")
-    if (run_dir / "evaluation.json").exists():
-        raise UsageError(
-            f"The run in {str(run_dir)!r} is finished: start a new one, with --policy {run_dir}/final if you like."
-        )
-    file = run_dir / "config.yaml"
-    command = build(PPOCommand, checked_sections(PPOCommand, read_run_settings(file), str(file)))
-    if "env" in line.given and line.settings.environment.env != command.environment.env:
-        raise UsageError(
-            f"--env {line.settings.environment.env} came, and the run in {str(run_dir)!r} is of "
-            f"{command.environment.env}: leave it out, or start a new run."
-        )
-    check_named(command.environment.env, f"The run {str(run_dir)!r}")
-    command = dataclasses.replace(command, workers=moved(command.workers, line.given, line.settings.workers))
-    with warnings.catch_warnings(record=True) as faults:
-        warnings.simplefilter("always")
-        checkpoint = latest_checkpoint(run_dir, OF_A_RUN)
-    found = "; ".join(str(fault.message).removeprefix("Passed over: ").split(";")[0] for fault in faults)
-    if checkpoint is None:
-        raise UsageError(
-            f"{run_dir} holds no whole checkpoint ({found or 'none was written'}): start a new run without --resume."
-        )
-    if found:
-        print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
-    return command, run_dir, checkpoint
+    command, checkpoint, changes = begin_again(line)
+    iteration = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+    samples = command.environment.num_envs * command.ppo.num_steps
+    check_length(changes, run_to_resume(line), iteration, samples)
+    return command, checkpoint, changes
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python experiments/run_sft.py --stage align --policy smollm2 --env manako/GoTo-v0
     python experiments/run_sft.py --stage instruct --policy runs/.../final --dataset data/goto
+    python experiments/run_sft.py --resume runs/...
 
 represent   an architecture's own losses on frames and captions, where it has such a stage
 align       encoder and language model stay as they are; the adapter learns to put frames into words: frame -> caption,
@@ -28,8 +29,21 @@ if not __package__:  # run as a file: `manako` is this checkout, and `import` fi
 
     del sys.path[0]
 
-from manako.experiments.common.command_line import UsageError, parse, run_main, show, show_loading  # noqa: E402
-from manako.experiments.common.run_folder import making, new_run_dir  # noqa: E402
+from manako.experiments.common.stopping import answer_signals  # noqa: E402
+
+if __name__ == "__main__":
+    answer_signals()  # while the rest is imported
+
+from manako.experiments.common.command_line import (  # noqa: E402
+    CommandLine,
+    UsageError,
+    read_command_line,
+    run_main,
+    show,
+    show_loading,
+)
+from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
+from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
 from manako.experiments.common.settings import SFTCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -37,26 +51,35 @@ from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 def main() -> int:
     """Runs one stage; returns the exit code."""
     started = time.perf_counter()
-    command = read_line()
-    run_dir = new_run_dir(command)
-    with making(run_dir):
-        show("run", str(run_dir))
+    line = read_line()
+    resumes = line.settings.run.resume is not None
+    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
+    with going_on(run_dir) if resumes else making(run_dir):
+        command, checkpoint, changes = line.settings, None, None
+        if resumes:
+            check_unfinished(run_dir)
+            command, checkpoint, changes = begin_again(line)
+        place = f", from {checkpoint.name if checkpoint else 'its start'}" if resumes else ""
+        show("run", f"{run_dir}{place}")
         if command.sft.stage == "instruct":  # before it the architecture may say what learns
             command = with_trainable(command)
         show_loading()
         from manako.experiments.common.sft_training import train  # torch and all
 
-        return train(command, run_dir, started)
+        return train(command, run_dir, checkpoint, changes, started)
 
 
-def read_line(arguments: Sequence[str] | None = None) -> SFTCommand:
+def read_line(arguments: Sequence[str] | None = None) -> CommandLine[SFTCommand]:
     """Returns the settings of these words, by default of this program's command line.
 
     Raises:
         UsageError: no dataset, or settings of the other stage.
     """
-    command = parse(SFTCommand, "Supervised fine-tuning with TRL: captions, then demonstrations.", arguments)
-    sft = command.sft
+    about = "Supervised fine-tuning with TRL: captions, then demonstrations."
+    line = read_command_line(SFTCommand, about, arguments)
+    command, sft = line.settings, line.settings.sft
+    if command.run.resume is not None:
+        return line  # the run's own settings were checked
     if sft.stage == "instruct" and sft.dataset is None:
         raise UsageError("--dataset is missing: give the folder of trajectories that experiments/collect.py wrote.")
     if sft.stage != "instruct" and sft.dataset is not None:
@@ -68,7 +91,7 @@ def read_line(arguments: Sequence[str] | None = None) -> SFTCommand:
             f"--next_frame_coef is {command.policy.next_frame_coef}, but only --stage instruct --loss actions learns "
             "what follows an action: expected 0 here, leave it out."
         )
-    return command
+    return line
 
 
 if __name__ == "__main__":

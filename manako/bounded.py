@@ -35,7 +35,7 @@ class _Shown(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         """Returns a whole number, or how long it is."""
-        digits = int(abs(x).bit_length() * 0.30103) + 1
+        digits = round(abs(x).bit_length() * 0.30103)  # log10(2)
         return repr(x) if digits <= MANY_DIGITS else f"a whole number of some {digits:,} digits"
 
 

@@ -5,8 +5,9 @@
 `manifest.json` lies in checkpoints, in final/ and every other folder of `save_policy`, and in trajectories. A folder
 that is read is compared with it as a whole: files that are missing, cut short or changed are faults, and so are files
 that it does not name, since a library would read them, too. Hidden files, pictures and texts for people are nobody's
-input (what the Hub's client and a desktop put beside a download). Nothing outside the folder is opened, whatever a
-manifest or a link says; only the Hub's own cache, whose files are links, is followed to where it keeps them.
+input (what the Hub's client and a desktop put beside a download), and folders of which it names no file are others'.
+Nothing outside the folder is opened, whatever a manifest or a link says; only the Hub's own cache, whose files are
+links, is followed to where it keeps them.
 
 Each file is hashed once a process: its sum is kept while size, times and inode are the same.
 """
@@ -26,17 +27,19 @@ from manako.errors import first_line
 MANIFEST = "manifest.json"
 FORMAT = 1
 FOR_PEOPLE = (".md", ".png", ".gif", ".jpg")  # files that nothing of ours and no library reads
+READ_IN_FOLDER = "additional_chat_templates"  # the one folder in a model's that a library looks into
 LARGEST = 64 * 2**20  # bytes of a manifest
 RACY = 2 * 10**9  # nanoseconds: a file that is younger could change without another time
 
 _sums: dict[tuple[Any, ...], str] = {}
 
 
-def write_manifest(folder: Path, trusted: bool = False) -> list[Path]:
-    """Writes the manifest of all files in a folder, in place of one that is there.
+def write_manifest(folder: Path, trusted: bool = False, deep: bool = True) -> list[Path]:
+    """Writes the manifest of the files in a folder, in place of one that is there.
 
     Args:
         folder: filled.
+        deep: with those of the folders in it; else these are somebody else's, such as a trainer's checkpoints.
         trusted: what a manifest there says of files that are older than it is believed and not hashed again: the same
             process has just written both.
 
@@ -48,7 +51,7 @@ def write_manifest(folder: Path, trusted: bool = False) -> list[Path]:
         ValueError: something in the folder is no file, or there is a manifest.json that is none; in one sentence.
     """
     file = folder / MANIFEST
-    contents = sorted(path for path in folder.rglob("*") if path != file)
+    contents = sorted(path for path in (folder.rglob("*") if deep else folder.iterdir()) if path != file)
     for path in contents:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             kind = "a link" if path.is_symlink() else "no file"
@@ -74,6 +77,14 @@ def _written_before(folder: Path) -> tuple[dict[str, dict[str, Any]], int]:
         raise ValueError(
             f"{folder / MANIFEST} exists already: expected a folder without one, it is written here."
         ) from error
+
+
+def is_manifest(folder: Path) -> bool:
+    """Says whether there is a manifest.json in this form; other programs have files of that name."""
+    try:
+        return bool(_read(folder))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def fault(folder: Path, needed: Iterable[str] = ()) -> str | None:
@@ -111,7 +122,10 @@ def faults(folder: Path, needed: Iterable[str] = ()) -> Iterator[str]:
     for names in needed:
         if not any(name in entries for name in names.split("|")):
             yield f"{MANIFEST} does not name {names.replace('|', ' or ')}, which has to be there"
+    within = {READ_IN_FOLDER, *(name.split("/")[0] for name in entries if "/" in name)}
     for name in sorted(_held(folder) - {MANIFEST, *entries}):
+        if "/" in name and name.split("/")[0] not in within:
+            continue  # in a folder of somebody else's
         yield f"{name} is there, which {MANIFEST} does not name"
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 
+from manako.bounded import BadText, json_object, read_text, shown
 from manako.policies.answers.text import FORMAT as TEXT
 from manako.policies.answers.text import TextAnswers
 from manako.policies.architectures import name_parts
@@ -329,10 +329,11 @@ def _load_own(folder: Path, saved: PolicySource, description: dict[str, Any]) ->
     """Model and value head of a folder of `save_policy`, checked against its digests."""
     if (folder / LORA_CONFIG_FILE).is_file():
         model = _build_base(folder, saved, description)
+        _check_lora(folder / LORA_CONFIG_FILE, saved)
         try:
             with quietly():
                 model = model._replace(vlm=PeftModel.from_pretrained(model.vlm, str(folder), is_trainable=True))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # whatever PEFT says to a configuration and weights that do not fit
             raise PolicyError(
                 f"The LoRA weights in {folder} cannot be read ({weight_fault(error)}): use another checkpoint."
             ) from error
@@ -347,6 +348,20 @@ def _load_own(folder: Path, saved: PolicySource, description: dict[str, Any]) ->
             "another checkpoint."
         )
     return model, head
+
+
+def _check_lora(file: Path, saved: PolicySource) -> None:
+    """Raises PolicyError where PEFT would make other matrices than those that policy.json says, of any size."""
+    try:
+        config = json_object(read_text(file))
+    except (OSError, BadText) as error:
+        raise PolicyError(f"{file} is damaged ({error}): use another checkpoint.") from error
+    expected = {"r": saved.lora_rank, "lora_alpha": saved.lora_alpha, "rank_pattern": {}, "alpha_pattern": {}}
+    for name, value in expected.items():
+        if (came := config.get(name) or {}) != value:
+            raise PolicyError(
+                f"{file} says {name} is {shown(came)}, and policy.json beside it {value}: use another checkpoint."
+            )
 
 
 def _build_base(folder: Path, saved: PolicySource, description: dict[str, Any]) -> Model:

@@ -16,7 +16,7 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 
-from manako.bounded import json_object, read_text
+from manako.bounded import json_object, read_text, shown
 from manako.errors import first_line
 from manako.manifest import write_manifest
 from manako.policies.adapters import Adapter
@@ -24,6 +24,7 @@ from manako.policies.default_trainable import POLICY_FILE
 from manako.policies.errors import PolicyError
 from manako.policies.pretrained import quietly
 from manako.policies.source import PolicySource
+from manako.settings import check_settings
 from manako.spaces import space_to_json
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ DESCRIPTION = {  # what policy.json holds beside its format
     "source": dict,
     "base_sha256": str | None,
 }
+LARGEST_SIDE = 2**14  # of a frame, in pixels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,7 +67,7 @@ def save_policy(policy: "VLMPolicy", folder: Path) -> None:
     }
     (folder / POLICY_FILE).write_text(json.dumps(description, indent=2), encoding="utf-8")
     try:
-        write_manifest(folder)
+        write_manifest(folder, deep=False)
     except ValueError as error:
         raise PolicyError(str(error)) from error
 
@@ -149,11 +151,15 @@ def read_description(folder: Path) -> tuple[PolicySource, dict[str, Any]]:
             raise ValueError(f"format {description['format']!r}, this version reads {FORMAT}")
         for key, kind in DESCRIPTION.items():
             if not isinstance(description[key], kind):
-                raise ValueError(f"{key} is {description[key]!r}")
+                raise ValueError(f"{key} is {shown(description[key])}")
+        names, shape = description["action_names"], description["frame_shape"]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"action_names is {shown(names)}")
+        if len(shape) != 3 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in shape):
+            raise ValueError(f"frame_shape is {shown(shape)}")
         saved = PolicySource(**description["source"])
-        if saved.dtype not in DTYPES:
-            raise ValueError(f"dtype is {saved.dtype!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        check_settings(saved)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PolicyError(
             f"{folder / POLICY_FILE} is damaged ({first_line(error)}): use another checkpoint."
         ) from error

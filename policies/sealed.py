@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from manako.manifest import MANIFEST, fault, seal_command
+from manako.manifest import fault, is_manifest, seal_command
 from manako.policies.default_trainable import POLICY_FILE
 from manako.policies.errors import PolicyError
 
@@ -21,8 +21,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         PolicyError: something was changed, is missing, or was added.
     """
-    with_policy = (folder / POLICY_FILE).is_file()
-    if not with_policy and not os.path.lexists(folder / MANIFEST):
+    if not (os.path.lexists(folder / POLICY_FILE) or is_manifest(folder)):
         return
     found = fault(folder, NEEDED)
     if found:

@@ -40,9 +40,7 @@ def test_an_object_is_expected():
     assert fault(json_object, "[1]") == "it is no JSON object but [1]"
 
 
-@pytest.mark.parametrize(
-    "text", ["!!int x", "2001-02-31", "!!timestamp x", "!!float x", "0b", "9" * 5_000, "!!binary é"]
-)
+@pytest.mark.parametrize("text", ["!!int x", "2001-02-31", "!!timestamp x", "!!float x", "9" * 5_000, "!!binary é"])
 def test_values_that_are_not_what_they_say(text):
     fault(from_yaml, f"a: {text}")
 

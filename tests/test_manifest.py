@@ -135,6 +135,28 @@ def test_a_folder_of_another_program_has_no_manifest(whole, tmp_path):
     load_policy(PolicySource(policy=str(folder)), NAMES, FRAME)
 
 
+def test_a_manifest_of_another_program(whole, tmp_path):
+    folder = tmp_path / "foreign"
+    shutil.copytree(whole / "full", folder)
+    for name in ("policy.json", "value_head.safetensors"):
+        (folder / name).unlink()
+    (folder / MANIFEST).write_text('{"name": "an extension"}')
+    load_policy(PolicySource(policy=str(folder)), NAMES, FRAME)
+
+
+def test_a_policy_saved_beside_folders_of_others(whole, tmp_path):
+    """As a script does that has a trainer's checkpoints, or its own results, in folders below."""
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "state").write_text("1")
+    policy = goto_policy()
+    policy.save(tmp_path)
+    (tmp_path / "checkpoint-1" / "state").write_text("2")
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+    (tmp_path / "runs" / "1" / "events").touch()
+    load_policy(PolicySource(policy=str(tmp_path)), NAMES, FRAME)
+    assert "/" not in "".join(json.loads((tmp_path / MANIFEST).read_text())["files"])
+
+
 # ---- what a manifest may not lead to -------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from PIL import Image as Picture
 from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
 from manako.agent.rollout import Record, Rollout, verdict
+from manako.bounded import json_object, read_text, shown
 from manako.errors import full_text
 from manako.manifest import MANIFEST, fault, seal_command
 from manako.memory import turns_before
@@ -74,6 +75,8 @@ def to_dataset(
 ) -> Dataset:
     """Returns the whole episodes in consecutive rollouts of the same slots, a row a step.
 
+    One that the environment's fault has cut off is left out, and no later one stands in its place.
+
     Args:
         rollouts: with their records, one after another.
         policy: whose prompts and tokens the rows get; a player that cannot learn has none.
@@ -93,16 +96,19 @@ def to_dataset(
     count = 0
     for slot in range(rollouts[0].rewards.shape[1]):
         episode: list[tuple[int, int]] = []  # (number of the rollout, t)
-        before = count
+        seen = 0  # episodes that are over, lost ones among them
         for number, rollout in enumerate(rollouts):
             record = _record(rollout)
             for t in range(len(rollout.rewards)):
                 if record.steps[t, slot] == 0:
                     episode = []
                 episode.append((number, t))
+                if rollout.failed is not None and rollout.failed[t, slot]:
+                    episode, seen = [], seen + 1
+                    continue
                 ended = bool(rollout.terminated[t, slot] | rollout.truncated[t, slot])
                 whole = ended and len(episode) == int(record.steps[t, slot]) + 1  # seen from its beginning
-                if whole and (quota is None or count - before < quota[slot]):
+                if whole and (quota is None or seen < quota[slot]):
                     last = verdict(int(record.success[t, slot]))
                     history = policy.spec.history  # 0 where actions are vectors
                     actions = [int(_record(rollouts[n]).to_env[at, slot]) if history else 0 for n, at in episode]
@@ -116,7 +122,7 @@ def to_dataset(
                             columns[name].append(row[name])
                     count += 1
                 if ended:
-                    episode = []
+                    episode, seen = [], seen + whole
     if not count:
         raise TrainingError("No episode ended in what was recorded: expected more steps, or shorter episodes.")
     dataset = Dataset.from_dict(columns, features=features)
@@ -305,6 +311,8 @@ def load_trajectories(
         )
     check_whole(Path(folder))
     try:
+        for name in ("state.json", "dataset_info.json"):
+            json_object(read_text(Path(folder) / name))
         dataset = load_from_disk(folder)
         about = json.loads(dataset.info.description) if isinstance(dataset, Dataset) else None
     except Exception as error:  # whatever pyarrow and datasets raise
@@ -318,6 +326,12 @@ def load_trajectories(
         raise TrainingError(
             f"{folder!r} holds no trajectories ({named}): expected a dataset of experiments/collect.py."
         )
+    for name, kind in (("action_names", str), ("frame_shape", int)):
+        if not isinstance(about[name], list) or not all(type(each) is kind for each in about[name]):
+            raise TrainingError(
+                f"{folder!r} holds no trajectories ({name} is {shown(about[name])}): expected a dataset of "
+                "experiments/collect.py."
+            )
     if len(dataset) == 0:
         raise TrainingError(f"The dataset {folder!r} is empty: expected at least one episode, so collect again.")
     lacking = sum(frame is None for frame in dataset.cast_column("image", Image(decode=False))["image"])

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +20,13 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from manako.agent.checkpoint import finalize_folder
+from manako.agent.errors import NotFiniteError
 from manako.agent.ppo_trainer import PPOTrainer
+from manako.agent.rescue import LastIterations
 from manako.bounded import BadText, json_object
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+SAVING_SHARE = 0.05  # of a run's time, at most, goes into checkpoints by the clock
 
 
 class MetricsCallback(TrainerCallback):
@@ -95,7 +99,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def set_aside(run_dir: Path, iteration: int) -> list[Path]:
-    """Renames the checkpoints past `iteration`, which were found damaged, so that a resumed run can write them again.
+    """Renames the checkpoints past `iteration`, which were found damaged or broken, so that they are written again.
 
     Returns:
         Their new places, damaged-checkpoint-<iteration>.
@@ -113,28 +117,60 @@ def _iteration(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-class CheckpointCallback(TrainerCallback):
-    """Checkpoints every `every` iterations, at the end, and after Ctrl-C or SIGTERM.
+class Clock:
+    """Says when the next checkpoint is due by the clock.
 
-    A signal ends the run at the end of its iteration, a second one at once, with what the last checkpoint holds.
+    Args:
+        minutes: between two of them; more where writing one takes long, so that `SAVING_SHARE` is the most it costs.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds, self._last = 60 * minutes, time.monotonic()
+
+    def due(self) -> bool:
+        """Says whether it is time."""
+        return time.monotonic() - self._last >= self.seconds
+
+    def saved(self, began: float) -> None:
+        """Hears of a checkpoint that has just been written, and when (`time.monotonic()`) that began."""
+        self._last = time.monotonic()
+        self.seconds = max(self.seconds, (self._last - began) / SAVING_SHARE)
+
+
+class Checkpoints(TrainerCallback):
+    """Seals what the Trainer writes, keeps the newest, and answers Ctrl-C and SIGTERM while it trains.
+
+    A first signal ends the training after a checkpoint, a second one at once.
 
     Args:
         trainer: the trainer.
         run_dir: the run folder.
-        every: iterations between checkpoints.
-        keep: how many are kept, the newest ones.
+        keep: how many are kept.
+        minutes: between checkpoints by the clock.
 
     Attributes:
         interrupted: whether a signal came.
     """
 
-    def __init__(self, trainer: PPOTrainer, run_dir: Path, every: int, keep: int = 2) -> None:
-        self.trainer, self.run_dir, self.every, self.keep = trainer, run_dir, every, keep
+    until = "step"  # what a first signal waits for the end of
+
+    def __init__(self, trainer: Any, run_dir: Path, keep: int, minutes: float) -> None:
+        self.trainer, self.run_dir, self.keep = trainer, run_dir, keep
         self.interrupted = False
+        self.clock, self._began = Clock(minutes), 0.0
         self._handlers: dict[int, Any] = {}
 
+    def number(self) -> int:
+        """Returns the number of the checkpoint that would be written now."""
+        return int(self.trainer.state.global_step)
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint, None before there is one."""
+        return next(iter(checkpoints(self.run_dir)[::-1]), None)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes over the signals: from here on one is answered at the end of the iteration."""
+        """Takes over the signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._interrupt)
 
@@ -148,28 +184,82 @@ class CheckpointCallback(TrainerCallback):
             signal.signal(number, handler)
         self._handlers.clear()
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Decides whether this iteration is saved."""
-        last = self.trainer.iteration >= args.num_iterations
-        if self.trainer.failure is not None:
-            control.should_save = self.trainer.iteration > 0 and not self._path().exists()
-            return
-        control.should_save = self.interrupted or last or self.trainer.iteration % self.every == 0
-        control.should_training_stop = control.should_training_stop or self.interrupted
-
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seals what the Trainer wrote and moves it to its place; drops the oldest."""
-        finalize_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._path())
+        finalize_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.path())
         for old in checkpoints(self.run_dir)[: -self.keep]:
             shutil.rmtree(old)
+        self.clock.saved(self._began)
 
-    def _path(self) -> Path:
-        """Where the checkpoint of this iteration is."""
-        return self.run_dir / CHECKPOINTS / f"checkpoint-{self.trainer.iteration}"
+    def write(self) -> None:
+        """Writes one now, outside of the Trainer's loop."""
+        self._began = time.monotonic()
+        self.trainer._save_checkpoint(self.trainer.model, None)  # as the loop does
+        self.on_save(self.trainer.args, self.trainer.state, self.trainer.control)
+
+    def interrupted_whole(self, error: BaseException) -> bool:
+        """Says whether a first signal ended the training, whose last state is then on disk."""
+        return self.interrupted and isinstance(error, KeyboardInterrupt) and self.path().exists()
+
+    def path(self) -> Path:
+        """Where the checkpoint of now is, or would be."""
+        return self.run_dir / CHECKPOINTS / f"checkpoint-{self.number()}"
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
         # not print: a handler may run in the middle of one
-        os.write(2, b"stopping at the end of this iteration; a second signal stops at once\n")
+        os.write(2, f"stopping at the end of this {self.until}; a second signal stops at once\n".encode())
+
+
+class CheckpointCallback(Checkpoints):
+    """Checkpoints of PPO: every `every` iterations, by the clock, at the end, and after a signal.
+
+    Args:
+        trainer: the trainer.
+        run_dir: the run folder.
+        every: iterations between checkpoints.
+        keep: how many are kept, the newest ones.
+        minutes: between checkpoints, if iterations take longer.
+    """
+
+    until = "iteration"
+
+    def __init__(
+        self, trainer: PPOTrainer, run_dir: Path, every: int, keep: int = 2, minutes: float = math.inf
+    ) -> None:
+        super().__init__(trainer, run_dir, keep, minutes)
+        self.every, self.last_iterations = every, LastIterations(trainer)
+        trainer.add_callback(self.last_iterations)
+
+    def number(self) -> int:
+        """Returns the iteration."""
+        return int(self.trainer.iteration)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decides whether this iteration is saved."""
+        last = self.trainer.iteration >= args.num_iterations
+        self._began = time.monotonic()
+        if self.trainer.failure is not None:
+            control.should_save = self.trainer.iteration > 0 and not self.path().exists()
+            return
+        by_number = last or self.trainer.iteration % self.every == 0
+        control.should_save = self.interrupted or by_number or self.clock.due()
+        control.should_training_stop = control.should_training_stop or self.interrupted
+
+    def keep_last(self, error: BaseException) -> None:
+        """Writes a checkpoint of the last good iteration after `error` ended the training in the middle of one.
+
+        Where the numbers broke, later checkpoints, which hold what broke them, are set aside. Nothing is written where
+        the newest checkpoint is of that iteration already, or nothing was learned.
+        """
+        broken, trainer = isinstance(error, NotFiniteError), self.trainer
+        if not self.last_iterations.bring_back(broken):
+            if broken and not trainer._updates:  # what this start began from is what broke
+                set_aside(self.run_dir, trainer.iteration - 1)
+            return
+        if broken:
+            set_aside(self.run_dir, trainer.iteration)
+        if self.last is None or _iteration(self.last) < trainer.iteration:
+            self.write()

@@ -17,6 +17,7 @@ from manako.agent.errors import TrainingError
 from manako.agent.interfaces import NOT_FIXED, EvaluationEnv, Shown, ask, remember_for
 from manako.agent.report.figures import RecordedEpisode
 from manako.agent.report.statistics import bootstrap_interval, wilson_interval
+from manako.agent.report.unfinished import Unfinished
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.agent.rollout import Episode, success_rate, verdict
 from manako.policies.interface import Draws, Policy
@@ -37,6 +38,8 @@ class Evaluation:
             environment plays the same episode over and over, and an interval over episodes says little.
         fixed_by_seed: whether a seed fixes how an episode begins; else no two evaluations play the same episodes.
         outcomes: how often each outcome of an answer came; empty for a policy whose every answer is an action.
+        failed: places in `episodes` of those that the environment broke in. Each is one of the fixed episodes, and no
+            other stands in its place: it is no success, and its return and length, which nobody knows, are left out.
     """
 
     episodes: list[Episode]
@@ -44,14 +47,19 @@ class Evaluation:
     fixed_by_seed: bool
     asked: int | None = None  # how many episodes were asked for, where a budget of steps allowed fewer
     outcomes: dict[str, int] = field(default_factory=dict)
+    failed: list[int] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Returns success and mean return with their 95 % intervals, mean length, episodes, starts, what of seeds.
 
         Success is None, and so is its interval, where not all episodes were `judged`: the return is the measure then.
         """
-        success = [episode.success for episode in self.episodes]
-        returns = [episode.episode_return for episode in self.episodes]
+        lost = set(self.failed)
+        whole = [episode for place, episode in enumerate(self.episodes) if place not in lost]
+        judged = [episode.success for episode in whole]
+        # where nobody judges, a lost episode is no failure either
+        success: list[bool | None] = judged if None in judged else [*judged, *[False] * len(lost)]
+        returns = [episode.episode_return for episode in whole]
         rate = success_rate(success)
         return {
             "success": rate,
@@ -59,8 +67,9 @@ class Evaluation:
             "judged": len(success) - success.count(None),
             "return_mean": float(np.mean(returns)),
             "return_ci95": list(bootstrap_interval(returns)),
-            "length_mean": float(np.mean([episode.length for episode in self.episodes])),
+            "length_mean": float(np.mean([episode.length for episode in whole])),
             "episodes": len(self.episodes),
+            **({"failed": len(lost)} if lost else {}),
             **({} if self.asked is None else {"episodes_asked": self.asked}),
             "starts": self.starts,
             "fixed_by_seed": self.fixed_by_seed,
@@ -77,6 +86,7 @@ def evaluate(
     sample: bool = False,
     seed: int = 0,
     most_steps: int | None = None,
+    kept: Unfinished | None = None,
 ) -> Evaluation:
     """Plays one episode for each seed, or for the first of them where episodes are long.
 
@@ -91,6 +101,7 @@ def evaluate(
         sample: sample actions from the policy's probabilities instead of taking the greedy ones.
         seed: of sampled actions.
         most_steps: budget of env steps; None plays them all.
+        kept: where it is written down how far this is, and from where it goes on.
 
     Raises:
         TrainingError: no seeds, an unknown condition, or an episode that does not end.
@@ -99,29 +110,56 @@ def evaluate(
         raise TrainingError(f"condition is {condition!r}: expected one of {', '.join(CONDITIONS)}.")
     if not seeds:
         raise TrainingError("An evaluation needs at least one episode: give seeds.")
+    state = None if kept is None else kept.state_of(condition)
     rng, n = make_rng(seed, RANDOM_ACTIONS), env.num_envs
     draws = Draws([rng] * n)
     results: list[Episode | None] = [None] * len(seeds)
     outcomes: Counter[str] = Counter()
+    failed: list[int] = []  # of results
     waiting = list(range(len(seeds)))[::-1]
     playing = [waiting.pop() if waiting else None for _ in range(n)]  # which seed each slot plays
     remember_for(env, policy)
-    fixed_by_seed, budget = env.follows_seeds(), most_steps
-    # slots beyond the last seed play its episodes again, uncounted, since all slots step together
-    observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
-    starts = {_observation_digest(observations, slot) for slot in range(n) if playing[slot] is not None}
+    if state is None:
+        fixed_by_seed, budget = env.follows_seeds(), most_steps
+        # slots beyond the last seed play its episodes again, uncounted, since all slots step together
+        observations = env.reset(seeds=[seeds[-1 if index is None else index] for index in playing])
+        starts = {_observation_digest(observations, slot) for slot in range(n) if playing[slot] is not None}
+    else:
+        observations = _shown_again(env, state["env"])
+        fixed_by_seed, budget, waiting, playing = (state[name] for name in ("fixed", "budget", "waiting", "playing"))
+        results = [None if episode is None else Episode(*episode) for episode in state["results"]]
+        failed = list(state["failed"])
+        outcomes, starts = Counter(state["outcomes"]), {bytes.fromhex(text) for text in state["starts"]}
+        rng.bit_generator.state = state["rng"]
+
+    def now() -> dict[str, Any]:
+        return {
+            "env": env.state_dict(),
+            "fixed": fixed_by_seed,
+            "budget": budget,
+            "waiting": waiting,
+            "playing": playing,
+            "results": [None if episode is None else _first_fields(episode) for episode in results],
+            "outcomes": dict(outcomes),
+            "failed": failed,
+            "starts": sorted(start.hex() for start in starts),
+            "rng": rng.bit_generator.state,
+        }
+
     with policy.frozen_weights():
         while any(index is not None for index in playing):
+            if kept is not None:
+                kept.at(condition, now)
             idle = np.array([index is None for index in playing])
             actions, said = _act(policy, env, observations, condition, sample, draws, idle)
             outcomes.update(said[slot] for slot in np.flatnonzero(~idle).tolist() if said)
             result = env.step(actions)
             observations = result.observations
-            ended = result.terminated | result.truncated
+            ended = result.terminated | result.truncated | result.failed
             if (env.episode_lengths[~ended] >= MAX_EPISODE_STEPS).any():
                 raise TrainingError(
                     f"An episode has not ended in {MAX_EPISODE_STEPS:,} steps: expected an environment that ends its "
-                    "episodes, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
+                    "episodes, so set a limit, such as --max_episode_steps 500."
                 )
             if not ended.any():
                 continue
@@ -129,9 +167,10 @@ def evaluate(
             for slot in np.flatnonzero(ended):
                 index = playing[slot]
                 if index is not None:
-                    results[index] = Episode(
-                        float(env.episode_returns[slot]), int(env.episode_lengths[slot]), verdict(result.success[slot])
-                    )
+                    won = False if result.failed[slot] else verdict(result.success[slot])
+                    results[index] = Episode(float(env.episode_returns[slot]), int(env.episode_lengths[slot]), won)
+                    if result.failed[slot]:
+                        failed.append(index)
                 if budget is not None and all(episode is not None for episode in results[:n]):
                     first = [episode.length for episode in results[:n] if episode is not None]
                     count = int(budget * len(first) / sum(first))
@@ -143,7 +182,22 @@ def evaluate(
             starts |= {_observation_digest(observations, slot) for slot in begun}
     played = [episode for episode in results if episode is not None]
     asked = len(seeds) if len(played) < len(seeds) else None
-    return Evaluation(played, len(starts), fixed_by_seed, asked, dict(outcomes.most_common()))
+    if len(failed) == len(played):
+        raise TrainingError(
+            f"The environment broke in each of {len(played)} episodes of the evaluation, the last time so: "
+            f"{env.take_faults()[-1].sentence}; repair it."
+        )
+    return Evaluation(played, len(starts), fixed_by_seed, asked, dict(outcomes.most_common()), sorted(failed))
+
+
+def _first_fields(episode: Episode) -> tuple[float, int, bool | None]:
+    return episode.episode_return, episode.length, episode.success
+
+
+def _shown_again(env: EvaluationEnv, state: Any) -> Shown:
+    shown = env.load_state_dict(state)
+    assert shown is not None, "a row is kept once its episodes have begun"
+    return shown
 
 
 def _observation_digest(observations: Any, slot: int) -> bytes:
@@ -183,6 +237,7 @@ def evaluate_all(
     sample: bool = False,
     done: Callable[[Condition, Evaluation], None] | None = None,
     most_steps: int | None = None,
+    kept: Unfinished | None = None,
 ) -> dict[Condition, Evaluation]:
     """Evaluates the policy, a random policy and the two controls on the same episodes.
 
@@ -193,11 +248,20 @@ def evaluate_all(
         sample: as of `evaluate`.
         done: hears of each row.
         most_steps: budget of env steps for all rows together; what it allows to the first row, all rows play.
+        kept: as of `evaluate`; rows that are done are not played again.
     """
     evaluations: dict[Condition, Evaluation] = {}
     asked, budget = len(seeds), None if most_steps is None else most_steps // len(CONDITIONS)
     for condition in CONDITIONS:
-        played = evaluate(policy, env, seeds, condition, sample, most_steps=budget)
+        row = None if kept is None else kept.rows.get(condition)
+        if row is not None:
+            episodes = [Episode(*episode) for episode in row["episodes"]]
+            played = Evaluation(**{**row, "episodes": episodes})
+        else:
+            played = evaluate(policy, env, seeds, condition, sample, most_steps=budget, kept=kept)
+            if kept is not None:
+                first = [_first_fields(episode) for episode in played.episodes]
+                kept.done(condition, {**vars(played), "episodes": first})
         seeds, budget = seeds[: len(played.episodes)], None
         evaluations[condition] = replace(played, asked=asked if len(seeds) < asked else None)
         if done is not None:

@@ -19,6 +19,7 @@ class GroupsOfPolicy:
     adapter_learning_rate: float | None
     optimizer: Any
     args: Any
+    lr_scheduler: Any
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Returns the Trainer's optimizer with the policy's groups of parameters."""
@@ -28,6 +29,23 @@ class GroupsOfPolicy:
         if is_new:
             regroup(optimizer, self.policy.parameter_groups(self.args.learning_rate, self.adapter_learning_rate))
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads both, and keeps the learning rates and the schedule that this run was given.
+
+        Of a run that goes on as it was they are the checkpoint's, to the bit.
+        """
+        rates = list(self.lr_scheduler.base_lrs)
+        trainer: Any = super()
+        trainer._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.lr_scheduler.base_lrs = rates
+        steps = self.lr_scheduler.last_epoch
+        now = [rate * share(steps) for rate, share in zip(rates, self.lr_scheduler.lr_lambdas, strict=True)]
+        for group, base, rate in zip(self.optimizer.param_groups, rates, now, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+        self.lr_scheduler._last_lr = list(now)
 
 
 def regroup(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:

@@ -15,11 +15,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
+from manako.agent.tuning.saving import SavesPolicy
 from manako.agent.tuning.trainers import StepMetricsCallback
 from manako.policies.interface import Policy
 
 
-class PretrainingTrainer(GroupsOfPolicy, Trainer):
+class PretrainingTrainer(SavesPolicy, GroupsOfPolicy, Trainer):
     """Minimises the sum of a pretraining's losses.
 
     Args:
@@ -73,6 +74,9 @@ class PretrainingTrainer(GroupsOfPolicy, Trainer):
         """Trains, and leaves the model in evaluation mode."""
         try:
             return super().train(*args, **kwargs)
+        except BaseException as error:
+            self.keep_last(error)
+            raise
         finally:
             self.policy.eval()
             shutil.rmtree(self.args.output_dir, ignore_errors=True)

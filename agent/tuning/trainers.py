@@ -22,10 +22,11 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from manako.agent.data.pasts import NO_ROW, frames_of, picture
-from manako.agent.errors import TrainingError
+from manako.agent.errors import NotFiniteError, TrainingError
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
 from manako.agent.tuning.one_frame_together import OneFrameTogether
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
+from manako.agent.tuning.saving import SavesPolicy
 from manako.agent.tuning.supervised import CHOSEN
 from manako.policies.interface import Policy
 
@@ -55,7 +56,7 @@ class StepMetricsCallback(TrainerCallback):
             return
         row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"}}
         if not math.isfinite(row["loss"]):
-            raise TrainingError(
+            raise NotFiniteError(
                 f"The loss is not finite at step {state.global_step}: expected a number; start again with a smaller "
                 "learning_rate."
             )
@@ -67,7 +68,7 @@ class StepMetricsCallback(TrainerCallback):
             print(f"step {state.global_step:5d}/{state.max_steps}  loss {row['loss']:.4f}{shares}", flush=True)
 
 
-class _OfPolicy(GroupsOfPolicy):
+class _OfPolicy(SavesPolicy, GroupsOfPolicy):
     """What the three trainers share.
 
     Args:
@@ -109,6 +110,9 @@ class _OfPolicy(GroupsOfPolicy):
         generation = copy.deepcopy(plain.generation_config) if plain.can_generate() else None
         try:
             return trainer.train(*args, **kwargs)
+        except BaseException as error:
+            self.keep_last(error)
+            raise
         finally:
             self.policy.model.eval()
             if generation is not None:

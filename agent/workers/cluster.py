@@ -10,6 +10,7 @@ from typing import Any
 
 import manako
 from manako.agent.errors import WorkersError
+from manako.agent.workers.head import HeadWatch
 from manako.errors import ManakoError, first_line
 
 
@@ -59,10 +60,13 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
         raise WorkersError(
             f"No Ray cluster at {where!r} ({reason}): start one or give another --ray_address."
         ) from error
+    watch = HeadWatch(own)
     try:
-        yield
+        with watch:
+            yield
     finally:
-        ray.shutdown()
+        if watch.lost is None:
+            ray.shutdown()
         if own:
             os.environ.pop("PYTHONPATH")
             if inherited is not None:
@@ -135,6 +139,13 @@ def resources() -> str:
     has, free = ray.cluster_resources(), ray.available_resources()
     parts = [f"{has.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in ("CPU", "GPU")]
     return " and ".join(parts)
+
+
+def is_anything_held() -> bool:
+    """Returns whether some of the cluster's CPUs have been given to somebody, such as to a worker that starts."""
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0)) < float(ray.cluster_resources().get("CPU", 0))
 
 
 def reason_of(why: BaseException | str) -> str:

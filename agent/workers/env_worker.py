@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class _Held:
         result = self.env.step(actions)
         returns, lengths = self.env.episode_returns, self.env.episode_lengths
         seeds, masks = np.array(self.env.episode_seeds), self.env.action_masks
-        ended = result.terminated | result.truncated
+        ended = result.terminated | result.truncated | result.failed
         self.observations = self.env.reset_done(ended) if ended.any() else result.observations
         self.position += 1
         return result, returns, lengths, seeds, masks
@@ -94,6 +94,7 @@ class EnvWorker:
             held.env.memory.past_frames() if past[0] else None,
             held.env.memory.turns.copy(),
             held.env.action_masks,
+            tuple(held.env.started),
         )
 
     def step(
@@ -119,13 +120,15 @@ class EnvWorker:
             return Differs(segment)
         try:
             result, returns, lengths, seeds, masks = held.step(actions)
+            # what broke once may not break again: nothing that led here is to be played again
+            want_state = want_state or bool(result.failed.any())
             state = held.env.state_dict() if want_state else None
         except BaseException:
             self._drop(segment)
             raise
         if want_state:
             held.position = 0
-        ended = result.terminated | result.truncated
+        ended = result.terminated | result.truncated | result.failed
         return Played(
             result.observations.images,
             tuple(result.observations.instructions),
@@ -142,7 +145,24 @@ class EnvWorker:
             state,
             masks,
             held.env.action_masks,
+            result.failed,
+            tuple(held.env.started),
+            tuple(held.env.take_faults()),
         )
+
+    def begin_anew(self, segment: Segment, started: Sequence[int], past: tuple[int, int] = (0, 0)) -> Observed:
+        """Gives the segment's episodes up, which have been lost again and again, and starts the next ones.
+
+        Args:
+            segment: which.
+            started: how many episodes each slot has started.
+            past: as of `observe`.
+        """
+        self._drop(segment)
+        with contextlib.closing(self.make_segment(*segment)) as fresh:
+            state = {**fresh.state_dict(), "episodes": list(started)}
+        observed = self.observe(segment, History(state, ()), past)
+        return observed._replace(state=self.held[segment].env.state_dict())
 
     def experts(self, segment: Segment, position: int, history: History | None) -> Advice | Differs:
         """Returns what the env's expert would do now, and why; arguments and errors as of `step`."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+PLACEMENT, GONE = 60.0, 25.0  # seconds
+
 
 @dataclass(frozen=True)
 class WorkerOptions:
@@ -19,7 +21,12 @@ class WorkerOptions:
     cpus: float = 1.0
     gpus: float = 0.0
     timeout: float = 300.0
-    placement_timeout: float = 60.0
+    placement_timeout: float = PLACEMENT
+
+    @property
+    def replacement_timeout(self) -> float:
+        """Seconds for which no worker at all may be there; as long as a place may take, where that was prolonged."""
+        return self.placement_timeout if self.placement_timeout > PLACEMENT else min(GONE, self.placement_timeout)
 
     @property
     def threads(self) -> int:

@@ -21,6 +21,7 @@ from manako.agent.workers.segments import (
     Advice,
     Differs,
     History,
+    LostEpisode,
     Observed,
     Played,
     ReplayDiffersError,
@@ -65,6 +66,9 @@ class RayVectorEnv:
         self.episode_seeds: list[int] = [0] * num_envs
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
+        self.started = [0] * num_envs
+        self._texts: tuple[str, ...] = ()  # that are shown now
+        self._faults: list[Any] = []
         self.action_masks: np.ndarray | None = None  # (N, A) bool
         self.memory = Memory(num_envs)
         self._images: Any = None  # (N, H, W, 3) that are shown now
@@ -92,7 +96,7 @@ class RayVectorEnv:
         if seeds is not None or not np.array_equal(mask, self._ended) or self._upcoming is None:
             raise TrainingError("Workers start the next episode in every slot whose episode has ended, and no other.")
         self.action_masks = self._upcoming_masks
-        self._images = self._upcoming.images
+        self._images, self._texts = self._upcoming.images, self._upcoming.instructions
         for slot in np.flatnonzero(mask).tolist():
             self.memory.start(slot, self._images[slot])
         return self._upcoming
@@ -133,6 +137,11 @@ class RayVectorEnv:
             history = self._histories[segment]
             known = not failures and self._holders[segment] == actor
             self._holders[segment] = actor
+            if self.supervisor.losses[segment] == MAX_FAILURES - 1:  # its replay's worker was lost as well
+                first, size = self.segments[segment]
+                return actor.begin_anew.remote(
+                    self.segments[segment], self.started[first : first + size], self.memory.size
+                )
             return actor.step.remote(
                 self.segments[segment],
                 len(history.actions),
@@ -141,7 +150,10 @@ class RayVectorEnv:
                 snapshot[segment],
             )
 
-        played: list[Played] = self._run(submit)
+        answers: list[Played | Observed] = self._run(submit)
+        played = [
+            self._given_up(number, part) if isinstance(part, Observed) else part for number, part in enumerate(answers)
+        ]
         for segment, part in enumerate(played):
             history = self._histories[segment]
             self._histories[segment] = (
@@ -152,14 +164,52 @@ class RayVectorEnv:
         whole = _join(played)
         for slot, action in enumerate(actions.tolist()):
             self.memory.step(slot, self._images[slot], action, float(whole.rewards[slot]))
-        self._images = whole.images
+        self._images, self._texts = whole.images, whole.instructions
         self.episode_returns, self.episode_lengths = whole.returns, whole.lengths
         self.episode_seeds = whole.seeds.tolist()
         self.digests = list(whole.digests)
-        self._ended = whole.terminated | whole.truncated
+        self._ended = whole.terminated | whole.truncated | whole.failed
+        self.started = list(whole.started)
+        self._faults += whole.faults
         self._upcoming = _Shown(whole.next_images, whole.next_instructions)
         self.action_masks, self._upcoming_masks = whole.masks, whole.next_masks
         return whole
+
+    def take_faults(self) -> list[Any]:
+        """Returns the faults that were survived since the last call."""
+        taken, self._faults = self._faults, []
+        return taken
+
+    def _given_up(self, number: int, begun: Observed) -> Played:
+        """The step of a segment that took none: its workers were lost, and its episodes are given up."""
+        first, size = self.segments[number]
+        slots, none = slice(first, first + size), np.zeros(size, bool)
+        seeds, lengths = self.episode_seeds[slots], self.episode_lengths[slots]
+        why = self.supervisor.last_reason
+        faults = [
+            LostEpisode(slot, seed, int(length) + 1, True, f"slot {slot}, episode seed {seed}: {why}", "")
+            for slot, seed, length in zip(range(first, first + size), seeds, lengths, strict=True)
+        ]
+        return Played(
+            self._images[slots],
+            self._texts[slots],
+            np.zeros(size),
+            none,
+            none,
+            np.zeros(size, np.int8),
+            self.episode_returns[slots],
+            lengths + 1,
+            np.array(seeds),
+            begun.images,
+            begun.instructions,
+            begun.digests,
+            begun.state,
+            None if self.action_masks is None else self.action_masks[slots],
+            begun.masks,
+            ~none,
+            begun.started,
+            tuple(faults),
+        )
 
     def state_dict(self) -> State:
         """Returns the state as the local vector env would write it."""
@@ -199,7 +249,9 @@ class RayVectorEnv:
             for slot in range(first, first + size):
                 self.memory.start(slot, images[slot])
             self.memory.load(slice(first, first + size), part.past_frames, part.past_turns)
-        return _Shown(images, tuple(text for part in seen for text in part.instructions))
+        self.started = [number for part in seen for number in part.started]
+        self._texts = tuple(text for part in seen for text in part.instructions)
+        return _Shown(images, self._texts)
 
     def _run(self, submit: Submit) -> list[Any]:
         """The results of all segments; ReplayDiffersError where a worker came out elsewhere."""
@@ -270,10 +322,12 @@ class _JoinedStep(Played):
 
 
 def _join(parts: Sequence[Played]) -> _JoinedStep:
-    arrays = ("images", "rewards", "terminated", "truncated", "success", "returns", "lengths", "seeds")
+    arrays = ("images", "rewards", "terminated", "truncated", "success", "returns", "lengths", "seeds", "failed")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
     upcoming = joined["images"].copy()
-    upcoming[joined["terminated"] | joined["truncated"]] = np.concatenate([part.next_images for part in parts])
+    upcoming[joined["terminated"] | joined["truncated"] | joined["failed"]] = np.concatenate(
+        [part.next_images for part in parts]
+    )
     return _JoinedStep(
         **joined,
         instructions=tuple(text for part in parts for text in part.instructions),
@@ -281,6 +335,8 @@ def _join(parts: Sequence[Played]) -> _JoinedStep:
         next_instructions=tuple(text for part in parts for text in part.next_instructions),
         digests=tuple(digest for part in parts for digest in part.digests),
         state=None,
+        started=tuple(number for part in parts for number in part.started),
+        faults=tuple(fault for part in parts for fault in part.faults),
         masks=_join_masks([part.masks for part in parts]),
         next_masks=_join_masks([part.next_masks for part in parts]),
     )

@@ -14,7 +14,7 @@ from manako.agent.rollout import Rollout, merge
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker, unpack
 from manako.agent.workers.segments import State, merge_states, segments_of, split_state
-from manako.agent.workers.supervisor import Supervisor
+from manako.agent.workers.supervisor import MAX_FAILURES, Supervisor
 from manako.agent.workers.weights import as_arrays, frozen_digest, trainable_tensors
 from manako.policies.interface import Policy
 
@@ -139,9 +139,11 @@ class ReplicaRollouts:
             self.broadcast_bytes = sum(array.nbytes for array in arrays.values())
 
         def submit(actor: Any, segment: int, failures: int) -> Any:
-            return actor.collect.remote(
-                self.segments[segment], iteration, version, self._weights, self._states[segment]
-            )
+            state = self._states[segment]
+            if state is not None and state["slots"] is not None and self.supervisor.losses[segment] == MAX_FAILURES - 1:
+                state = {**state, "slots": None}  # the replay's worker was lost as well: its episodes are given up
+                self._given_up += self.segments[segment].num_slots
+            return actor.collect.remote(self.segments[segment], iteration, version, self._weights, state)
 
         self.launched = iteration
         self.supervisor.begin(submit)

@@ -41,6 +41,9 @@ class Played(NamedTuple):
     state: State | None  # after the step, where it was asked for
     masks: np.ndarray | None = None  # (n, A) bool, which actions were allowed by what the step returned
     next_masks: np.ndarray | None = None  # (n, A) bool, likewise after the new episodes' start
+    failed: np.ndarray = np.zeros(0, bool)  # (n,) see `Stepped`
+    started: tuple[int, ...] = ()  # n, how many episodes each slot has started
+    faults: tuple[Any, ...] = ()  # `Fault`s that were survived
 
 
 class History(NamedTuple):
@@ -62,6 +65,7 @@ class Observed(NamedTuple):
     past_frames: np.ndarray | None  # (n, frames, H, W, 3) before these, where the learner remembers some
     past_turns: np.ndarray  # (n, turns, 2)
     masks: np.ndarray | None = None  # (n, A) bool, which actions are allowed; None where the env does not say
+    started: tuple[int, ...] = ()  # n, how many episodes each slot has started
 
 
 class Advice(NamedTuple):
@@ -69,6 +73,17 @@ class Advice(NamedTuple):
 
     actions: np.ndarray  # (n, ...)
     thoughts: tuple[str, ...] | None  # n; None where the environment does not say
+
+
+class LostEpisode(NamedTuple):
+    """A `Fault`: an episode that was lost with its worker, and whose replay was lost as well."""
+
+    slot: int
+    seed: int
+    step: int
+    given_up: bool
+    sentence: str
+    traceback: str
 
 
 class Differs(NamedTuple):

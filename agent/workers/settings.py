@@ -24,6 +24,12 @@ class WorkerSettings:
     )
     worker_cpus: float = setting(1.0, "CPU cores of a worker", gt=0)
     worker_gpus: float = setting(0.0, "GPUs of a worker, such as 0.5", ge=0)
+    max_fault_rate: float = setting(
+        0.05, "faults of environments in a step that are survived; more, of the newest 1000 steps, end it", ge=0, le=1
+    )
+    step_timeout: float | None = setting(
+        None, "seconds after which a worker breaks off an env's step and makes it anew; by default worker_timeout", gt=0
+    )
     worker_timeout: float = setting(300.0, "seconds after which a worker that does not answer is replaced", gt=0)
     placement_timeout: float = setting(60.0, "seconds that a worker may wait for its place and start", gt=0)
     ray_address: str | None = setting(

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from manako.agent.errors import TrainingError, WorkersError
-from manako.agent.workers.cluster import reason_of, resources
+from manako.agent.errors import HeadLostError, TrainingError, WorkersError
+from manako.agent.workers.cluster import is_anything_held, reason_of, resources
 from manako.agent.workers.env_worker import SegmentNotHere
+from manako.agent.workers.head import lost
 from manako.agent.workers.options import WorkerOptions
 from manako.errors import ManakoError
 from manako.policies import PolicyError
 
 Submit = Callable[[Any, int, int], Any]  # (actor, number of the segment, failures so far) -> ObjectRef of its result
+LOOK_EVERY = 2.0  # seconds between two looks at the head while nothing comes
 MAX_FAILURES = 3  # of the same segment, or of the same worker's start, in a row
 log = logging.getLogger("manako.workers")
 
@@ -63,6 +65,8 @@ class Supervisor:
         self._results: dict[int, Any] = {}
         self._failures: Counter[int] = Counter()
         self._submit: Submit | None = None
+        self.last_reason = ""
+        self.losses: Counter[int] = Counter()  # of the round: workers that were lost with a segment's job
         try:
             self._await_places()
         except BaseException:
@@ -96,6 +100,7 @@ class Supervisor:
         self._submit = submit
         self.settle_starts()
         self._pending, self._results, self._failures = deque(range(self.num_segments)), {}, Counter()
+        self.losses = Counter()
         self._balance()
         self._assign()
 
@@ -114,7 +119,9 @@ class Supervisor:
                 worker.starting or worker.job: worker for worker in self._workers if worker.starting or worker.job
             }
             deadline = min(worker.since + self._limit(worker) for worker in waiting.values())
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=max(0.01, deadline - time.monotonic()))
+            left = min(LOOK_EVERY, max(0.01, deadline - time.monotonic()))
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
+            self._check_head()
             for reference in done:
                 self._settle(waiting[reference])
             self._check_clocks()
@@ -124,6 +131,8 @@ class Supervisor:
         """Ends the workers."""
         import ray
 
+        if lost() is not None:  # they end by themselves, and nobody answers here
+            self._workers = []
         for worker in self._workers:
             with contextlib.suppress(Exception):  # whatever state it is in
                 ray.kill(worker.actor)
@@ -192,7 +201,7 @@ class Supervisor:
                 self._lose(worker, cause)
                 return
             if not isinstance(cause, ManakoError | SegmentNotHere):
-                log.warning("%s", error)  # the traceback of something that nobody expected
+                log.debug("%s", error)  # the traceback of something that nobody expected
             worker.job = None
             self._failed(worker.segment, cause)
         except RayError as error:
@@ -212,17 +221,33 @@ class Supervisor:
         for worker in self._workers:
             if worker.job and now > worker.since + self.options.timeout and not _is_done(worker.job):
                 self._lose(worker, f"no answer in {self.options.timeout:g} s")
-        if all(worker.starting and now > worker.since + self.options.placement_timeout for worker in self._workers):
+        gone = min((now - worker.since if worker.starting else 0.0) for worker in self._workers)
+        if gone <= self.options.replacement_timeout:
+            return
+        # one that has its place may take long to start on a busy machine
+        if gone > self.options.placement_timeout or not is_anything_held():
             raise WorkersError(
                 f"All {self.options.num_workers} rollout workers are dead, and none found a new place in "
-                f"{self.options.placement_timeout:g} s: asked for {self.options}, and the cluster has {resources()}; "
+                f"{gone:.0f} s: asked for {self.options}, and the cluster has {resources()}; "
                 "repair the cluster and go on with --resume."
+            )
+
+    @staticmethod
+    def _check_head() -> None:
+        """Ends the run where nobody can give it another worker."""
+        if why := lost():
+            raise HeadLostError(
+                f"Ray's head is lost: {why}, and no worker can be reached or started; start Ray again, or take another "
+                "--rollout_backend, and go on with --resume."
             )
 
     def _lose(self, worker: _Worker, why: BaseException | str) -> None:
         """Replaces a worker that is dead, hangs or did not start."""
         import ray
 
+        if not isinstance(why, str):
+            time.sleep(0 if lost() else LOOK_EVERY / 2)  # with the head they are lost all at once
+        self._check_head()
         with contextlib.suppress(Exception):  # it may be gone already
             ray.kill(worker.actor)
         self.restarts += 1
@@ -239,11 +264,13 @@ class Supervisor:
         new.failed_starts, new.lost_at = failed_starts, time.monotonic()
         self._workers[worker.number] = new
         if had_job:
+            self.losses[segment] += 1
             self._failed(segment, f"its worker was lost ({reason})")
 
     def _failed(self, segment: int, why: BaseException | str) -> None:
         """Queues a segment again, three times in a row at most."""
         self._failures[segment] += 1
+        self.last_reason = reason_of(why)
         self._pending.appendleft(segment)
         if self._failures[segment] >= MAX_FAILURES:
             text = reason_of(why)

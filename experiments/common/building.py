@@ -233,7 +233,9 @@ def make_plan(
         others: `reference`, `bf16`, `record` and `ask_expert` of `RolloutPlan`.
     """
     return RolloutPlan(
-        make_segment=functools.partial(make_segment, environment, seed, group_size or 1),
+        make_segment=functools.partial(
+            make_segment, environment, seed, group_size or 1, step_timeout=workers.step_timeout
+        ),
         policy=policy,
         make_policy=make_copy,
         num_envs=environment.num_envs,

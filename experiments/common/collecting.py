@@ -18,9 +18,11 @@ from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
 from manako.agent.data.recordings import Recording, split_over_slots
 from manako.agent.data.trajectories import episode_returns, episode_success, save_trajectories, to_dataset
+from manako.agent.faults import FaultLog
 from manako.agent.interfaces import NOT_FIXED, Rollouts
 from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
+from manako.experiments.common import stopping
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.environments import dead_frames, knows_expert, make_segment, make_vector_env, warn_of
@@ -50,6 +52,7 @@ def collect(
     Returns:
         The exit code.
     """
+    stopping.tidy_up_from_here()
     with connected(command.workers):
         return _collect(command, recordings, has_expert, unseeded, started)
 
@@ -73,7 +76,7 @@ def _collect(
         "recorded": f"recorded {run.recording}",
         "remote": f"remote {command.remote.remote_model}",
     }
-    kwargs = None if environment.env_kwargs is None else json.dumps(environment.env_kwargs)
+    kwargs = None if environment.made_with is None else json.dumps(environment.made_with)
     about = {"env_kwargs": kwargs, "seed": run.seed, "error_rate": run.error_rate}
     about |= {"policy": command.policy.policy, "instruction": environment.instruction}
     about |= {"fixed_by_seed": unseeded is None} | ({} if unseeded is None else {"note": NOT_FIXED})
@@ -83,6 +86,13 @@ def _collect(
     assert first is not None, "it was asked for"
     warn_of(dead_frames(environment.env, first.images, first.instructions))
     success = episode_success(dataset)
+    faults = [fault for rollout in rollouts for fault in rollout.faults]
+    lost = sum(0 if rollout.failed is None else int(rollout.failed.sum()) for rollout in rollouts)
+    if faults:
+        print(
+            f"warning: {environment.env} broke {len(faults)} times, and {lost} of {len(success) + lost} episodes were "
+            f"lost with it and are not in the dataset; the last time so: {faults[-1].sentence}"
+        )
     print(
         f"{len(success):,} episodes, {len(dataset):,} steps of {named[run.player]} on {environment.env}: "
         f"{outcome_in_words(success, episode_returns(dataset))}; written to {run.output} in "
@@ -126,10 +136,12 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple
         record=True,
         ask_expert=has_expert,
     )
-    segment = functools.partial(make_segment, environment, run.seed, 1, seed_lists=seed_lists)
+    segment = functools.partial(
+        make_segment, environment, run.seed, 1, seed_lists=seed_lists, step_timeout=workers.step_timeout
+    )
     plan = dataclasses.replace(plan, make_segment=segment)
     with contextlib.closing(make_rollouts(workers.rollout_backend, plan)) as source:
-        return play_to_the_end(source, quota, environment.env), quota
+        return play_to_the_end(source, quota, environment.env, log=FaultLog(workers.max_fault_rate)), quota
 
 
 def make_remote(command: CollectCommand, policy: VLMPolicy) -> RemotePolicy:
@@ -163,7 +175,7 @@ def own_trajectories(command: DPOCommand, policy: VLMPolicy, number: int) -> Dat
         expert = knows_expert(env)
     seeds = training_seeds(dpo.episodes, seed, dpo.group_size, part=number)
     seed_lists, quota = spread(seeds, min(environment.num_envs, len(seeds)))
-    env = make_vector_env(environment, len(quota), seed, seed_lists=seed_lists)
+    env = make_vector_env(environment, len(quota), seed, seed_lists=seed_lists, on_fault="give up")
     with contextlib.closing(env):
         collector = RolloutCollector(env, policy, dpo.num_steps, seed, record=True, ask_expert=expert)
         rollouts = play_to_the_end(collector, quota, environment.env, first=1000 * number)
@@ -180,7 +192,9 @@ def spread(seeds: Sequence[int], slots: int) -> tuple[list[list[int]], list[int]
     return [part or [seeds[-1]] for part in parts], [len(part) for part in parts]
 
 
-def play_to_the_end(source: Rollouts, quota: Sequence[int], env: str, first: int = 0) -> list[Rollout]:
+def play_to_the_end(
+    source: Rollouts, quota: Sequence[int], env: str, first: int = 0, log: FaultLog | None = None
+) -> list[Rollout]:
     """Returns rollouts from number `first` on, until every slot has ended its episodes, however long they are.
 
     Which episodes count is fixed beforehand: were it those that end first, it would be the short ones.
@@ -190,22 +204,29 @@ def play_to_the_end(source: Rollouts, quota: Sequence[int], env: str, first: int
         quota: episodes of each slot.
         env: its name.
         first: number of the first rollout.
+        log: of the environments' faults.
 
     Raises:
+        WorkersError: environments broke too often.
         UsageError: none ended in more than `PATIENCE` steps of the slots that still play, together.
     """
     rollouts: list[Rollout] = []
+    log = FaultLog() if log is None else log
     left, waited = np.array(quota), 0
     while (left > 0).any():
         playing = int((left > 0).sum())
         rollouts.append(source.collect(first + len(rollouts)))
-        counted = [episode.slot for episode in rollouts[-1].episodes if left[episode.slot] > 0]
+        over = [(episode.step, episode.slot) for episode in rollouts[-1].episodes]
+        if rollouts[-1].failed is not None:  # one of those that were fixed beforehand, and lost
+            over += [(step, slot) for step, slot in rollouts[-1].failed.nonzero().tolist()]
+        counted = [slot for _, slot in sorted(over) if left[slot] > 0]
         np.subtract.at(left, counted, 1)
+        log.add(rollouts[-1].faults, playing * source.num_steps, first + len(rollouts))
         waited = 0 if counted else waited + playing * source.num_steps
         if waited > PATIENCE:
             raise UsageError(
                 f"No episode of {env} ended in {waited:,} steps of {playing} environments, and "
                 f"{sum(quota) - int(left.clip(0).sum()):,} of {sum(quota):,} had before: expected an environment whose "
-                "episodes end, so set a limit, such as --env_kwargs '{\"max_episode_steps\": 500}'."
+                "episodes end, so set a limit, such as --max_episode_steps 500."
             )
     return rollouts

@@ -24,6 +24,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from manako.bounded import YAML_BYTES, BadText, cut, from_yaml, json_object, read_text, shown
 from manako.errors import ManakoError, full_text, is_of_the_disk
+from manako.experiments.common import stopping
 from manako.experiments.common.outlet import be_utf8, open_outlets
 from manako.plain import shown as printable
 
@@ -374,6 +375,19 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     return values
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file that a run or ladder has written.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else.
+    """
+    try:
+        return json_object(read_text(file))
+    except (OSError, BadText) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(file)!r} cannot be read ({reason}): use another copy of the folder.") from error
+
+
 def check(known: Mapping[str, Known], values: Mapping[str, Any], source: str) -> None:
     """Checks types and limits of the given values.
 
@@ -416,6 +430,10 @@ def _check_text(setting: Known, text: str, source: str) -> None:
     if not text.strip() and not several and not (source and setting.name in MAY_BE_EMPTY):
         unset = "" if source else "; is a variable of the shell not set?"
         raise UsageError(f"{place} is {text!r}: expected {setting.expected} that is not empty{unset}.")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{place} is {shown(text)}: expected text without halves of characters.") from error
     if "\0" in text:
         raise UsageError(f"{place} is {shown(text)}: expected text without null characters.")
     if setting.is_path:
@@ -458,8 +476,12 @@ def check_new_file(file: str | None, flag: str) -> None:
         raise UsageError(f"The folder of {flag} {file!r} does not exist: make it or give another file.")
 
 
-def show_loading() -> None:
-    """Says why nothing happens for a while: torch and what stands on it take longer to import than all before."""
+def show_loading(hint: str = "nothing was begun, start it again") -> None:
+    """Says why nothing happens for a while: torch and what stands on it take longer to import than all before.
+
+    Ctrl-C ends the process at once then, with `hint`; who goes on calls `stopping.tidy_up_from_here`.
+    """
+    stopping.answer_signals(hint)
     show("loading", "torch, transformers and the policy, some 10 s")
 
 
@@ -471,8 +493,9 @@ def show(name: str, text: str) -> None:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a runner's main function: bad input is one sentence on stderr and exit code 2, never a traceback.
 
-    A fault, such as a full disk, is a sentence too, and exit code 1. Ctrl-C ends it with exit code 130.
+    A fault, such as a full disk, is a sentence too, and exit code 1. Ctrl-C and SIGTERM end it with exit code 130.
     """
+    stopping.tidy_up_from_here()
     be_utf8()
     open_outlets()
     try:
@@ -491,7 +514,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        code = 130
+        code = stopping.STOPPED
+    stopping.forget()
     sys.stdout.flush()
     sys.exit(code or 0)
 

@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 from datasets import Dataset
 from trl import DPOConfig, KTOConfig
 
+from manako.agent.checkpoint import verify_folder, write_folder
 from manako.agent.data.trajectories import load_trajectories, without_masks
 from manako.agent.interfaces import ask, remember_for
+from manako.agent.report.callbacks import CHECKPOINTS, checkpoints
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.preferences import (
     Pair,
@@ -25,17 +28,22 @@ from manako.agent.tuning.preferences import (
     state_pairs,
     unpaired,
 )
+from manako.agent.tuning.saving import StepCheckpoints
 from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, check_learns_text
 from manako.envs import Observations
+from manako.experiments.common import stopping
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.disk_room import check_disk_room
+from manako.experiments.common.ending import Ending
 from manako.experiments.common.environments import ignored_seeds, make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
-from manako.experiments.common.results import evaluate_run, write_final
-from manako.experiments.common.run_folder import write_description, write_text
+from manako.experiments.common.results import evaluate_run, write_evaluation, write_final
+from manako.experiments.common.resuming import Changes
+from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import DPOCommand
+from manako.experiments.common.sft_training import describe_start, steps_kept
 from manako.policies import VLMPolicy
 from manako.policies.interface import Draws
 from manako.policies.remote.judge import RemoteJudge
@@ -49,19 +57,42 @@ SAME_SEED = {
 }
 
 
-def train(command: DPOCommand, run_dir: Path, started: float) -> int:
+ROUNDS = "rounds.json"  # what was reported of the rounds that are done
+
+
+def train(command: DPOCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None, started: float) -> int:
     """Trains in rounds; nothing is written before the first one's pairs are made.
+
+    A round that was stopped goes on from the policy with which it began, whose trajectories and pairs are made again.
 
     Args:
         command: the settings.
-        run_dir: the run folder, which is made here.
+        run_dir: the run folder; a new one is made here.
+        checkpoint: of the round under way, where to go on from.
+        changes: what is new of the settings of a run that goes on; None for a new run.
         started: `time.perf_counter()` at the program's start.
 
     Returns:
         The exit code.
     """
+    with Ending(run_dir, lower_rate=command.dpo.learning_rate / 10) as ending:
+        stopping.tidy_up_from_here()
+        ending.begun = changes is not None
+        ending.kept = functools.partial(steps_kept, run_dir)
+        _train(command, run_dir, checkpoint, changes, started, ending)
+    return stopping.STOPPED if ending.stopped else 0
+
+
+def _train(
+    command: DPOCommand,
+    run_dir: Path,
+    checkpoint: Path | None,
+    changes: Changes | None,
+    started: float,
+    ending: Ending,
+) -> None:
     environment, dpo, run = command.environment, command.dpo, command.run
-    policy, _ = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
+    policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     if policy.spec.vectors is not None:
         raise UsageError(
             f"{environment.env} has actions that are vectors, and preferences are between actions of a closed set: "
@@ -73,12 +104,16 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     check_training_room(policy, command.policy.trainable, policy.device)
     check_disk_room(policy, run_dir, 0)
     console, before = plain_console(), measure_retention(policy)
+    console.print(f"episodes     {env.limit_from}")
     unseeded = ignored_seeds(environment, run.seed, needed_for=SAME_SEED.get(dpo.pairs))
     if unseeded is not None:
         console.print(f"seeds        {unseeded}")
     judge = make_judge(command, policy) if dpo.pairs == REMOTE else None
-    reports: list[dict[str, Any]] = []
-    for number in range(dpo.rounds):
+    reports = _rounds_done(run_dir) if changes is not None else []
+    if reports:
+        policy.load_weights(_round_folder(run_dir, len(reports)))
+        console.print(f"rounds       {len(reports)} of {dpo.rounds} are done")
+    for number in range(len(reports), dpo.rounds):
         if number == 0 and dpo.dataset is not None:
             spec = policy.spec
             trajectories, _ = load_trajectories(dpo.dataset, environment.env, spec.action_names, spec.frame_shape)
@@ -90,18 +125,21 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
         console.print(f"round {number + 1}: {len(trajectories):,} steps, {len(pairs):,} pairs by {dpo.pairs}")
         if judge is not None:
             console.print(f"judged       {judge.in_words()}; {judge.chooser.client.ledger.in_words()}")
-        if number == 0:  # what can be refused has been
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_description(run_dir, command)
+        if not ending.described:  # what can be refused has been
+            describe_start(command, run_dir, checkpoint, changes)
+            ending.begun = ending.described = True
             print_parts(console, policy)
         start = time.perf_counter()
-        rows = _train_round(command, policy, pairs, run_dir)
+        rows = _train_round(command, policy, pairs, run_dir, checkpoint, sum(row["steps"] for row in reports))
+        checkpoint = None
         seconds = time.perf_counter() - start
         reports.append({"round": number + 1, "pairs": len(pairs), "seconds": seconds, "loss": rows[-1]["loss"]})
+        reports[-1]["steps"] = len(rows)
         reports[-1]["evaluation"] = evaluate_run(command, policy, run_dir, environment.num_envs)
         print_table(console, reports[-1]["evaluation"], f"{environment.env}, held-out seeds")
+        _end_round(policy, run_dir, reports)
     write_final(policy, run_dir)
-    write_text(run_dir / "evaluation.json", json.dumps(reports[-1]["evaluation"], indent=2))
+    write_evaluation(run_dir, reports[-1]["evaluation"])
     after = measure_retention(policy)
     report = {
         "stage": dpo.method,
@@ -113,7 +151,29 @@ def train(command: DPOCommand, run_dir: Path, started: float) -> int:
     write_text(run_dir / "report.json", json.dumps(report, indent=2))
     print_retention(console, before, after)
     console.print(f"{time.perf_counter() - started:.0f} s in all; written to {run_dir}")
-    return 0
+
+
+def _round_folder(run_dir: Path, number: int) -> Path:
+    return run_dir / CHECKPOINTS / f"round-{number}"
+
+
+def _rounds_done(run_dir: Path) -> list[dict[str, Any]]:
+    """The reports of the rounds whose policy is there."""
+    file = run_dir / ROUNDS
+    reports: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    while reports and not _round_folder(run_dir, len(reports)).exists():
+        reports.pop()
+    if reports:
+        verify_folder(_round_folder(run_dir, len(reports)))
+    return reports
+
+
+def _end_round(policy: VLMPolicy, run_dir: Path, reports: Sequence[dict[str, Any]]) -> None:
+    """Keeps the policy that a round ends with, in place of the one before and of the checkpoints within the round."""
+    write_text(run_dir / ROUNDS, json.dumps(reports))
+    write_folder(_round_folder(run_dir, len(reports)), policy.save)
+    for old in [*checkpoints(run_dir), _round_folder(run_dir, len(reports) - 1)]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def make_judge(command: DPOCommand, policy: VLMPolicy) -> RemoteJudge:
@@ -156,8 +216,10 @@ def make_pairs(
         return branch_pairs(trajectories, env, act, command.dpo.branch_steps, seed + number)
 
 
-def _train_round(command: DPOCommand, policy: VLMPolicy, pairs: Dataset, run_dir: Path) -> list[dict[str, Any]]:
-    """One round's training; its rows of metrics.jsonl."""
+def _train_round(
+    command: DPOCommand, policy: VLMPolicy, pairs: Dataset, run_dir: Path, checkpoint: Path | None, rows_before: int
+) -> list[dict[str, Any]]:
+    """One round's training, perhaps from a checkpoint in it; its rows of metrics.jsonl."""
     dpo, seed = command.dpo, command.run.seed
     trainer: PolicyDPOTrainer | PolicyKTOTrainer
     if dpo.method == "dpo":
@@ -168,5 +230,7 @@ def _train_round(command: DPOCommand, policy: VLMPolicy, pairs: Dataset, run_dir
         trainer = PolicyKTOTrainer(
             policy, args, unpaired(pairs), run_dir, adapter_learning_rate=dpo.adapter_learning_rate
         )
-    trainer.train()
+    saver = StepCheckpoints(trainer, run_dir, command.run.keep_checkpoints, command.run.save_minutes)
+    saver.rows_before = rows_before
+    trainer.fit(saver, checkpoint)
     return trainer.rows

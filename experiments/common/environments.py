@@ -9,6 +9,7 @@ from manako.agent.interfaces import NOT_FIXED
 from manako.envs import HELD_OUT, TRAINING, EnvError, EpisodeVectorEnv
 from manako.envs.observation import is_blank
 from manako.envs.settings import EnvSettings
+from manako.envs.vector import OnFault
 from manako.spaces import is_vector
 
 
@@ -20,6 +21,8 @@ def make_vector_env(
     first_slot: int = 0,
     group_size: int = 1,
     seed_lists: Sequence[Sequence[int]] | None = None,
+    on_fault: OnFault = "replay",
+    step_timeout: float | None = None,
 ) -> EpisodeVectorEnv:
     """Returns `num_envs` environments of the run, for training, for held-out episodes or for those of given seeds."""
     return EpisodeVectorEnv(
@@ -30,6 +33,8 @@ def make_vector_env(
         first_slot=first_slot,
         group_size=group_size,
         seed_lists=seed_lists,
+        on_fault=on_fault,
+        step_timeout=step_timeout,
         **settings.options(),
     )
 
@@ -41,10 +46,20 @@ def make_segment(
     first_slot: int,
     num_slots: int,
     seed_lists: Sequence[Sequence[int]] | None = None,
+    step_timeout: float | None = None,
 ) -> EpisodeVectorEnv:
     """Returns the training environments of a range of slots, for a rollout worker; `seed_lists` are those of all."""
     own = None if seed_lists is None else seed_lists[first_slot : first_slot + num_slots]
-    return make_vector_env(settings, num_slots, seed, first_slot=first_slot, group_size=group_size, seed_lists=own)
+    return make_vector_env(
+        settings,
+        num_slots,
+        seed,
+        first_slot=first_slot,
+        group_size=group_size,
+        seed_lists=own,
+        on_fault="give up",
+        step_timeout=step_timeout,
+    )
 
 
 def ignored_seeds(settings: EnvSettings, seed: int, needed_for: str | None = None) -> str | None:

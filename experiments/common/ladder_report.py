@@ -24,7 +24,7 @@ from manako.agent.tuning.forgetting import measure_retention
 from manako.envs import held_out_seeds
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.building import policy_of_run
-from manako.experiments.common.command_line import build, checked_sections
+from manako.experiments.common.command_line import build, checked_sections, read_json
 from manako.experiments.common.environments import knows_expert, make_vector_env
 from manako.experiments.common.ladder_table import TABLE
 from manako.experiments.common.outcomes import measure_of, outcome_in_words, warnings_of
@@ -33,6 +33,7 @@ from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import OF_PRESETS, PPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Draws
+from manako.policies.saving import read_description
 
 START = "start"  # the policy before any step
 CONTROLS = ("blank_image", "replaced_instruction")
@@ -69,7 +70,7 @@ def evaluate_ladder(
     for name in (START, *trained):
         if name != START:
             final = folder / name / "final"
-            learns = json.loads((final / "policy.json").read_text(encoding="utf-8"))["source"]["trainable"]
+            learns = read_description(final)[0].trainable
             of_folder: dict[str, Any] = {"policy": str(final), "trainable": learns, **dict.fromkeys(OF_PRESETS)}
             source = dataclasses.replace(start.policy, **of_folder)
         policy, _ = policy_of_run(environment, source, seed, start.run.torch_threads)
@@ -199,7 +200,7 @@ def _in_words(row: dict[str, Any], measure: str) -> str:
 def _controls(step: Path) -> dict[str, float]:
     """Success of a step's controls, where it was evaluated."""
     file = step / "evaluation.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     return {name: found[name]["success"] for name in CONTROLS if name in found and found[name]["success"] is not None}
 
 

@@ -30,6 +30,12 @@ def warnings_of(summary: Mapping[Any, Mapping[str, Any]]) -> list[str]:
         summary: name -> `Evaluation.summary`, among them perhaps `random`.
     """
     said, measure = [], measure_of(summary)
+    if lost := {name: row["failed"] for name, row in summary.items() if row.get("failed")}:
+        rows = ", ".join(f"{count} of {summary[name]['episodes']} of {name}" for name, count in lost.items())
+        said.append(
+            f"warning: the environment broke, and these episodes could not be played to their end: {rows}; they count "
+            "as no success, and are in no return and length"
+        )
     if measure == "return":
         judged = sum(row["judged"] for row in summary.values())
         episodes = sum(row["episodes"] for row in summary.values())

@@ -9,8 +9,10 @@ from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import (
     CommandLine,
     UsageError,
+    check,
     check_new_file,
     checked_sections,
+    known_settings,
     read_command_line,
 )
 from manako.experiments.common.named_modules import check_named
@@ -65,10 +67,18 @@ def with_the_runs(line: CommandLine[Played]) -> Played:
     environment = EnvSettings(**{**played, **_given(command.environment, given)})
     check_named(environment.env, f"The run {str(run)!r}")
     policy_source = PolicySource(**{**of_policy, **_given(command.policy, given), "policy": policy})
-    seed = {} if "seed" in given else {"seed": written["run"]["seed"]}
+    seed: dict[str, Any] = {} if "seed" in given else {"seed": _seed(written.get("run"), str(file))}
     return dataclasses.replace(
         command, environment=environment, policy=policy_source, run=dataclasses.replace(command.run, **seed)
     )
+
+
+def _seed(run: Any, source: str) -> int:
+    """The seed in a run's own section, whose other settings are not this runner's."""
+    if not isinstance(run, dict) or "seed" not in run:
+        raise UsageError(f"{source} says no seed in its section run: use another copy of the run, or give --seed.")
+    check(known_settings(PPOCommand), {"seed": run["seed"]}, source)
+    return int(run["seed"])
 
 
 def _given(settings: EnvSettings | PolicySource, given: frozenset[str]) -> dict[str, Any]:

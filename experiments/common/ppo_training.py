@@ -1,18 +1,17 @@
 """A run of run_ppo.py: environments, policy, before.gif, training, evaluation with controls, curve, after.gif."""
 
 import contextlib
-import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from manako.agent.backends import make_rollouts
+from manako.agent.faults import ERRORS, FaultLog
 from manako.agent.interfaces import SEEDED
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
 from manako.agent.report.figures import learning_curve
+from manako.experiments.common import stopping
 from manako.experiments.common.building import (
     check_learns_by_acting,
     connected,
@@ -23,33 +22,47 @@ from manako.experiments.common.building import (
 )
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.disk_room import check_disk_room
+from manako.experiments.common.ending import STAGING, Ending, only_warned
 from manako.experiments.common.environments import dead_frames, ignored_seeds, sights, warn_of
 from manako.experiments.common.progress import Progress
-from manako.experiments.common.results import evaluate_run, write_final, write_gif
-from manako.experiments.common.run_folder import write_description, write_text
+from manako.experiments.common.results import evaluate_run, write_evaluation, write_final, write_gif
+from manako.experiments.common.resuming import Changes, in_words, keep_changes, keep_the_end
+from manako.experiments.common.run_folder import write_description
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.room import check_training_room
 from manako.policies.sensitivity import sensitivity
 
 
-def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
+def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None, started: float) -> int:
     """Trains from the start or from a checkpoint, and evaluates; connected to Ray where workers play.
 
     Args:
         command: the settings.
         run_dir: the run folder; a new one is made here.
         checkpoint: where to go on from.
+        changes: what is new of the settings of a run that goes on; None for a new run.
         started: `time.perf_counter()` at the program's start.
 
     Returns:
         The exit code.
     """
-    with connected(command.workers):
-        return _train(command, run_dir, checkpoint, started)
+    with Ending(run_dir, lower_rate=command.ppo.learning_rate / 10) as ending:
+        stopping.tidy_up_from_here()
+        ending.begun = changes is not None
+        with connected(command.workers):
+            _train(command, run_dir, checkpoint, changes, started, ending)
+    return stopping.STOPPED if ending.stopped else 0
 
 
-def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started: float) -> int:
+def _train(
+    command: PPOCommand,
+    run_dir: Path,
+    checkpoint: Path | None,
+    changes: Changes | None,
+    started: float,
+    ending: Ending,
+) -> None:
     environment, ppo, run = command.environment, command.ppo, command.run
     policy, env = policy_of_run(
         environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None, num_steps=ppo.num_steps
@@ -59,9 +72,8 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
     check_disk_room(policy, run_dir, run.keep_checkpoints)
     compared = f"and --advantage {ppo.advantage} compares episodes of one seed: {SEEDED}"
     unseeded = ignored_seeds(environment, run.seed, needed_for=None if ppo.advantage == "gae" else compared)
-    staging = run_dir / ".staging"
-    if checkpoint is not None:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging = run_dir / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         args = make_trainer_args(command, staging)
         plan = make_plan(
@@ -83,43 +95,66 @@ def _train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, started:
             raise UsageError(
                 f"The run folder {str(run_dir)!r} cannot be made ({error.strerror}): give another --output_dir."
             ) from error
-        if checkpoint is None:
+        iteration = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        if changes is None:
             write_description(run_dir, command)
         else:
-            iteration = int(checkpoint.name.split("-")[1])
             cut_metrics(run_dir, iteration)
             set_aside(run_dir, iteration)
+            if (run_dir / "evaluation.json").exists():  # and is to be longer
+                keep_the_end(run_dir, iteration * trainer.num_samples)
+            keep_changes(command, run_dir, changes, iteration)
+        ending.begun = True
+        trainer.faults = FaultLog(command.workers.max_fault_rate, run_dir / ERRORS)
         metrics = MetricsCallback(run_dir)
-        saver = CheckpointCallback(trainer, run_dir, run.save_every, run.keep_checkpoints)
+        saver = CheckpointCallback(trainer, run_dir, run.save_every, run.keep_checkpoints, run.save_minutes)
         progress = Progress(run_dir, command, policy, args.num_iterations, trainer.num_samples, started)
         for callback in (metrics, saver, progress):
             trainer.add_callback(callback)
         seen = None if checkpoint else sights(environment, run.seed)
         progress.header(env, None if seen is None else sensitivity(policy, *seen), unseeded)
+        if changes:
+            progress.console.print(f"changed      {in_words(changes, iteration)}")
         warn_of(None if seen is None else dead_frames(environment.env, *seen))
         if checkpoint is None:
             write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "before.gif")
+        ending.kept = lambda: _kept(saver, args.num_iterations)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            rollouts.close()  # workers have nothing more to do
-            if not saver.interrupted and trainer.failure is None:
-                _finish(command, policy, run_dir, read_metrics(run_dir), progress)
-                return 0
-        except KeyboardInterrupt:  # a second signal, or one during the evaluation
-            pass
+            _fit(trainer, saver, checkpoint)
         finally:
-            saver.restore_signals()
             progress.stop()
-            shutil.rmtree(staging, ignore_errors=True)
             metrics.board.close()
-    again = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-    if trainer.iteration:
-        print(f"Stopped after iteration {trainer.iteration} of {args.num_iterations}. Go on with:\n  {again}")
-    else:
-        print("Stopped in the first iteration: nothing was learned yet, and there is nothing to go on from.")
-    if trainer.failure is not None:
-        raise trainer.failure
-    return 130
+        ending.kept = lambda: f"The training is done, with {run_dir / 'final'}; what is left is the evaluation."
+        with only_warned("closing the environments"):
+            rollouts.close()  # workers have nothing more to do
+        _finish(command, policy, run_dir, read_metrics(run_dir), progress)
+
+
+def _fit(trainer: PPOTrainer, saver: CheckpointCallback, checkpoint: Path | None) -> None:
+    """Trains; whatever ends it, the last good iteration is kept.
+
+    Raises:
+        KeyboardInterrupt: a signal came.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.failure is not None:
+            raise trainer.failure
+        if saver.interrupted:
+            raise KeyboardInterrupt
+    except BaseException as error:
+        saver.restore_signals()
+        if trainer.failure is None and not saver.interrupted_whole(error):
+            with only_warned("a checkpoint of the last iteration"):
+                saver.keep_last(error)
+        raise
+
+
+def _kept(saver: CheckpointCallback, iterations: int) -> str:
+    """What there is to go on with, in words."""
+    if saver.last is None:
+        return "Stopped in the first iteration: nothing was learned yet, and what goes on begins again."
+    return f"Stopped after iteration {saver.last.name.split('-')[1]} of {iterations}."
 
 
 def _finish(
@@ -133,11 +168,12 @@ def _finish(
     if measure == "return_mean":  # of the episodes that were judged, no rate is drawn
         rows = [{**row, "success_rate": None} for row in rows]
     interval = random["return_ci95" if measure == "return_mean" else "success_ci95"]
-    learning_curve(
-        rows,
-        run_dir / "learning_curve.png",
-        f"{command.policy.policy} on {command.environment.env}, seed {command.run.seed}",
-        baselines={"random policy": (random[measure], tuple(interval))},
-    )
-    write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+    with only_warned("learning_curve.png"):
+        learning_curve(
+            rows,
+            run_dir / "learning_curve.png",
+            f"{command.policy.policy} on {command.environment.env}, seed {command.run.seed}",
+            baselines={"random policy": (random[measure], tuple(interval))},
+        )
+    write_evaluation(run_dir, summary)
     progress.print_evaluation(summary)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from manako.agent.faults import ERRORS
 from manako.agent.interfaces import GIVEN_UP, NOT_FIXED
 from manako.agent.report.evaluation import CONDITIONS, Evaluation
 from manako.agent.tuning.forgetting import Retention
@@ -62,7 +63,7 @@ class Progress(TrainerCallback):
         self._train_start = 0.0
         self._first_iteration = 0
         self._last_line = -1e9
-        self._cut_told, self._given_up = False, 0
+        self._cut_told, self._given_up, self._faults = False, 0, 0
 
     def header(self, env: EpisodeVectorEnv, state: Sensitivity | None = None, seeds: str | None = None) -> None:
         """Prints what is about to run, and how far frame and instruction move the policy's state.
@@ -79,6 +80,7 @@ class Progress(TrainerCallback):
         )
         actions = actions_in_words(env.action_space, env.action_names)
         self.console.print(f"actions      {actions}; success: {env.success_rule}")
+        self.console.print(f"episodes     {env.limit_from}")
         if env.gives_masks:
             self.console.print("masks        info['action_mask'] is obeyed: what it does not allow is never done")
         self.console.print(f"policy       {source.policy}, trainable: {source.trainable}")
@@ -117,6 +119,12 @@ class Progress(TrainerCallback):
             self._given_up = logs[GIVEN_UP]
             self.console.print(
                 f"replay       {self._given_up:.0f} episodes did not play again as they had: started anew"
+            )
+        if logs.get("env_faults", 0) > self._faults:
+            self._faults = logs["env_faults"] * 2  # not each is worth a line
+            self.console.print(
+                f"warning: the environment broke {logs['env_faults']} times so far, and {logs['episodes_failed']} "
+                f"episodes were lost with it, which are in no number: see {self.run_dir / ERRORS}"
             )
         if logs.get("whole_groups", 1) < 1 and not self._cut_told:
             self._cut_told = True

@@ -2,19 +2,25 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from manako.agent.checkpoint import write_folder
 from manako.agent.report import evaluation, figures
+from manako.agent.report.unfinished import Unfinished, policy_digest
 from manako.envs import held_out_seeds
 from manako.envs.settings import EnvSettings
+from manako.experiments.common import stopping
+from manako.experiments.common.ending import only_warned
 from manako.experiments.common.environments import make_vector_env
 from manako.experiments.common.progress import RowsDone, plain_console
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import TrainCommand
 from manako.policies import VLMPolicy, save_policy
 from manako.policies.interface import Policy
+
+UNFINISHED = "evaluation_under_way.json"
 
 
 def write_final(policy: VLMPolicy, run_dir: Path) -> None:
@@ -38,9 +44,13 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
     run, environment = command.run, command.environment
     seeds = held_out_seeds(max(run.eval_episodes, run.gif_episodes), run.seed)
     count = min(num_envs, run.eval_episodes)
-    with contextlib.closing(make_vector_env(environment, count, run.seed, held_out=True)) as env:
+    kept = unfinished(run_dir / UNFINISHED, environment, policy, count, seeds[: run.eval_episodes], run.eval_steps)
+    env = make_vector_env(environment, count, run.seed, held_out=True, on_fault="give up")
+    with contextlib.closing(env), stopping.at_the_next_step():
         done = RowsDone(plain_console(), run.eval_episodes, run.eval_steps)
-        rows = evaluation.evaluate_all(policy, env, seeds[: run.eval_episodes], done=done, most_steps=run.eval_steps)
+        rows = evaluation.evaluate_all(
+            policy, env, seeds[: run.eval_episodes], done=done, most_steps=run.eval_steps, kept=kept
+        )
     success = {name: [episode.success for episode in result.episodes] for name, result in rows.items()}
     returns = {name: [episode.episode_return for episode in result.episodes] for name, result in rows.items()}
     fixed_by_seed = all(result.fixed_by_seed for result in rows.values())
@@ -50,9 +60,46 @@ def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_en
         "success": success,
         "returns": returns,
     }
+    if any(result.failed for result in rows.values()):
+        said["failed"] = {name: result.failed for name, result in rows.items()}
     write_text(run_dir / "episodes.json", json.dumps(said))
-    write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
+    with only_warned("after.gif"):
+        write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "after.gif")
     return {name: result.summary() for name, result in rows.items()}
+
+
+def unfinished(
+    file: Path,
+    environment: EnvSettings,
+    policy: Policy,
+    num_envs: int,
+    seeds: Sequence[int],
+    most_steps: int,
+    sampled: Any = None,
+) -> Unfinished:
+    """Returns where an evaluation is kept while it goes on; says so where it goes on from there.
+
+    Args:
+        file: its file.
+        environment: what is played.
+        policy: who plays.
+        num_envs: episodes side by side.
+        seeds: of the episodes.
+        most_steps: as of `evaluate_all`.
+        sampled: how actions are sampled, as JSON.
+    """
+    of_env = {**vars(environment), "num_envs": num_envs}
+    identity = {"env": of_env, "policy": policy_digest(policy), "seeds": list(seeds), "most_steps": most_steps}
+    kept = Unfinished(file, {**identity, "sampled": sampled}, stopping.asked)
+    if kept.found:
+        print(f"going on     with the evaluation in {file.name}: {len(kept.rows)} rows are done", flush=True)
+    return kept
+
+
+def write_evaluation(run_dir: Path, summary: dict[str, dict[str, Any]]) -> None:
+    """Writes evaluation.json, which ends a run; what was kept of an evaluation under way is done with."""
+    write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+    (run_dir / UNFINISHED).unlink(missing_ok=True)
 
 
 def write_gif(environment: EnvSettings, policy: Policy, seed: int, episodes: int, path: Path) -> None:

@@ -118,9 +118,7 @@ def check_job_folder(name: str, flag: str) -> None:
 
 def write_description(run_dir: Path, command: TrainCommand) -> None:
     """Writes config.yaml with every setting, run.json with versions and the command line."""
-    sections = as_sections(command)
-    sections["run"].pop("resume", None)
-    write_settings(run_dir / "config.yaml", sections)
+    write_config(run_dir, command)
     description = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -129,6 +127,13 @@ def write_description(run_dir: Path, command: TrainCommand) -> None:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     write_text(run_dir / "run.json", json.dumps(description, indent=2))
+
+
+def write_config(run_dir: Path, command: TrainCommand) -> None:
+    """Writes config.yaml with every setting."""
+    sections = as_sections(command)
+    sections["run"].pop("resume", None)
+    write_settings(run_dir / "config.yaml", sections)
 
 
 def write_text(path: Path, text: str) -> None:

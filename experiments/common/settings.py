@@ -50,6 +50,9 @@ class RunSettings:
     torch_threads: int | None = setting(
         None, "CPU threads of torch; by default 1 for a small model, else torch's choice", ge=1, le=1024
     )
+    save_minutes: float = setting(2.0, "minutes between checkpoints, where there is none before", gt=0)
+    keep_checkpoints: int = setting(2, "checkpoints kept, the newest", only_in_file=True, ge=1)
+    resume: str | None = setting(None, "run folder to go on with, by its own settings", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,6 @@ class PPORunSettings(RunSettings):
 
     total_steps: int = setting(100_000, "env steps to collect, rounded up to whole rollouts", ge=1)
     save_every: int = setting(20, "iterations between checkpoints", ge=1)
-    keep_checkpoints: int = setting(2, "checkpoints kept, the newest", only_in_file=True, ge=1)
-    resume: str | None = setting(None, "run folder to go on with, by its own settings", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,7 @@ def check_workers(settings: WorkerSettings, num_envs: int) -> None:
         UsageError: sizes that do not divide, or settings of workers where there are none.
     """
     if settings.rollout_backend == "local":
-        given = [name for name in ("num_workers", "ray_address") if getattr(settings, name) is not None]
+        given = [name for name in ("num_workers", "ray_address", "step_timeout") if getattr(settings, name) is not None]
         if given:
             raise UsageError(
                 f"--{given[0]} is for rollout workers, and --rollout_backend is local: expected ray-env or ray-replica."

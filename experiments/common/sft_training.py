@@ -1,6 +1,7 @@
 """A run of run_sft.py: data, training by TRL, what was forgotten, evaluation."""
 
 import contextlib
+import functools
 import json
 import time
 from dataclasses import replace
@@ -13,13 +14,17 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from manako.agent.data.trajectories import load_trajectories, with_the_experts_actions, without_masks
+from manako.agent.report.callbacks import checkpoints, set_aside
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.pretraining import PretrainingTrainer
+from manako.agent.tuning.saving import StepCheckpoints
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
+from manako.experiments.common import stopping
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.disk_room import check_disk_room
+from manako.experiments.common.ending import Ending
 from manako.experiments.common.environments import dead_frames, make_vector_env, random_actions, sights, warn_of
 from manako.experiments.common.progress import (
     plain_console,
@@ -28,9 +33,10 @@ from manako.experiments.common.progress import (
     print_sensitivity,
     print_table,
 )
-from manako.experiments.common.results import evaluate_run, write_final
+from manako.experiments.common.results import evaluate_run, write_evaluation, write_final
+from manako.experiments.common.resuming import Changes, in_words, keep_changes
 from manako.experiments.common.run_folder import write_description, write_text
-from manako.experiments.common.settings import SFTCommand
+from manako.experiments.common.settings import DPOCommand, SFTCommand
 from manako.experiments.common.what_learns import trainable_of
 from manako.policies import VLMPolicy
 from manako.policies.architectures.pretraining import Pretraining
@@ -43,22 +49,42 @@ FITTED_FRAMES = 256  # whose features an adapter with statistics is given
 SIDE_BY_SIDE = 32  # environments, for captions and in the evaluation
 
 
-def train(command: SFTCommand, run_dir: Path, started: float) -> int:
+def train(command: SFTCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None, started: float) -> int:
     """Runs one stage; nothing is written before the data are known to fit.
 
     Args:
         command: the settings.
-        run_dir: the run folder, which is made here.
+        run_dir: the run folder; a new one is made here.
+        checkpoint: where to go on from.
+        changes: what is new of the settings of a run that goes on; None for a new run.
         started: `time.perf_counter()` at the program's start.
 
     Returns:
         The exit code.
     """
+    rate = command.sft.learning_rate
+    with Ending(run_dir, lower_rate=None if rate is None else rate / 10) as ending:
+        stopping.tidy_up_from_here()
+        ending.begun = changes is not None
+        ending.kept = functools.partial(steps_kept, run_dir)
+        _train(command, run_dir, checkpoint, changes, started, ending)
+    return stopping.STOPPED if ending.stopped else 0
+
+
+def _train(
+    command: SFTCommand,
+    run_dir: Path,
+    checkpoint: Path | None,
+    changes: Changes | None,
+    started: float,
+    ending: Ending,
+) -> None:
     environment, run = command.environment, command.run
     command, policy, pretraining = _policy_of_stage(command)
     sft = command.sft
     if pretraining is not None:
-        return _pretrain(command, policy, pretraining, run_dir, started)
+        _pretrain(command, policy, pretraining, run_dir, checkpoint, changes, started, ending)
+        return
     check_learns_by_acting(policy, command.policy.trainable)
     if sft.loss != "actions":
         check_learns_text(policy)
@@ -72,16 +98,18 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
         console.print(f"adapter      standardises features by {min(len(frames), FITTED_FRAMES)} frames")
     print_parts(console, policy)
     if sft.stage == "instruct":
+        with contextlib.closing(make_vector_env(environment, 1, run.seed, held_out=True)) as env:
+            console.print(f"episodes     {env.limit_from}")
         seen = sights(environment, run.seed)
         print_sensitivity(console, sensitivity(policy, *seen))
         warn_of(dead_frames(environment.env, *seen))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_description(run_dir, command)
+    describe_start(command, run_dir, checkpoint, changes)
+    ending.begun = True
     before = measure_retention(policy)
     args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps, max_length=None)
     kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
     trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
-    trainer.train()
+    trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), checkpoint)
     seconds = time.perf_counter() - started
     write_final(policy, run_dir)
     after = measure_retention(policy)
@@ -93,14 +121,45 @@ def train(command: SFTCommand, run_dir: Path, started: float) -> int:
         "loss": trainer.rows[-1]["loss"] if trainer.rows else None,
         "memory": {"before": before.summary(), "after": after.summary()},
     }
-    write_text(run_dir / "report.json", json.dumps(report, indent=2))
     print_retention(console, before, after)
     if run.eval_episodes and sft.stage == "instruct":
         summary = evaluate_run(command, policy, run_dir, SIDE_BY_SIDE)
-        write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
+        write_evaluation(run_dir, summary)
         print_table(console, summary, f"{environment.env}, held-out seeds")
+    write_text(run_dir / "report.json", json.dumps(report, indent=2))  # which ends the run
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
-    return 0
+
+
+def describe_start(
+    command: SFTCommand | DPOCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None
+) -> None:
+    """Makes and describes a new run's folder; of one that goes on it writes down what is new.
+
+    Args:
+        command: the settings now.
+        run_dir: the run folder.
+        checkpoint: where it goes on from.
+        changes: what is new; None for a new run.
+    """
+    if changes is None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_description(run_dir, command)
+        return
+    step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    set_aside(run_dir, step)
+    keep_changes(command, run_dir, changes, step)
+    if changes:
+        print(f"changed      {in_words(changes, step, 'step')}", flush=True)
+
+
+def steps_kept(run_dir: Path) -> str:
+    """Returns what there is to go on with, in words."""
+    if (run_dir / "final").exists():
+        return f"The training is done, with {run_dir / 'final'}; what is left is to be measured."
+    kept = checkpoints(run_dir)
+    if not kept:
+        return "Stopped before the first checkpoint: nothing was kept yet, and what goes on begins again."
+    return f"Stopped, with a checkpoint of step {kept[-1].name.split('-')[1]}."
 
 
 def _policy_of_stage(command: SFTCommand) -> tuple[SFTCommand, VLMPolicy, Pretraining | None]:
@@ -130,7 +189,16 @@ def _policy_of_stage(command: SFTCommand) -> tuple[SFTCommand, VLMPolicy, Pretra
     return replace(command, policy=source), policy, pretraining
 
 
-def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, run_dir: Path, started: float) -> int:
+def _pretrain(
+    command: SFTCommand,
+    policy: VLMPolicy,
+    pretraining: Pretraining,
+    run_dir: Path,
+    checkpoint: Path | None,
+    changes: Changes | None,
+    started: float,
+    ending: Ending,
+) -> None:
     """Runs a stage by the architecture's own losses, measured before and after on frames of held-out episodes."""
     sft, run = command.sft, command.run
     policy.value_head.requires_grad_(False)
@@ -144,11 +212,11 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     console.print(f"data         {len(frames):,} frames and captions, {sft.stage}")
     print_parts(console, policy)
     before = pretraining.measure(*unseen)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_description(run_dir, command)
+    describe_start(command, run_dir, checkpoint, changes)
+    ending.begun = True
     args = make_tuning_args(TrainingArguments, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
     trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
-    trainer.train()
+    trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), checkpoint)
     seconds = time.perf_counter() - started
     write_final(policy, run_dir)
     after = pretraining.measure(*unseen)
@@ -165,7 +233,6 @@ def _pretrain(command: SFTCommand, policy: VLMPolicy, pretraining: Pretraining, 
     for name, value in after.items():
         console.print(f"  {name:26} {before[name]:.3f} -> {value:.3f}")
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
-    return 0
 
 
 def training_data(command: SFTCommand, policy: VLMPolicy) -> tuple[Dataset, list[np.ndarray]]:

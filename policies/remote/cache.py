@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from manako.bounded import from_json, read_text
+
 log = logging.getLogger("manako.remote")
 
 
@@ -35,7 +37,7 @@ class AnswerCache:
         """Returns what was written under a name; None where nothing is, or a damaged file, which a warning names."""
         file = self._file(name)
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return from_json(read_text(file))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

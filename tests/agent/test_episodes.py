@@ -74,6 +74,7 @@ def rollout_of(episodes, slots, steps=10):
 
     class Ends:
         rewards = torch.zeros(steps, slots)
+        failed = None
 
     Ends.episodes = [Episode(1.0, length, True, step, slot) for slot, step, length in episodes]
     return Ends

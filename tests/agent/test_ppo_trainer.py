@@ -253,7 +253,7 @@ def test_gradients_that_are_not_finite_stop_the_run_before_the_weights_change(tm
     start = weights(trainer.policy)
     trainer.policy.value_head.out.bias.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(
-        TrainingError, match=r"The gradients are not finite in iteration 0: expected numbers; start again"
+        TrainingError, match=r"The gradients are not finite in iteration 0: expected numbers, which a smaller"
     ):
         trainer.train()
     assert difference(start, weights(trainer.policy)) == 0

@@ -333,7 +333,7 @@ def test_probabilities_that_are_not_finite_stop_the_rollout():
     policy = tiny_policy(env)
     with torch.no_grad():
         policy.base_vlm.get_output_embeddings().weight.fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"not finite in iteration 3, step 0: expected numbers; start again"):
+    with pytest.raises(TrainingError, match=r"not finite in iteration 3, step 0: expected numbers, which a smaller"):
         RolloutCollector(env, policy, num_steps=2, seed=0).collect(3)
 
 

@@ -182,7 +182,7 @@ def test_room_is_estimated(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3000)
 def test_killed_at_random_moments(tmp_path):
     """Runs from their first start to their last evaluation: killed, gone on with, killed again, 20 times in all."""
     assert run(words(tmp_path / "whole", STEPS)).returncode == 0

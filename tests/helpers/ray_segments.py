@@ -188,3 +188,30 @@ class Host:
     def play(self, settings: ReplicaSettings, segment: Segment, weights: Any) -> Any:
         """Returns what a new worker makes of the weights."""
         return ReplicaWorker(settings).collect(segment, 0, 1, weights, None)[0]
+
+
+def soak_maker(folder: str, step_timeout: float | None = None, **kwargs: Any) -> Any:
+    """Makes segments of environments that break by chance, and give episodes up."""
+    import functools
+
+    from manako.envs.settings import EnvSettings
+    from manako.experiments.benchmarks.soak_env import ENV_ID
+    from manako.experiments.common.environments import make_segment
+
+    module = "manako.experiments.benchmarks.soak_env"
+    settings = EnvSettings(env=f"{module}:{ENV_ID}", env_kwargs={"log": folder, **kwargs})
+    return functools.partial(make_segment, settings, 3, 1, step_timeout=step_timeout)
+
+
+def soak_player() -> Any:
+    """Chance in Soak."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    import gymnasium as gym
+
+    from manako.agent.data.demonstrators import RandomPlayer
+
+    shape, space = (16, 48, 3), gym.spaces.Discrete(2)
+    names = {"action_names": ("left", "right"), "frame_shape": shape, "action_space": space}
+    return RandomPlayer(cast("Any", SimpleNamespace(**names, history=0, frames=1)))

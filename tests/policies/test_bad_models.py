@@ -206,7 +206,7 @@ FAULTS = {  # what is done to a folder, families, what the sentence says
         "llava qwen2_5_vl",
         "and no more than 4,096 modules are",
     ),
-    "a vocabulary of billions": (text_config(vocab_size=10**10), "llava", "model knows 10000000000"),
+    "a vocabulary of billions": (text_config(vocab_size=10**10), "llava", "do not fit: they need 2.3 TiB"),
     "a width of millions": (text_config(intermediate_size=10**9), "llava", "do not fit: they need "),
     "a number of 50 digits": (text_config(hidden_size=10**50), "llava", "a number has 51 digits"),
     "a number of 5,000 digits": (

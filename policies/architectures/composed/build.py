@@ -184,7 +184,13 @@ def count_image_tokens(
 ) -> int:
     """Visual tokens K of a frame, by running one."""
     frame = np.zeros(frame_shape, dtype=np.uint8)  # (H, W, 3)
-    pixels = image_processor(images=[frame], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    try:
+        pixels = image_processor(images=[frame], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    except Exception as error:  # whatever an image processor says to settings that make no pixels
+        raise PolicyError(
+            f"The image processor of {name!r} makes no pixels of frames of shape {tuple(frame_shape)} "
+            f"({first_line(error)}): expected settings that do; copy or download its preprocessor_config.json again."
+        ) from error
     if pixels.ndim != 4:
         raise PolicyError(
             f"The image processor of {name!r} gives pixels of shape {tuple(pixels.shape)} for a frame: expected "

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from manako.agent.checkpoint import verify_folder
+from manako.agent.errors import TrainingError
 from manako.agent.report.callbacks import (
     CheckpointCallback,
     MetricsCallback,
@@ -60,8 +61,20 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 1, "env_steps": 8}\n'
 
 
+@pytest.mark.parametrize(
+    "line", ["[1]", '{"iteration": 2}', '{"iteration": 2, "env_', "[" * 5_000, '{"a": ' + "9" * 5_000 + "}", "\x00"]
+)
+def test_another_line_that_is_no_row_is_named(line, tmp_path):
+    """It is not the end of what is read, which lost all rows behind it."""
+    good = '{"iteration": 1, "env_steps": 8}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + line + "\n" + good)
+    with pytest.raises(TrainingError, match=r"Line 2 of .*metrics.jsonl is no row of a run"):
+        cut_metrics(tmp_path, 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == good + line + "\n" + good
+
+
 def test_rows_past_the_checkpoint_are_cut(tmp_path):
-    lines = [json.dumps({"iteration": iteration}) for iteration in range(1, 6)]
+    lines = [json.dumps({"iteration": iteration, "env_steps": 8 * iteration}) for iteration in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     cut_metrics(tmp_path, 3)
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [1, 2, 3]

@@ -443,8 +443,10 @@ def test_a_free_worker_takes_over_while_another_finds_no_place(policy):
         assert supervisor.restarts == 1
 
 
-def test_all_workers_dead_ends_the_run(policy):
-    with replica(policy, given={"placement_timeout": 6.0}) as rollouts:
+@pytest.mark.parametrize("placement", [6.0, pytest.param(WorkerOptions.placement_timeout, marks=pytest.mark.slow)])
+def test_all_workers_dead_ends_the_run(placement, policy):
+    """In 30 s also by default, where a worker may take 60 s to find its place at the start."""
+    with replica(policy, given={"placement_timeout": placement}) as rollouts:
         rollouts.collect(0)
         supervisor = rollouts.supervisor
         pids = supervisor.pids()
