@@ -96,6 +96,7 @@ def test_a_run_in_workers_from_a_users_folder_leaves_nothing_behind(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_an_environment_that_breaks_in_workers_stops_the_run_with_a_checkpoint(folder):
     """One sentence, exit code 2; --resume may go on with another backend (test_ray_workers.py compares the weights)."""
     fault = folder / "fuse"
@@ -156,6 +157,7 @@ def test_bad_input(words, message, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_a_node_lost_in_mid_rollout_is_survived_and_a_new_one_is_used(tmp_path):
     import ray
     from ray.cluster_utils import Cluster
