@@ -34,7 +34,7 @@ from manako.agent.losses import explained_variance, ppo_loss
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
-from manako.agent.samples import Samples
+from manako.agent.samples import NO_TOKENS, Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.bounded import json_object, read_text
 from manako.errors import ManakoError, first_line, type_and_text
@@ -114,6 +114,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             )
         if args.advantage != "gae" and env is not None and not env.follows_seeds():
             raise TrainingError(f"{args.advantage} compares episodes of one seed, and here {NOT_FIXED}: {SEEDED}.")
+        if args.token_credit != "step" and (policy.spec.text is None or policy.spec.text.thought_coef is not None):
+            raise TrainingError(NO_TOKENS.format(credit=args.token_credit))
         if args.kl_coef and reference is None:
             if not policy.has_reference:
                 raise TrainingError(

@@ -18,7 +18,7 @@ from tests.experiments.test_run_ppo import run
 
 
 class Flaky(gym.Env):
-    """Walks to the right end; breaks once, in the step of that number, while a file is there."""
+    """Walks to the right end; breaks from the step of that number on, while a file is there."""
 
     metadata = {"render_modes": ["rgb_array"]}
     action_names, mission, steps = ("left", "right"), "walk right", 0
@@ -34,7 +34,7 @@ class Flaky(gym.Env):
 
     def step(self, action):
         Flaky.steps += 1
-        if Flaky.steps == self.at and self.fault.exists():
+        if Flaky.steps >= self.at and self.fault.exists():
             raise RuntimeError("the motor broke")
         self.place = max(self.place + 2 * int(action) - 1, 0)
         return self.place, float(self.place == 5), self.place == 5, False, {}
