@@ -31,7 +31,7 @@ def words(output_dir: Path | str, steps: int) -> list[str]:
 
 
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=1200, **options)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -69,7 +69,7 @@ def test_two_new_runs_at_once_and_a_second_resume(undisturbed, tmp_path):
         for _ in range(2)
     )
     for process in (first, second):
-        process.communicate(timeout=200)
+        process.communicate(timeout=1200)
     ends = {process.returncode for process in (first, second)}
     assert ends == {0, 2}
     assert_equal_runs(folder, undisturbed)
@@ -91,7 +91,7 @@ def test_a_second_resume_is_told_who_and_touches_nothing(undisturbed, tmp_path):
         second = run(arguments)
         assert second.returncode == 2 and f"is in use, process {first.pid} on " in second.stderr
         assert second.stderr.count("\n") == 1
-    first.communicate(timeout=120)
+    first.communicate(timeout=1200)
     assert first.returncode == 0
     assert_equal_runs(folder, undisturbed)
 
@@ -115,7 +115,7 @@ def test_a_disk_that_takes_no_checkpoint(largest, undisturbed, tmp_path):
     while not (folder / "checkpoints" / "checkpoint-2").exists():
         time.sleep(0.02)
     stopped.send_signal(signal.SIGINT)
-    stopped.communicate(timeout=120)
+    stopped.communicate(timeout=1200)
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
     refused = run([*RUNNER, "--resume", str(folder)], preexec_fn=limited(largest))
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
@@ -133,6 +133,7 @@ def can_mount(place: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.fault
+@pytest.mark.timeout(1200)
 def test_a_full_disk(undisturbed, tmp_path):
     """A small tmpfs that something else fills while the run goes on."""
     disk = tmp_path / "disk"
@@ -151,7 +152,7 @@ def test_a_full_disk(undisturbed, tmp_path):
         {" ".join(RUNNER)} --resume {disk}/run 2>{tmp_path}/third; echo $? >> {tmp_path}/codes
         cp -r {disk}/run {tmp_path}/run
     """
-    subprocess.run(["unshare", "-m", "bash", "-c", script], check=True, timeout=300, capture_output=True)
+    subprocess.run(["unshare", "-m", "bash", "-c", script], check=True, timeout=1200, capture_output=True)
     codes = (tmp_path / "codes").read_text().split()
     first, second, left = ((tmp_path / name).read_text() for name in ("first", "second", "left"))
     assert codes == ["1", "2", "0"], first + second
@@ -208,8 +209,8 @@ def test_killed_at_random_moments(tmp_path):
             process.wait()
             assert rows(folder) == rows(tmp_path / "whole")[: iterations(folder)]
             moments.append(f"{iterations(folder)} of {STEPS // 32}" + ", final" * (folder / "final").exists())
-        written = process.communicate(timeout=300)[1]
-        if process.returncode == 0:
+        written = process.communicate(timeout=1200)[1]
+        if (folder / "evaluation.json").exists():  # a run's last file: a kill may come after it
             finished += 1
             assert_equal_runs(folder, tmp_path / "whole")
             shutil.rmtree(folder)
