@@ -64,6 +64,7 @@ def test_chance_breaks_lose_and_repeat_no_episode(backend, kind, always, tmp_pat
     assert ledger.faults_against(tmp_path) == []
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_workers_that_die_always_at_one_step_cost_its_episodes_and_not_the_run(tmp_path):
     """The replay dies as well: the segment's episodes are given up, with what was seen before, and new ones begin."""
@@ -116,6 +117,7 @@ print("OUT", out[-400:])
 """
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.parametrize("process", ["gcs_server", "raylet"])
@@ -145,6 +147,7 @@ def test_a_value_outside_the_contract_ends_it_with_its_sentence_and_is_never_giv
         rollouts.collect(0)
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.parametrize("kind", ["raise", "die"])

@@ -443,7 +443,9 @@ def test_a_free_worker_takes_over_while_another_finds_no_place(policy):
         assert supervisor.restarts == 1
 
 
-@pytest.mark.parametrize("placement", [6.0, pytest.param(WorkerOptions.placement_timeout, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "placement", [6.0, pytest.param(WorkerOptions.placement_timeout, marks=[pytest.mark.slow, pytest.mark.fault])]
+)
 def test_all_workers_dead_ends_the_run(placement, policy):
     """In 30 s also by default, where a worker may take 60 s to find its place at the start."""
     with replica(policy, given={"placement_timeout": placement}) as rollouts:
