@@ -11,7 +11,6 @@ weights by name and says nothing where names differ), `_load_optimizer_and_sched
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl.trainer.base_trainer import _BaseTrainer
 
-from manako.agent.checkpoint import OF_A_RUN, disk_refused, verify_folder
+from manako.agent.checkpoint import OF_A_RUN, filled, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
@@ -35,10 +34,10 @@ from manako.agent.losses import explained_variance, ppo_loss
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
-from manako.agent.samples import Samples
+from manako.agent.samples import NO_TOKENS, Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.bounded import json_object, read_text
-from manako.errors import ManakoError, first_line, is_of_the_disk, type_and_text
+from manako.errors import ManakoError, first_line, type_and_text
 from manako.manifest import write_manifest
 from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
@@ -115,6 +114,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             )
         if args.advantage != "gae" and env is not None and not env.follows_seeds():
             raise TrainingError(f"{args.advantage} compares episodes of one seed, and here {NOT_FIXED}: {SEEDED}.")
+        if args.token_credit != "step" and (policy.spec.text is None or policy.spec.text.thought_coef is not None):
+            raise TrainingError(NO_TOKENS.format(credit=args.token_credit))
         if args.kl_coef and reference is None:
             if not policy.has_reference:
                 raise TrainingError(
@@ -221,14 +222,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with filled(folder, f"The checkpoint of iteration {self.iteration}"):
             super()._save_checkpoint(model, trial)
-            write_manifest(folder, trusted=True)
-        except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not is_of_the_disk(error):
-                raise
-            raise disk_refused(f"The checkpoint of iteration {self.iteration}", error) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
