@@ -10,6 +10,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from manako.errors import first_line
+
 MANY_DIGITS = 40  # of a whole number: tokenizers say 10^30 where they mean no limit
 DEEPEST = 100  # lists and objects inside each other
 YAML_BYTES = 2**18  # the reader takes seconds for more
@@ -150,7 +152,10 @@ def from_yaml(text: str) -> Any:
 
     if len(text) > YAML_BYTES:
         raise BadText(f"it is longer than {YAML_BYTES:,} characters")
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)  # looks at every character
+    except yaml.YAMLError as error:
+        raise BadText("it holds a character that YAML does not allow") from error
     try:
         node = loader.get_single_node()
         if node is None:
@@ -159,7 +164,7 @@ def from_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise BadText(f"line {mark.line + 1}, column {mark.column + 1}" if mark else "") from error
+        raise BadText(f"line {mark.line + 1}, column {mark.column + 1}" if mark else first_line(error)) from error
     except RecursionError as error:
         raise BadText(_too_deep()) from error
     except BadText:

@@ -45,6 +45,22 @@ def test_values_that_are_not_what_they_say(text):
     fault(from_yaml, f"a: {text}")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: \x04", "it holds a character that YAML does not allow"),
+        ("a: \ud800", "it holds a character that YAML does not allow"),
+        ("a: [1", "line 1, column 6"),
+        ("a: 1\n---\nb: 2", "line 2, column 1"),
+        ("a: *b", "line 1, column 4"),
+        ("a: &a [*a]", "line 1 refers to itself"),
+        ("a: 1\na: 1", "'a' in line 2 stands there twice"),
+    ],
+)
+def test_bad_yaml(text, said):
+    assert fault(from_yaml, text) == said
+
+
 def test_files(tmp_path):
     (tmp_path / "a").write_bytes(b"\xff")
     (tmp_path / "b").write_text("xyz")
@@ -57,7 +73,7 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        pytest.param(10**4_999, "a whole number of some 5,000 digits", id="long"),
+        pytest.param(10**5_000 - 1, "a whole number of some 5,000 digits", id="long"),
         (12, "12"),
         ("a'b", '"a\'b"'),
         ([1] * 9, "[1, 1, 1, 1, 1, 1, ...]"),
