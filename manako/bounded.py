@@ -38,7 +38,8 @@ class _Shown(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         """Returns a whole number, or how long it is."""
-        digits = math.ceil(abs(x).bit_length() * math.log10(2))
+        digits = int(abs(x).bit_length() * math.log10(2))
+        digits += abs(x) >= 10**digits
         return repr(x) if digits <= MANY_DIGITS else f"a whole number of some {digits:,} digits"
 
 

@@ -249,16 +249,19 @@ def test_a_training_that_does_not_fit(families, run, quickly, monkeypatch):
     assert "steps/s acting" in said(out)["speed"] and "samples/s" not in said(out)["speed"]
 
 
-@pytest.mark.parametrize("runner, words", [(run_ppo, []), (run_dpo, []), (run_sft, ["--stage", "align"])])
+SMALL_ROLLOUT = ["--num_envs", "8", "--num_steps", "8", "--minibatch_size", "64"]
+
+
+@pytest.mark.parametrize("runner, words", [(run_ppo, SMALL_ROLLOUT), (run_dpo, []), (run_sft, ["--stage", "align"])])
 def test_a_training_that_does_not_fit_is_refused(runner, words, tmp_path, monkeypatch, capsys):
     """By the runners themselves, before anything is written."""
-    monkeypatch.setattr(room, "free_memory", lambda device="cpu": 64 * 1024)
+    monkeypatch.setattr(room, "free_memory", lambda device="cpu": 2 * 1024**2)
     words = ["--output_dir", str(tmp_path / "run"), *words]
-    monkeypatch.setattr(sys, "argv", ["runner.py", "--policy", "tiny", "--trainable", "adapter", *words])
+    monkeypatch.setattr(sys, "argv", ["runner.py", "--policy", "tiny", "--trainable", "full", *words])
     with pytest.raises(SystemExit) as stop:
         run_main(runner.main)
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
-    assert capsys.readouterr().err.startswith("error: Training does not fit: with trainable: adapter, gradients and")
+    assert capsys.readouterr().err.startswith("error: Training does not fit: with trainable: full, gradients and")
 
 
 def test_a_package_that_is_not_there(families, run, monkeypatch):

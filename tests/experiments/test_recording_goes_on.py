@@ -18,14 +18,14 @@ from tests.experiments.test_run_ppo import run
 
 
 class Flaky(gym.Env):
-    """Walks to the right end; breaks from the step of that number on, while a file is there."""
+    """Walks to the right end; breaks in every step while a file is there."""
 
     metadata = {"render_modes": ["rgb_array"]}
-    action_names, mission, steps = ("left", "right"), "walk right", 0
+    action_names, mission = ("left", "right"), "walk right"
     observation_space, action_space = gym.spaces.Discrete(6), gym.spaces.Discrete(2)
 
-    def __init__(self, fault: str = "", at: int = 0, render_mode: str | None = None) -> None:
-        self.fault, self.at, self.render_mode, self.place = Path(fault or "/nowhere"), at, render_mode, 0
+    def __init__(self, fault: str = "", render_mode: str | None = None) -> None:
+        self.fault, self.render_mode, self.place = Path(fault or "/nowhere"), render_mode, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -33,8 +33,7 @@ class Flaky(gym.Env):
         return self.place, {}
 
     def step(self, action):
-        Flaky.steps += 1
-        if Flaky.steps >= self.at and self.fault.exists():
+        if self.fault.exists():
             raise RuntimeError("the motor broke")
         self.place = max(self.place + 2 * int(action) - 1, 0)
         return self.place, float(self.place == 5), self.place == 5, False, {}
@@ -56,13 +55,27 @@ def words(tmp_path):
     """Settings of a recording into a folder of that name."""
 
     def of(name: str, **settings) -> list[str]:
-        kwargs = json.dumps({"fault": str(tmp_path / "fault"), "at": 60})
+        kwargs = json.dumps({"fault": str(tmp_path / "fault")})
         given = {"env": "tests/Flaky-v0", "env_kwargs": kwargs, "output": tmp_path / name, "episodes": 12}
         given |= {"num_envs": 4, "num_steps": 4, "player": "policy", "policy": "tiny", "torch_threads": 1, **settings}
-        Flaky.steps = 0
         return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
     return of
+
+
+def broken(words, tmp_path, monkeypatch) -> int:
+    """Records with an environment that breaks from the first step of the fourth rollout on; returns the exit code."""
+    plays, calls = RolloutCollector.collect, []
+
+    def breaks(self, iteration):
+        calls.append(iteration)
+        if len(calls) == 4:
+            (tmp_path / "fault").touch()
+        return plays(self, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutCollector, "collect", breaks)
+        return run(words, patch, collect.main)
 
 
 def content(folder: Path) -> list[dict]:
@@ -71,8 +84,7 @@ def content(folder: Path) -> list[dict]:
 
 def test_it_goes_on_after_an_environment_that_broke_and_after_a_signal(words, tmp_path, monkeypatch, capfd):
     assert run(words("whole"), monkeypatch, collect.main) == 0
-    (tmp_path / "fault").touch()
-    assert run(words("parts"), monkeypatch, collect.main) == 1
+    assert broken(words("parts"), tmp_path, monkeypatch) == 1
     out, err = capfd.readouterr()
     assert "episodes are kept in" in out and "the same command goes on from there" in out
     assert err.count("\n") == 1 and "the motor broke (slot" in err and "episode seed" in err
@@ -101,8 +113,7 @@ def test_it_goes_on_after_an_environment_that_broke_and_after_a_signal(words, tm
 def test_an_experts_word_and_its_errors_are_kept_too(words, tmp_path, monkeypatch):
     settings = {"player": "expert", "error_rate": 0.4, "num_steps": 3}
     assert run(words("whole", **settings), monkeypatch, collect.main) == 0
-    (tmp_path / "fault").touch()
-    assert run(words("parts", **settings), monkeypatch, collect.main) == 1
+    assert broken(words("parts", **settings), tmp_path, monkeypatch) == 1
     (tmp_path / "fault").unlink()
     assert run(words("parts", **settings), monkeypatch, collect.main) == 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
@@ -110,8 +121,7 @@ def test_an_experts_word_and_its_errors_are_kept_too(words, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["identity.json", "0.npz", "state.json"])
 def test_what_is_damaged_is_refused_and_left(name, words, tmp_path, monkeypatch, capfd):
-    (tmp_path / "fault").touch()
-    assert run(words("parts"), monkeypatch, collect.main) == 1
+    assert broken(words("parts"), tmp_path, monkeypatch) == 1
     file = tmp_path / "parts.under_way" / name
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b""):

@@ -66,6 +66,7 @@ def test_chance_breaks_lose_and_repeat_no_episode(backend, kind, always, tmp_pat
 
 @pytest.mark.fault
 @pytest.mark.slow
+@pytest.mark.fault
 def test_workers_that_die_always_at_one_step_cost_its_episodes_and_not_the_run(tmp_path):
     """The replay dies as well: the segment's episodes are given up, with what was seen before, and new ones begin."""
     with rollouts_of("ray-env", tmp_path, rate=0.0, kind="die", always=5) as rollouts:
