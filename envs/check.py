@@ -125,7 +125,7 @@ def _global_chance() -> tuple[object, object]:
 
 
 class Speed(NamedTuple):
-    """What a step of an environment takes, in seconds; of a picture in the observation `step` is all."""
+    """What a step takes, in seconds, with its share of the resets; of a picture in the observation `step` is all."""
 
     step: float
     picture: float
@@ -137,7 +137,7 @@ class Speed(NamedTuple):
 
 
 def measure_speed(env: VLMObservation, seconds: float = 1.0, most_steps: int = 500) -> Speed:
-    """Returns what steps of random play take, and what their picture takes where it is rendered.
+    """Returns what steps of random play take, with the resets between them, and their picture where it is rendered.
 
     Args:
         env: played, from its next reset on.
@@ -161,7 +161,9 @@ def measure_speed(env: VLMObservation, seconds: float = 1.0, most_steps: int = 5
         read_picture(inner, observation, env.image_from)
         stepping, drawing, steps = stepping + stepped - begun, drawing + time.perf_counter() - stepped, steps + 1
         if terminated or truncated:
+            begun = time.perf_counter()
             _, info = inner.reset()
+            stepping += time.perf_counter() - begun
     return Speed(stepping / steps, drawing / steps)
 
 
