@@ -1,13 +1,14 @@
 """Where a recording is, on disk, so that one that is stopped goes on where it was: no step is played twice.
 
-    identity.json   what makes it this recording and no other
     0.npz, 1.npz    the rollouts so far, in their order: arrays, and texts as JSON; no pickle
-    state.json      how many of them there are, and where the environments are after the last
+    state.json      what makes it this recording and no other, where the environments are after the last rollout, the
+                    SHA-256 sums of the files that count, and of itself
 
-A file is written once; state.json comes last and counts what is whole. The episodes that are being played come back by
-their actions, so what is recorded is what would have been without the stop. An expert that has made a plan plans anew.
+A rollout is written once; state.json comes last. The episodes that are being played come back by their actions, so what
+is recorded is what would have been without the stop. An expert that has made a plan plans anew.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -22,11 +23,12 @@ import torch
 from manako.agent.checkpoint import disk_refused
 from manako.agent.errors import TrainingError
 from manako.agent.rollout import Episode, Record, Rollout
-from manako.errors import type_and_text
+from manako.errors import full_text
+from manako.manifest import sha256
 from manako.policies.interface import Rows
 
 SECONDS = 120.0  # between two writings
-IDENTITY, STATE = "identity.json", "state.json"
+STATE = "state.json"
 TENSORS = ("logprobs", "mask", "values", "next_values", "rewards", "terminated", "truncated")
 OF_RECORD = ("seeds", "steps", "success", "rewards", "expert_actions", "action_masks")  # tensors too
 TEXTS = ("instructions", "thoughts", "expert_thoughts")
@@ -63,7 +65,8 @@ class UnderWay:
         self.rollouts: list[Rollout] = []
         self.state: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None  # after the last rollout
-        self._written, self._when = 0, time.monotonic()
+        self._sums: list[str] = []  # of the rollouts' files
+        self._when = time.monotonic()
         if folder.exists():
             self._read()
 
@@ -84,20 +87,24 @@ class UnderWay:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _put(self.folder / IDENTITY, json.dumps(self.identity))
-            for number in range(self._written, len(self.rollouts)):
-                with (self.folder / f"{number}.npz.tmp").open("wb") as file:
+            for number in range(len(self._sums), len(self.rollouts)):
+                place = self.folder / f"{number}.npz"
+                with place.with_suffix(".tmp").open("wb") as file:
                     np.savez_compressed(file, **_packed(self.rollouts[number]))
-                os.replace(self.folder / f"{number}.npz.tmp", self.folder / f"{number}.npz")
-            _put(self.folder / STATE, json.dumps({"rollouts": len(self.rollouts), "env": self._last}))
+                os.replace(place.with_suffix(".tmp"), place)
+                self._sums.append(sha256(place))
+            body = {"identity": self.identity, "env": self._last, "rollouts": self._sums}
+            temporary = self.folder / f"{STATE}.tmp"
+            temporary.write_text(json.dumps({**body, "sha256": _sum_of(body)}), encoding="utf-8")
+            os.replace(temporary, self.folder / STATE)
         except OSError as error:
             raise disk_refused(self.folder, error) from error
-        self._written, self._when = len(self.rollouts), time.monotonic()
+        self._when = time.monotonic()
 
     @property
     def is_there(self) -> bool:
         """Whether there is something on disk to go on with."""
-        return self._written > 0
+        return bool(self._sums)
 
     def end(self) -> None:
         """Removes the folder: what it held is elsewhere."""
@@ -108,33 +115,33 @@ class UnderWay:
 
     def _read(self) -> None:
         try:
-            identity = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))
-            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            body = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            if body.pop("sha256") != _sum_of(body):
+                raise ValueError(f"{STATE} has changed since it was written")
             rollouts = []
-            for number in range(state["rollouts"]):
+            for number, expected in enumerate(body["rollouts"]):
+                if sha256(self.folder / f"{number}.npz") != expected:
+                    raise ValueError(f"{number}.npz has changed since it was written")
                 with np.load(self.folder / f"{number}.npz", allow_pickle=False) as content:
                     rollouts.append(_unpacked({name: content[name] for name in content.files}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise TrainingError(
-                f"{str(self.folder)!r} cannot be gone on with ({type_and_text(error)}): expected what a stopped "
+                f"{str(self.folder)!r} cannot be gone on with ({full_text(error)}): expected what a stopped "
                 "recording has left, so remove it and begin anew, or give another --output."
             ) from error
-        if identity != self.identity:
-            other = next(
-                name for name in {**identity, **self.identity} if identity.get(name) != self.identity.get(name)
-            )
+        was, now = body["identity"], self.identity
+        if was != now:
+            other = next(name for name in {**was, **now} if was.get(name) != now.get(name))
             raise TrainingError(
-                f"{str(self.folder)!r} is of a recording with other settings ({other} was {identity.get(other)!r}, and "
-                f"is {self.identity.get(other)!r}): give them to go on with it, remove it, or give another --output."
+                f"{str(self.folder)!r} is of a recording with other settings ({other} was {was.get(other)!r}, and is "
+                f"{now.get(other)!r}): give them to go on with it, remove it, or give another --output."
             )
-        self.rollouts, self._written = rollouts, len(rollouts)
-        self.state = self._last = state["env"]
+        self.rollouts, self._sums = rollouts, body["rollouts"]
+        self.state = self._last = body["env"]
 
 
-def _put(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+def _sum_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 def _packed(rollout: Rollout) -> dict[str, Any]:

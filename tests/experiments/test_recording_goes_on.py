@@ -1,53 +1,23 @@
-"""A recording that is stopped, or whose environment breaks, goes on with the same command and ends as it would have."""
+"""A recording that is stopped, or broken off by a fault, goes on with the same command and ends as it would have."""
 
-import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
-import gymnasium as gym
-import numpy as np
 import pytest
+import torch
 from datasets import load_from_disk
 
 from manako.agent.collector import RolloutCollector
+from manako.agent.data.demonstrators import RandomPlayer
 from manako.agent.data.under_way import UnderWay
 from manako.agent.errors import TrainingError
+from manako.envs import EpisodeVectorEnv
+from manako.envs.faults import fault_of
 from manako.experiments import collect
+from manako.policies.interface import PolicySpec
 from tests.experiments.test_run_ppo import run
-
-
-class Flaky(gym.Env):
-    """Walks to the right end; breaks in every step while a file is there."""
-
-    metadata = {"render_modes": ["rgb_array"]}
-    action_names, mission = ("left", "right"), "walk right"
-    observation_space, action_space = gym.spaces.Discrete(6), gym.spaces.Discrete(2)
-
-    def __init__(self, fault: str = "", render_mode: str | None = None) -> None:
-        self.fault, self.render_mode, self.place = Path(fault or "/nowhere"), render_mode, 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.place = int(self.np_random.integers(4))
-        return self.place, {}
-
-    def step(self, action):
-        if self.fault.exists():
-            raise RuntimeError("the motor broke")
-        self.place = max(self.place + 2 * int(action) - 1, 0)
-        return self.place, float(self.place == 5), self.place == 5, False, {}
-
-    def expert_action(self):
-        return 1
-
-    def render(self):
-        frame = np.zeros((8, 24, 3), np.uint8)
-        frame[:, 4 * self.place : 4 * self.place + 4] = 200
-        return frame
-
-
-gym.register("tests/Flaky-v0", Flaky, max_episode_steps=30)
 
 
 @pytest.fixture
@@ -55,79 +25,97 @@ def words(tmp_path):
     """Settings of a recording into a folder of that name."""
 
     def of(name: str, **settings) -> list[str]:
-        kwargs = json.dumps({"fault": str(tmp_path / "fault")})
-        given = {"env": "tests/Flaky-v0", "env_kwargs": kwargs, "output": tmp_path / name, "episodes": 12}
-        given |= {"num_envs": 4, "num_steps": 4, "player": "policy", "policy": "tiny", "torch_threads": 1, **settings}
+        given = {"env": "manako/GoTo-v0", "output": tmp_path / name, "episodes": 12, "num_envs": 4, "num_steps": 4}
+        given |= {"player": "policy", "policy": "tiny", "torch_threads": 1, **settings}
         return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
     return of
-
-
-def broken(words, tmp_path, monkeypatch) -> int:
-    """Records with an environment that breaks from the first step of the fourth rollout on; returns the exit code."""
-    plays, calls = RolloutCollector.collect, []
-
-    def breaks(self, iteration):
-        calls.append(iteration)
-        if len(calls) == 4:
-            (tmp_path / "fault").touch()
-        return plays(self, iteration)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RolloutCollector, "collect", breaks)
-        return run(words, patch, collect.main)
 
 
 def content(folder: Path) -> list[dict]:
     return list(load_from_disk(str(folder)))
 
 
-def test_it_goes_on_after_an_environment_that_broke_and_after_a_signal(words, tmp_path, monkeypatch, capfd):
-    assert run(words("whole"), monkeypatch, collect.main) == 0
-    assert broken(words("parts"), tmp_path, monkeypatch) == 1
-    out, err = capfd.readouterr()
-    assert "episodes are kept in" in out and "the same command goes on from there" in out
-    assert err.count("\n") == 1 and "the motor broke (slot" in err and "episode seed" in err
-    assert not (tmp_path / "parts").exists()
-    (tmp_path / "fault").unlink()
+def at_rollout(number: int, happens: Callable[[], object], patch) -> list[int]:
+    """Lets something happen before that rollout of a start; returns which ones are played."""
+    plays, played = RolloutCollector.collect, []
 
-    plays, calls = RolloutCollector.collect, []
-
-    def interrupted(self, iteration):
-        calls.append(iteration)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def played_or_not(self, iteration):
+        played.append(iteration)
+        if len(played) == number:
+            happens()
         return plays(self, iteration)
 
+    patch.setattr(RolloutCollector, "collect", played_or_not)
+    return played
+
+
+def breaks() -> None:
+    raise OSError("the cable was pulled")
+
+
+def test_it_goes_on_after_a_fault_and_after_a_signal(words, tmp_path, monkeypatch, capfd):
+    assert run(words("whole"), monkeypatch, collect.main) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(RolloutCollector, "collect", interrupted)
+        at_rollout(3, breaks, patch)
+        assert run(words("parts"), patch, collect.main) == 1
+    out, err = capfd.readouterr()
+    assert "episodes are kept in" in out and "the same command goes on from there" in out
+    assert err.count("\n") == 1 and "error: OSError: the cable was pulled; the traceback is in " in err
+    assert "in breaks" in (tmp_path / "parts.under_way" / "error.txt").read_text()
+    assert not (tmp_path / "parts").exists()
+
+    with monkeypatch.context() as patch:
+        played = at_rollout(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
         assert run(words("parts"), patch, collect.main) == 130
-    assert calls[0] > 0, "it began again"
-    assert run(words("parts", num_steps=5), monkeypatch, collect.main) == 2  # other settings
+    assert played == [2, 3, 4]
+    assert run(words("parts", num_steps=5), monkeypatch, collect.main) == 2
     assert "num_steps was 4, and is 5" in capfd.readouterr().err
     assert run(words("parts"), monkeypatch, collect.main) == 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
-def test_an_experts_word_and_its_errors_are_kept_too(words, tmp_path, monkeypatch):
-    settings = {"player": "expert", "error_rate": 0.4, "num_steps": 3}
+@pytest.mark.parametrize(
+    "settings",
+    [{"player": "expert", "error_rate": 0.4}, {"env": "manako/Spell-v0", "action_format": "text", "episodes": 4}],
+)
+def test_words_and_experts_are_kept_too(settings, words, tmp_path, monkeypatch):
     assert run(words("whole", **settings), monkeypatch, collect.main) == 0
-    assert broken(words("parts", **settings), tmp_path, monkeypatch) == 1
-    (tmp_path / "fault").unlink()
+    with monkeypatch.context() as patch:
+        at_rollout(2, breaks, patch)
+        assert run(words("parts", **settings), patch, collect.main) == 1
     assert run(words("parts", **settings), monkeypatch, collect.main) == 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["identity.json", "0.npz", "state.json"])
+@pytest.mark.parametrize("name", ["0.npz", "state.json"])
 def test_what_is_damaged_is_refused_and_left(name, words, tmp_path, monkeypatch, capfd):
-    assert broken(words("parts"), tmp_path, monkeypatch) == 1
+    with monkeypatch.context() as patch:
+        at_rollout(2, breaks, patch)
+        assert run(words("parts"), patch, collect.main) == 1
     file = tmp_path / "parts.under_way" / name
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b""):
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 64]) + whole[middle + 1 :]):
         file.write_bytes(damaged)
         assert run(words("parts"), monkeypatch, collect.main) == 2
-        assert "cannot be gone on with" in capfd.readouterr().err and file.read_bytes() == damaged
+        assert "parts.under_way" in capfd.readouterr().err and file.read_bytes() == damaged
+    file.write_bytes(whole)
     with pytest.raises(TrainingError, match="is of a recording with other settings"):
-        file.write_bytes(whole)
         UnderWay(file.parent, {"env": "another"})
+
+
+def test_failed_episodes_and_faults_come_back(tmp_path):
+    """What an episode that was given up leaves in a rollout: without it the episode would count as played."""
+    env = EpisodeVectorEnv("manako/GoTo-v0", 2)
+    player = RandomPlayer(PolicySpec(env.action_names, env.frame_shape))
+    rollout = RolloutCollector(env, player, 3, 0, record=True).collect(0)
+    failed = torch.tensor([[False, False], [False, True], [False, False]])
+    rollout = rollout._replace(failed=failed, faults=[fault_of(1, 7, 2, True, RuntimeError("the motor broke"))])
+    kept = UnderWay(tmp_path / "kept", {})
+    kept.add(rollout, env.state_dict())
+    kept.write()
+    again = UnderWay(tmp_path / "kept", {}).rollouts[0]
+    assert torch.equal(again.failed, failed) and torch.equal(again.rewards, rollout.rewards)
+    assert [fault._asdict() for fault in again.faults] == [fault._asdict() for fault in rollout.faults]
