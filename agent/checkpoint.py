@@ -34,6 +34,7 @@ OF_A_RUN = (  # what a checkpoint that a run goes on from has to hold, beside th
     "scheduler.pt",
     "rng_state.pth",
 )
+OF_A_TUNING = tuple(name for name in OF_A_RUN if name != "rollout_state.json")  # of SFT, DPO and what is like them
 
 _OLDER = "use an older checkpoint"
 
@@ -139,6 +140,27 @@ def _refuse_existing(final_path: Path) -> None:
         raise TrainingError(
             f"{final_path} exists already: a checkpoint is never overwritten, so remove it or choose another run."
         )
+
+
+@contextlib.contextmanager
+def filled(folder: Path, what: str) -> Iterator[None]:
+    """Gives a folder that a block fills its manifest; one that the disk refused is removed again.
+
+    Args:
+        folder: a checkpoint before it has its place.
+        what: it is, for the sentence.
+
+    Raises:
+        DiskError: the disk refused.
+    """
+    try:
+        yield
+        manifest.write_manifest(folder, trusted=True)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not is_of_the_disk(error):
+            raise
+        raise disk_refused(what, error) from error
 
 
 def disk_refused(what: Path | str, error: BaseException) -> DiskError:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manako.agent.backends import RolloutPlan
 from manako.agent.errors import NotFiniteError, TrainingError
-from manako.agent.interfaces import GIVEN_UP, Shown, Stepped, VectorEnv, ask, remember_for
+from manako.agent.interfaces import GIVEN_UP, Fault, Shown, Stepped, VectorEnv, ask, remember_for
 from manako.agent.rng import action_draws
 from manako.agent.rollout import Episode, Record, Rollout, pad_answers, verdict
 from manako.policies.interface import LEGAL, Acted, Draws, Policy, Rows
@@ -166,6 +166,10 @@ class RolloutCollector:
         before = self.env.given_up
         self._shown = self.env.load_state_dict(state)
         warn_given_up(self.env.given_up - before, self.env.num_envs)
+
+    def take_faults(self) -> Sequence[Fault]:
+        """Returns what broke in a rollout that broke off, and is in none."""
+        return self.env.take_faults()
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns no weights: the policy itself acts."""

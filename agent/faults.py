@@ -43,17 +43,23 @@ class FaultLog:
             WorkersError: there are too many.
         """
         self.add(rollout.faults, rollout.rewards.numel(), iteration)
-        if not self.faults:
-            return {}
-        return {"env_faults": self.faults, "episodes_failed": self.failed}
+        return self.metrics()
 
-    def add(self, faults: Sequence[Fault], steps: int, iteration: int) -> None:
-        """Does the same for faults of so many steps."""
+    def metrics(self) -> dict[str, float]:
+        """Returns the counts so far; none before the first fault."""
+        return {"env_faults": self.faults, "episodes_failed": self.failed} if self.faults else {}
+
+    def write(self, faults: Sequence[Fault], iteration: int) -> None:
+        """Counts faults and writes them down, whatever their rate: of a rollout that broke off."""
         self.faults += len(faults)
         self.failed += sum(fault.given_up for fault in faults)
         if faults and self.file is not None:
             with self.file.open("a", encoding="utf-8") as opened:
                 opened.writelines(json.dumps({"iteration": iteration, **fault._asdict()}) + "\n" for fault in faults)
+
+    def add(self, faults: Sequence[Fault], steps: int, iteration: int) -> None:
+        """Does the same for faults of so many steps."""
+        self.write(faults, iteration)
         self._recent.append((steps, len(faults)))
         while sum(steps for steps, _ in self._recent) - self._recent[0][0] >= JUDGED_STEPS:
             self._recent.popleft()

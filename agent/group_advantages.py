@@ -165,11 +165,14 @@ def group_advantages(
     return (advantages * mask).view(steps, slots), mask.view(steps, slots)
 
 
-def whole_groups(ended: Tensor, group_size: int) -> float:
+def whole_groups(ended: Tensor, group_size: int, failed: Tensor | None = None) -> float:
     """Returns the share of groups whose slots all played their first episode of the rollout to its end.
 
     Args:
         ended: (T, N) bool, terminated or truncated.
         group_size: neighbouring slots of a group.
+        failed: see `group_advantages`.
     """
+    if failed is not None:  # what ends after the first episode failed is another one
+        ended = ended & (failed.cumsum(0) == 0)
     return ended.any(0).view(-1, group_size).all(1).double().mean().item()

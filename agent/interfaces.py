@@ -197,6 +197,9 @@ class Rollouts(RolloutSource, Protocol):
     def load_state_dict(self, state: Any, tensors: "dict[str, torch.Tensor]") -> None:
         """Brings them back; `tensors` are those of `tensors()`."""
 
+    def take_faults(self) -> "Sequence[Fault]":
+        """Returns what broke in a rollout that broke off, and is in none."""
+
     def tensors(self) -> "dict[str, torch.Tensor]":
         """Returns weights that a resumed run needs beside the policy's."""
 

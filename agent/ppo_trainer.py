@@ -11,7 +11,6 @@ weights by name and says nothing where names differ), `_load_optimizer_and_sched
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl.trainer.base_trainer import _BaseTrainer
 
-from manako.agent.checkpoint import OF_A_RUN, disk_refused, verify_folder
+from manako.agent.checkpoint import OF_A_RUN, filled, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
@@ -35,10 +34,10 @@ from manako.agent.losses import explained_variance, ppo_loss
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
-from manako.agent.samples import Samples
+from manako.agent.samples import NO_TOKENS, Samples
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
 from manako.bounded import json_object, read_text
-from manako.errors import first_line, is_of_the_disk, type_and_text
+from manako.errors import ManakoError, first_line, type_and_text
 from manako.manifest import write_manifest
 from manako.policies.interface import LEGAL, OUTCOMES, Policy
 
@@ -115,6 +114,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
             )
         if args.advantage != "gae" and env is not None and not env.follows_seeds():
             raise TrainingError(f"{args.advantage} compares episodes of one seed, and here {NOT_FIXED}: {SEEDED}.")
+        if args.token_credit != "step" and (policy.spec.text is None or policy.spec.text.thought_coef is not None):
+            raise TrainingError(NO_TOKENS.format(credit=args.token_credit))
         if args.kl_coef and reference is None:
             if not policy.has_reference:
                 raise TrainingError(
@@ -127,6 +128,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self.failure: WorkersError | None = None
         self.brought_back: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None  # by `LastIterations`
         self.faults = FaultLog()
+        self._too_many: WorkersError | None = None
         self._ended = EpisodeCount(rounds=args.advantage != "gae")
         self.policy, self.adapter_learning_rate = policy, args.adapter_learning_rate
         super().__init__(model=policy, args=args, callbacks=callbacks)
@@ -151,11 +153,19 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         self._reset_metrics()
         with self.compute_loss_context_manager():  # the same autocast as in updates
             try:
+                if self._too_many is not None:
+                    raise self._too_many
                 rollout = self.collector.collect(self.iteration)
-                faults = self.faults.take(rollout, self.iteration)
-            except WorkersError as error:  # no weight has changed since the last iteration: it can still be saved
-                self.failure = error
+            except ManakoError as error:
+                self.faults.write(self.collector.take_faults(), self.iteration)
+                if not isinstance(error, WorkersError):
+                    raise
+                self.failure = error  # no weight has changed since the last iteration: it can still be saved
                 return
+            try:
+                faults = self.faults.take(rollout, self.iteration)
+            except WorkersError as error:  # what was played is whole: it is learned from, and the next is not begun
+                self._too_many, faults = error, self.faults.metrics()
             lag = self.iteration - rollout.version
             samples = samples_of(rollout, self.policy, args, self.scale, lag)
         self._rollout_metrics(rollout, samples)
@@ -212,14 +222,8 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with filled(folder, f"The checkpoint of iteration {self.iteration}"):
             super()._save_checkpoint(model, trial)
-            write_manifest(folder, trusted=True)
-        except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not is_of_the_disk(error):
-                raise
-            raise disk_refused(f"The checkpoint of iteration {self.iteration}", error) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -275,7 +279,9 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
                 if self.args.advantage == "gae" or samples.usable is None
                 else {
                     "usable_samples": samples.usable.float().mean().item(),
-                    "whole_groups": whole_groups(rollout.terminated | rollout.truncated, self.args.group_size),
+                    "whole_groups": whole_groups(
+                        rollout.terminated | rollout.truncated, self.args.group_size, rollout.failed
+                    ),
                 }
             ),
             **({} if self.scale is None else {"return_deviation": self.scale.deviation}),

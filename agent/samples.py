@@ -11,6 +11,11 @@ from manako.agent.group_advantages import group_advantages
 from manako.agent.rollout import Rollout
 from manako.policies.interface import Policy, Rows
 
+NO_TOKENS = (
+    "token_credit is {credit}, but the policy says an action by one number: expected token_credit step, or "
+    "--action_format text without --thought_coef."
+)
+
 
 class Samples(NamedTuple):
     """B samples of a rollout with their advantages."""
@@ -129,10 +134,7 @@ def with_token_advantages(rollout: Rollout, credit: str, gamma: float, gae_lambd
     """
     of_tokens, mask = rollout.token_values, rollout.mask
     if of_tokens is None or of_tokens.shape != mask.shape:
-        raise TrainingError(
-            f"token_credit is {credit}, but the policy says an action by one number: expected token_credit step, or "
-            "--action_format text without --thought_coef."
-        )
+        raise TrainingError(NO_TOKENS.format(credit=credit))
     ends = rollout.next_values, rollout.terminated, rollout.cut
     if credit == "token":
         advantages, returns = token_gae(rollout.rewards, of_tokens, mask, *ends, gamma, gae_lambda)

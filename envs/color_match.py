@@ -91,6 +91,10 @@ class ColorMatch(gym.Env[dict[str, Any], Any]):
         """Returns the square's colour."""
         return self.color
 
+    def expert_thought(self) -> str:
+        """Returns what lies on the board."""
+        return self.caption().rstrip(".")
+
     def render(self) -> np.ndarray:
         """Returns the frame of the observation."""
         return self._frame.copy()

@@ -370,8 +370,10 @@ class VLMObservation(gym.Wrapper):
         super().__init__(env)
         spec = env.spec
         self.env_id: str = spec.id if spec is not None else type(env.unwrapped).__name__
-        self.limit: int | None
-        self.limit, self.limit_from = limit_in_words(env) if time_limit(env) else (None, "not limited")
+        self.limit: int | None = None
+        self.limit_from = "not limited"
+        if time_limit(env):
+            self.limit, self.limit_from = limit_in_words(env)
         self.slot: int | None = None
         self._seed: int | None = None
         self._step = 0

@@ -291,15 +291,12 @@ def run_step(step: dict[str, Any], common: Sections, folder: Path, done: dict[st
 
 
 def call(words: Sequence[str]) -> int:
-    """Runs a runner and returns its exit code; a signal that comes meanwhile is answered by the runner.
+    """Runs a runner and returns its exit code; each signal that comes meanwhile is passed on, and answered there.
 
-    Ctrl-C reaches it from the terminal by itself, and SIGTERM is passed on.
+    It has a process group of its own, so that none reaches it twice: a terminal sends Ctrl-C to a whole group.
     """
-    process = subprocess.Popen([sys.executable, *words])
-    before = {
-        number: signal.signal(number, lambda each, _: process.send_signal(each) if each == signal.SIGTERM else None)
-        for number in stopping.SIGNALS
-    }
+    process = subprocess.Popen([sys.executable, *words], process_group=0)
+    before = {number: signal.signal(number, lambda each, _: process.send_signal(each)) for number in stopping.SIGNALS}
     try:
         return process.wait()
     finally:

@@ -49,6 +49,8 @@ def main() -> int:
     """Looks at one folder; returns the exit code: 0 where it is as its manifest says, at last or before."""
     given = read_line()
     folder = Path(str(given.folder))
+    if not any(os.path.lexists(folder / name) for name in OURS):
+        raise UsageError(f"{given.folder!r} is no policy and no dataset: expected one of {', '.join(OURS)} in it.")
     found = list(faults(folder))
     for fault in found:
         show("differs", fault)
@@ -72,13 +74,11 @@ def read_line(arguments: Sequence[str] | None = None) -> SealSettings:
     """Returns the settings of these words, by default of this program's command line.
 
     Raises:
-        UsageError: no folder of ours.
+        UsageError: no folder is named.
     """
     given = parse(SealCommand, "Compares a folder with its manifest.", arguments).seal
     if not given.folder:
         raise UsageError("--folder is missing: give a policy's folder or a dataset of experiments/collect.py.")
-    if not any(os.path.lexists(Path(given.folder) / name) for name in OURS):
-        raise UsageError(f"{given.folder!r} is no policy and no dataset: expected one of {', '.join(OURS)} in it.")
     return given
 
 

@@ -5,6 +5,7 @@ by a few anchors. Each is a `BadText` here, in a few words, before anything take
 """
 
 import json
+import math
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class _Shown(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         """Returns a whole number, or how long it is."""
-        digits = round(abs(x).bit_length() * 0.30103)  # log10(2)
+        digits = math.ceil(abs(x).bit_length() * math.log10(2))
         return repr(x) if digits <= MANY_DIGITS else f"a whole number of some {digits:,} digits"
 
 

@@ -29,6 +29,7 @@ from manako.policies.encoders import ENCODERS
 from manako.policies.reading import SharedPrefix
 from tests.helpers.families.more import got_ocr2
 from tests.helpers.foreign_models import FRAME, NAMES, frames
+from tests.helpers.words import last_of_each
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -304,7 +305,7 @@ def test_commands_run(folder, monkeypatch, capfd):
         command = Command("", True, text)
         if "--resume" in command.words:
             (folder / "runs/.../evaluation.json").unlink()  # as if stopped while it was evaluated
-        monkeypatch.setattr(sys, "argv", [f"{command.runner}.py", *command.words, *shlex.split(small)])
+        monkeypatch.setattr(sys, "argv", [f"{command.runner}.py", *last_of_each([*command.words, *shlex.split(small)])])
         with pytest.raises(SystemExit) as stop:
             run_main(runner_of(command.runner).main)
         assert stop.value.code == 0, f"{text}: {capfd.readouterr().err}"

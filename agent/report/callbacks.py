@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -64,13 +65,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out, and so is a damaged one."""
+def read_metrics(run_dir: Path, numbers: Sequence[str] = ("iteration", "env_steps")) -> list[dict[str, Any]]:
+    """Returns the rows of metrics.jsonl; a last line cut short by a crash is left out, and so is a damaged one.
+
+    Args:
+        run_dir: the run folder.
+        numbers: what each row has to have, as whole numbers; of fine-tuning it is `step`.
+    """
     path, rows = run_dir / METRICS_FILE, []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(BadText):
             row = json_object(line)
-            if all(type(row.get(name)) is int for name in ("iteration", "env_steps")):
+            if all(type(row.get(name)) is int for name in numbers):
                 rows.append(row)
     return rows
 

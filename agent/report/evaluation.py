@@ -260,8 +260,7 @@ def evaluate_all(
         else:
             played = evaluate(policy, env, seeds, condition, sample, most_steps=budget, kept=kept)
             if kept is not None:
-                first = [_first_fields(episode) for episode in played.episodes]
-                kept.done(condition, {**vars(played), "episodes": first})
+                kept.done(condition, {**vars(played), "episodes": [_first_fields(each) for each in played.episodes]})
         seeds, budget = seeds[: len(played.episodes)], None
         evaluations[condition] = replace(played, asked=asked if len(seeds) < asked else None)
         if done is not None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from manako.agent.checkpoint import filled
 from manako.agent.errors import NotFiniteError
 from manako.agent.report.callbacks import Checkpoints, read_metrics
 from manako.policies.interface import Policy
@@ -43,12 +44,20 @@ class SavesPolicy:
 
     policy: Policy
     rows: list[dict[str, Any]]
+    state: Any
+    args: Any
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the policy."""
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = super()
+        step = self.state.global_step
+        with filled(Path(self.args.output_dir) / f"checkpoint-{step}", f"The checkpoint of step {step}"):
+            trainer._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.policy.load_weights(Path(resume_from_checkpoint))
@@ -89,7 +98,7 @@ def cut_steps(run_dir: Path, step: int, before: int = 0) -> list[dict[str, Any]]
         step: of the checkpoint.
         before: rows of earlier rounds, which stay.
     """
-    rows = read_metrics(run_dir)
+    rows = read_metrics(run_dir, ("step",))
     kept = rows[:before] + [row for row in rows[before:] if row["step"] <= step]
     temporary = run_dir / "metrics.jsonl.tmp"
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

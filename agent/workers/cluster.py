@@ -54,8 +54,16 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
             log_to_driver=False,
             runtime_env=runtime,
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises a bare Exception where its own processes do not start in its 30 s
         reason = reason_of(error)
+        with contextlib.suppress(Exception):  # what of it did start
+            ray.shutdown()
+        if own:
+            _restore("PYTHONPATH", inherited)
+            raise WorkersError(
+                f"Ray did not start on this machine ({reason}): expected room for its processes, so end others or try "
+                "again, give --ray_address of a cluster that runs, or --rollout_backend local."
+            ) from error
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise WorkersError(
             f"No Ray cluster at {where!r} ({reason}): start one or give another --ray_address."
@@ -68,9 +76,14 @@ def cluster(address: str | None = None, paths: Sequence[str] = (), num_cpus: int
         if watch.lost is None:
             ray.shutdown()
         if own:
-            os.environ.pop("PYTHONPATH")
-            if inherited is not None:
-                os.environ["PYTHONPATH"] = inherited
+            _restore("PYTHONPATH", inherited)
+
+
+def _restore(name: str, value: str | None) -> None:
+    """Sets an environment variable back to what it was, or was not."""
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
 
 
 def prepare_environment() -> None:

@@ -95,6 +95,7 @@ class EnvWorker:
             held.env.memory.turns.copy(),
             held.env.action_masks,
             tuple(held.env.started),
+            _running(held.env),
         )
 
     def step(
@@ -147,6 +148,7 @@ class EnvWorker:
             held.env.action_masks,
             result.failed,
             tuple(held.env.started),
+            _running(held.env),
             tuple(held.env.take_faults()),
         )
 
@@ -210,3 +212,8 @@ class EnvWorker:
         if segment in self.held:
             with contextlib.suppress(Exception):  # it may be broken
                 self.held.pop(segment).env.close()
+
+
+def _running(env: "VectorEnv") -> tuple[tuple[int, int], ...]:
+    """The seed of each slot's episode, and how many steps it has taken."""
+    return tuple(zip(env.episode_seeds, env.episode_lengths.tolist(), strict=True))

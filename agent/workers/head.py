@@ -107,7 +107,7 @@ def descendants(parent: int) -> dict[int, str]:
     parents, starts = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = path.read_text().rpartition(")")[2].split()
+            fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
             parents[int(path.parent.name)], starts[int(path.parent.name)] = int(fields[1]), fields[19]
     found: set[int] = set()
     new = {parent}
@@ -120,5 +120,5 @@ def descendants(parent: int) -> dict[int, str]:
 def start_of(pid: int) -> str | None:
     """Returns when a process started; None where it is gone."""
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     return None

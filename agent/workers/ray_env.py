@@ -67,6 +67,7 @@ class RayVectorEnv:
         self.digests: list[str] = [""] * num_envs
         self.given_up = 0
         self.started = [0] * num_envs
+        self._running: list[tuple[int, int]] = []  # seed and steps of the episodes that are shown now
         self._texts: tuple[str, ...] = ()  # that are shown now
         self._faults: list[Any] = []
         self.action_masks: np.ndarray | None = None  # (N, A) bool
@@ -169,7 +170,7 @@ class RayVectorEnv:
         self.episode_seeds = whole.seeds.tolist()
         self.digests = list(whole.digests)
         self._ended = whole.terminated | whole.truncated | whole.failed
-        self.started = list(whole.started)
+        self.started, self._running = list(whole.started), list(whole.running)
         self._faults += whole.faults
         self._upcoming = _Shown(whole.next_images, whole.next_instructions)
         self.action_masks, self._upcoming_masks = whole.masks, whole.next_masks
@@ -184,7 +185,10 @@ class RayVectorEnv:
         """The step of a segment that took none: its workers were lost, and its episodes are given up."""
         first, size = self.segments[number]
         slots, none = slice(first, first + size), np.zeros(size, bool)
-        seeds, lengths = self.episode_seeds[slots], self.episode_lengths[slots]
+        # not `episode_seeds`, which are of the last step, and of an episode that may have ended with it
+        seeds, taken = zip(*self._running[slots], strict=True)
+        lengths = np.array(taken, np.int64)
+        returns = np.where(self._ended[slots], 0.0, self.episode_returns[slots])
         why = self.supervisor.last_reason
         faults = [
             LostEpisode(slot, seed, int(length) + 1, True, f"slot {slot}, episode seed {seed}: {why}", "")
@@ -197,7 +201,7 @@ class RayVectorEnv:
             none,
             none,
             np.zeros(size, np.int8),
-            self.episode_returns[slots],
+            returns,
             lengths + 1,
             np.array(seeds),
             begun.images,
@@ -208,6 +212,7 @@ class RayVectorEnv:
             begun.masks,
             ~none,
             begun.started,
+            begun.running,
             tuple(faults),
         )
 
@@ -250,6 +255,7 @@ class RayVectorEnv:
                 self.memory.start(slot, images[slot])
             self.memory.load(slice(first, first + size), part.past_frames, part.past_turns)
         self.started = [number for part in seen for number in part.started]
+        self._running = [now for part in seen for now in part.running]
         self._texts = tuple(text for part in seen for text in part.instructions)
         return _Shown(images, self._texts)
 
@@ -336,6 +342,7 @@ def _join(parts: Sequence[Played]) -> _JoinedStep:
         digests=tuple(digest for part in parts for digest in part.digests),
         state=None,
         started=tuple(number for part in parts for number in part.started),
+        running=tuple(now for part in parts for now in part.running),
         faults=tuple(fault for part in parts for fault in part.faults),
         masks=_join_masks([part.masks for part in parts]),
         next_masks=_join_masks([part.next_masks for part in parts]),

@@ -1,6 +1,7 @@
 """Backend ray-replica: workers hold environments and a copy of the policy, and play whole rollouts."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from manako.agent.backends import RolloutPlan
 from manako.agent.collector import warn_given_up
 from manako.agent.errors import TrainingError
-from manako.agent.interfaces import GIVEN_UP
+from manako.agent.interfaces import GIVEN_UP, Fault
 from manako.agent.rollout import Rollout, merge
 from manako.agent.workers.options import WorkerOptions
 from manako.agent.workers.replica_worker import ReplicaSettings, ReplicaWorker, unpack
@@ -118,6 +119,10 @@ class ReplicaRollouts:
         """Brings the environments back; with `tensors`, the next rollout is played with these older weights."""
         self._states = list(split_state(state, self.segments))
         self._behaviour = as_arrays(tensors or {})
+
+    def take_faults(self) -> Sequence[Fault]:
+        """Returns nothing: what broke in a worker's rollout that broke off is known there alone."""
+        return ()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the weights of the rollout under way, if there is one."""

@@ -43,6 +43,7 @@ class Played(NamedTuple):
     next_masks: np.ndarray | None = None  # (n, A) bool, likewise after the new episodes' start
     failed: np.ndarray = np.zeros(0, bool)  # (n,) see `Stepped`
     started: tuple[int, ...] = ()  # n, how many episodes each slot has started
+    running: tuple[tuple[int, int], ...] = ()  # n, (seed, steps so far), after the new episodes' start
     faults: tuple[Any, ...] = ()  # `Fault`s that were survived
 
 
@@ -66,6 +67,7 @@ class Observed(NamedTuple):
     past_turns: np.ndarray  # (n, turns, 2)
     masks: np.ndarray | None = None  # (n, A) bool, which actions are allowed; None where the env does not say
     started: tuple[int, ...] = ()  # n, how many episodes each slot has started
+    running: tuple[tuple[int, int], ...] = ()  # n, (seed, steps so far) of the episodes
 
 
 class Advice(NamedTuple):

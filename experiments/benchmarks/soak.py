@@ -71,7 +71,7 @@ class Ledger:
 
     def faults_against(self, log: Path) -> list[str]:
         """Returns what differs from what the environments have written themselves; empty where nothing does."""
-        lines = [line.split() for path in log.glob("*.log") for line in path.read_text().splitlines()]
+        lines = [line.split() for path in log.glob("*.log") for line in path.read_text(encoding="utf-8").splitlines()]
         written: dict[str, set[tuple[int, int, float]]] = {"start": set(), "end": set(), "break": set()}
         for kind, seed, steps, paid in lines:
             if seed != "None":
@@ -98,7 +98,7 @@ class Ledger:
 def rss(pid: int) -> float:
     """Returns a process' resident memory in MiB; 0 where it is gone."""
     with contextlib.suppress(OSError, IndexError, StopIteration):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
     return 0.0
 

@@ -6,8 +6,9 @@ import functools
 import json
 import math
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,23 @@ from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
 from manako.agent.data.recordings import Recording, split_over_slots
 from manako.agent.data.trajectories import episode_returns, episode_success, save_trajectories, to_dataset
+from manako.agent.data.under_way import UnderWay
+from manako.agent.errors import TrainingError
 from manako.agent.faults import FaultLog
 from manako.agent.interfaces import NOT_FIXED, Rollouts
+from manako.agent.report.unfinished import policy_digest
 from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
+from manako.errors import ManakoError, full_text, type_and_text
 from manako.experiments.common import stopping
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
-from manako.experiments.common.command_line import UsageError
+from manako.experiments.common.command_line import UsageError, as_sections
+from manako.experiments.common.ending import ERROR_FILE, RunEndedError
 from manako.experiments.common.environments import dead_frames, knows_expert, make_segment, make_vector_env, warn_of
 from manako.experiments.common.outcomes import outcome_in_words
 from manako.experiments.common.progress import outcomes_in_words
 from manako.experiments.common.remote import make_remote_policy, with_whole_path
-from manako.experiments.common.settings import CollectCommand, DPOCommand
+from manako.experiments.common.settings import OF_THE_MACHINE, CollectCommand, DPOCommand
 from manako.policies import VLMPolicy
 from manako.policies.interface import Policy
 from manako.policies.remote_policy import RemotePolicy
@@ -64,24 +70,16 @@ def _collect(
     source = command.policy
     if run.player == "remote":  # who acts then; the policy's prompts and answers are recorded
         source = dataclasses.replace(source, illegal_action=None)
-    policy, _ = policy_of_run(environment, source, run.seed, run.torch_threads)
-    if recordings:
-        rollouts, quota = _replay(command, policy, recordings, has_expert)
-    else:
-        rollouts, quota = _play(command, policy, has_expert)
-    named = {
-        "expert": f"expert, wrong {run.error_rate:.0%}" if run.error_rate else "expert",
-        "policy": f"policy {command.policy.policy}",
-        "random": "random",
-        "recorded": f"recorded {run.recording}",
-        "remote": f"remote {command.remote.remote_model}",
-    }
-    kwargs = None if environment.made_with is None else json.dumps(environment.made_with)
-    about = {"env_kwargs": kwargs, "seed": run.seed, "error_rate": run.error_rate}
-    about |= {"policy": command.policy.policy, "instruction": environment.instruction}
-    about |= {"fixed_by_seed": unseeded is None} | ({} if unseeded is None else {"note": NOT_FIXED})
-    dataset = to_dataset(rollouts, policy, environment.env, named[run.player], about, quota)
-    save_trajectories(dataset, Path(str(run.output)))
+    policy, env = policy_of_run(environment, source, run.seed, run.torch_threads)
+    kept = None if recordings else under_way(command, policy)
+    with _keeping(kept):
+        if kept is None:
+            rollouts, quota = _replay(command, policy, recordings, has_expert)
+        else:
+            rollouts, quota = _play(command, policy, has_expert, kept, env.limit)
+        dataset = _write(command, policy, rollouts, quota, unseeded)
+    if kept is not None:
+        kept.end()
     first = rollouts[0].record
     assert first is not None, "it was asked for"
     warn_of(dead_frames(environment.env, first.images, first.instructions))
@@ -94,7 +92,7 @@ def _collect(
             f"lost with it and are not in the dataset; the last time so: {faults[-1].sentence}"
         )
     print(
-        f"{len(success):,} episodes, {len(dataset):,} steps of {named[run.player]} on {environment.env}: "
+        f"{len(success):,} episodes, {len(dataset):,} steps of {named_player(command)} on {environment.env}: "
         f"{outcome_in_words(success, episode_returns(dataset))}; written to {run.output} in "
         f"{time.perf_counter() - started:.0f} s"
     )
@@ -104,7 +102,85 @@ def _collect(
     return 0
 
 
-def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple[list[Rollout], list[int]]:
+def under_way(command: CollectCommand, policy: VLMPolicy) -> UnderWay:
+    """Returns where this recording is kept until it is whole; says so where a stopped one is gone on with."""
+    sections = as_sections(command)
+    of_machine = {"torch_threads", *OF_THE_MACHINE}
+    identity = {
+        name: value
+        for part in ("environment", "policy", "workers", "run")
+        for name, value in sections[part].items()
+        if name not in of_machine
+    }
+    digest = policy_digest(policy) if command.run.player == "policy" else None
+    model = command.remote.remote_model if command.run.player == "remote" else None
+    kept = UnderWay(Path(f"{command.run.output}.under_way"), {**identity, "weights": digest, "remote_model": model})
+    if kept.state is not None:
+        episodes = sum(len(rollout.episodes) for rollout in kept.rollouts)
+        print(f"going on     with {episodes:,} episodes of a start that was stopped", flush=True)
+    return kept
+
+
+@contextlib.contextmanager
+def _keeping(kept: UnderWay | None) -> Iterator[None]:
+    """Keeps what was played where something ends it, and says how to go on.
+
+    Raises:
+        RunEndedError: an error after something was played.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if kept is not None:
+            with contextlib.suppress(TrainingError):
+                kept.write()
+        if kept is None or not kept.is_there:
+            raise
+        episodes = sum(len(rollout.episodes) for rollout in kept.rollouts)
+        print(f"{episodes:,} episodes are kept in {kept.folder}: the same command goes on from there.", flush=True)
+        if not isinstance(error, Exception):
+            raise
+        if isinstance(error, ManakoError):
+            raise RunEndedError(full_text(error)) from error
+        file = kept.folder / ERROR_FILE
+        with contextlib.suppress(OSError):
+            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        raise RunEndedError(f"{type_and_text(error)}; the traceback is in {file}.") from error
+
+
+def named_player(command: CollectCommand) -> str:
+    """Returns who plays, in words."""
+    run = command.run
+    return {
+        "expert": f"expert, wrong {run.error_rate:.0%}" if run.error_rate else "expert",
+        "policy": f"policy {command.policy.policy}",
+        "random": "random",
+        "recorded": f"recorded {run.recording}",
+        "remote": f"remote {command.remote.remote_model}",
+    }[run.player]
+
+
+def _write(
+    command: CollectCommand,
+    policy: VLMPolicy,
+    rollouts: Sequence[Rollout],
+    quota: Sequence[int],
+    unseeded: str | None,
+) -> Dataset:
+    """Writes the dataset of whole episodes, and returns it."""
+    environment, run = command.environment, command.run
+    kwargs = None if environment.made_with is None else json.dumps(environment.made_with)
+    about = {"env_kwargs": kwargs, "seed": run.seed, "error_rate": run.error_rate}
+    about |= {"policy": command.policy.policy, "instruction": environment.instruction}
+    about |= {"fixed_by_seed": unseeded is None} | ({} if unseeded is None else {"note": NOT_FIXED})
+    dataset = to_dataset(rollouts, policy, environment.env, named_player(command), about, quota)
+    save_trajectories(dataset, Path(str(run.output)))
+    return dataset
+
+
+def _play(
+    command: CollectCommand, policy: VLMPolicy, has_expert: bool, kept: UnderWay, limit: int | None
+) -> tuple[list[Rollout], list[int]]:
     """Rollouts in which all episodes are played to their end, and how many of them each slot has played."""
     environment, workers, run = command.environment, command.workers, command.run
     player: Policy = policy
@@ -141,7 +217,10 @@ def _play(command: CollectCommand, policy: VLMPolicy, has_expert: bool) -> tuple
     )
     plan = dataclasses.replace(plan, make_segment=segment)
     with contextlib.closing(make_rollouts(workers.rollout_backend, plan)) as source:
-        return play_to_the_end(source, quota, environment.env, log=FaultLog(workers.max_fault_rate)), quota
+        if kept.state is not None:
+            source.load_state_dict(kept.state, {})
+        log = FaultLog(workers.max_fault_rate)
+        return play_to_the_end(source, quota, environment.env, limit=limit, log=log, kept=kept), quota
 
 
 def make_remote(command: CollectCommand, policy: VLMPolicy) -> RemotePolicy:
@@ -178,7 +257,7 @@ def own_trajectories(command: DPOCommand, policy: VLMPolicy, number: int) -> Dat
     env = make_vector_env(environment, len(quota), seed, seed_lists=seed_lists, on_fault="give up")
     with contextlib.closing(env):
         collector = RolloutCollector(env, policy, dpo.num_steps, seed, record=True, ask_expert=expert)
-        rollouts = play_to_the_end(collector, quota, environment.env, first=1000 * number)
+        rollouts = play_to_the_end(collector, quota, environment.env, first=1000 * number, limit=env.limit)
     player = f"policy {command.policy.policy}, round {number + 1}"
     return to_dataset(rollouts, policy, environment.env, player, {}, quota)
 
@@ -193,7 +272,13 @@ def spread(seeds: Sequence[int], slots: int) -> tuple[list[list[int]], list[int]
 
 
 def play_to_the_end(
-    source: Rollouts, quota: Sequence[int], env: str, first: int = 0, log: FaultLog | None = None
+    source: Rollouts,
+    quota: Sequence[int],
+    env: str,
+    first: int = 0,
+    limit: int | None = None,
+    log: FaultLog | None = None,
+    kept: UnderWay | None = None,
 ) -> list[Rollout]:
     """Returns rollouts from number `first` on, until every slot has ended its episodes, however long they are.
 
@@ -204,29 +289,40 @@ def play_to_the_end(
         quota: episodes of each slot.
         env: its name.
         first: number of the first rollout.
+        limit: steps of an episode at most, where that is known.
         log: of the environments' faults.
+        kept: what a former start has played, and where this one is kept.
 
     Raises:
         WorkersError: environments broke too often.
         UsageError: none ended in more than `PATIENCE` steps of the slots that still play, together.
     """
-    rollouts: list[Rollout] = []
+    rollouts: list[Rollout] = [] if kept is None else list(kept.rollouts)
     log = FaultLog() if log is None else log
     left, waited = np.array(quota), 0
+    for rollout in rollouts:
+        _count(rollout, left)
     while (left > 0).any():
         playing = int((left > 0).sum())
         rollouts.append(source.collect(first + len(rollouts)))
-        over = [(episode.step, episode.slot) for episode in rollouts[-1].episodes]
-        if rollouts[-1].failed is not None:  # one of those that were fixed beforehand, and lost
-            over += [(step, slot) for step, slot in rollouts[-1].failed.nonzero().tolist()]
-        counted = [slot for _, slot in sorted(over) if left[slot] > 0]
-        np.subtract.at(left, counted, 1)
+        if kept is not None:
+            kept.add(rollouts[-1], source.state_dict())
         log.add(rollouts[-1].faults, playing * source.num_steps, first + len(rollouts))
-        waited = 0 if counted else waited + playing * source.num_steps
-        if waited > PATIENCE:
+        waited = 0 if _count(rollouts[-1], left) else waited + playing * source.num_steps
+        if waited > (PATIENCE if limit is None else max(PATIENCE, playing * (limit + source.num_steps))):
             raise UsageError(
                 f"No episode of {env} ended in {waited:,} steps of {playing} environments, and "
                 f"{sum(quota) - int(left.clip(0).sum()):,} of {sum(quota):,} had before: expected an environment whose "
                 "episodes end, so set a limit, such as --max_episode_steps 500."
             )
     return rollouts
+
+
+def _count(rollout: Rollout, left: np.ndarray) -> int:
+    """Takes a rollout's episodes off what each slot has left to play; returns how many of them count."""
+    over = [(episode.step, episode.slot) for episode in rollout.episodes]
+    if rollout.failed is not None:  # one of those that were fixed beforehand, and lost
+        over += [(step, slot) for step, slot in rollout.failed.nonzero().tolist()]
+    counted = [slot for _, slot in sorted(over) if left[slot] > 0]
+    np.subtract.at(left, counted, 1)
+    return len(counted)

@@ -102,7 +102,7 @@ def _train(
     check_learns_by_acting(policy, command.policy.trainable)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
-    check_disk_room(policy, run_dir, 0)
+    check_disk_room(policy, run_dir, run.keep_checkpoints)
     console, before = plain_console(), measure_retention(policy)
     console.print(f"episodes     {env.limit_from}")
     unseeded = ignored_seeds(environment, run.seed, needed_for=SAME_SEED.get(dpo.pairs))
@@ -158,22 +158,31 @@ def _round_folder(run_dir: Path, number: int) -> Path:
 
 
 def _rounds_done(run_dir: Path) -> list[dict[str, Any]]:
-    """The reports of the rounds whose policy is there."""
+    """The reports of the rounds that are done; what a start that was killed has left of the one after them is removed.
+
+    Raises:
+        TrainingError: the policy that the last of them ended with is not there, or damaged.
+    """
     file = run_dir / ROUNDS
     reports: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    while reports and not _round_folder(run_dir, len(reports)).exists():
-        reports.pop()
     if reports:
         verify_folder(_round_folder(run_dir, len(reports)))
+    for folder in (run_dir / CHECKPOINTS).glob("round-*"):
+        if folder != _round_folder(run_dir, len(reports)):
+            shutil.rmtree(folder)
     return reports
 
 
 def _end_round(policy: VLMPolicy, run_dir: Path, reports: Sequence[dict[str, Any]]) -> None:
-    """Keeps the policy that a round ends with, in place of the one before and of the checkpoints within the round."""
-    write_text(run_dir / ROUNDS, json.dumps(reports))
+    """Keeps the policy that a round ends with, in place of the one before and of the checkpoints within the round.
+
+    The report comes last: the next round must find no checkpoint of this one, and this one the policy before it.
+    """
     write_folder(_round_folder(run_dir, len(reports)), policy.save)
-    for old in [*checkpoints(run_dir), _round_folder(run_dir, len(reports) - 1)]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in checkpoints(run_dir):
+        shutil.rmtree(old)
+    write_text(run_dir / ROUNDS, json.dumps(reports))
+    shutil.rmtree(_round_folder(run_dir, len(reports) - 1), ignore_errors=True)
 
 
 def make_judge(command: DPOCommand, policy: VLMPolicy) -> RemoteJudge:

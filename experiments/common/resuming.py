@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from manako.agent.checkpoint import OF_A_RUN, latest_checkpoint
+from manako.agent.checkpoint import OF_A_RUN, OF_A_TUNING, latest_checkpoint
 from manako.experiments.common.command_line import (
     CommandLine,
     UsageError,
@@ -125,7 +125,7 @@ def begin_again(line: CommandLine[Command]) -> tuple[Command, Path | None, Chang
     """
     run_dir = run_to_resume(line)
     command, changes = goes_on(line, run_dir)
-    needed = OF_A_RUN if isinstance(command, PPOCommand) else ()
+    needed = OF_A_RUN if isinstance(command, PPOCommand) else OF_A_TUNING
     with warnings.catch_warnings(record=True) as faults:
         warnings.simplefilter("always")
         checkpoint = latest_checkpoint(run_dir, needed)

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from manako.agent.locks import LOCK, held_beside, held_folder, new_folder, refuse_held
+from manako.experiments.common import stopping
 from manako.experiments.common.command_line import UsageError, as_sections, read_yaml
 from manako.experiments.common.settings import TrainCommand
 from manako.policies.remote.settings import REMOTE
@@ -66,7 +67,8 @@ def making(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         _enter(stack, new_folder(folder), f"The run folder {str(folder)!r} cannot be made", flag)
-        yield
+        with stopping.undone(stack.close):
+            yield
 
 
 @contextlib.contextmanager
@@ -79,7 +81,8 @@ def going_on(folder: Path, flag: str = "--resume") -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         _enter(stack, held_folder(folder), f"Nothing can be written into {str(folder)!r}", flag)
-        yield
+        with stopping.undone(stack.close):
+            yield
 
 
 @contextlib.contextmanager
@@ -93,7 +96,8 @@ def writing(flag: str, *outputs: str | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         names = " and ".join(repr(output) for output in outputs if output)
         _enter(stack, held_beside(*outputs), f"{names} cannot be written", flag)
-        yield
+        with stopping.undone(stack.close):
+            yield
 
 
 def _enter(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManager[None], what: str, flag: str) -> None:

@@ -90,7 +90,7 @@ def _train(
         check_learns_text(policy)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
-    check_disk_room(policy, run_dir, 0)
+    check_disk_room(policy, run_dir, run.keep_checkpoints)
     data, frames = training_data(command, policy)
     console = plain_console()
     console.print(f"data         {len(data):,} examples, {sft.stage}")
@@ -203,7 +203,7 @@ def _pretrain(
     sft, run = command.sft, command.run
     policy.value_head.requires_grad_(False)
     check_training_room(policy, command.policy.trainable, policy.device)
-    check_disk_room(policy, run_dir, 0)
+    check_disk_room(policy, run_dir, run.keep_checkpoints)
     captioned = pretraining.needs_captions
     frames, texts = frames_and_captions(command, sft.captions, captioned=captioned)
     held_out = frames_and_captions(command, MEASURED_FRAMES, held_out=True, captioned=captioned)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,6 +19,7 @@ STOPPED = 130
 
 _asked = 0  # signals that came
 _tidies = _waits = False
+_undo: list[Callable[[], None]] = []
 _hint = "nothing was begun"
 
 
@@ -59,6 +60,16 @@ def at_the_next_step() -> Iterator[None]:
         _waits = False
 
 
+@contextlib.contextmanager
+def undone(call: Callable[[], None]) -> Iterator[None]:
+    """Lets a signal that ends the process at once call `call` before, as long as the block lasts."""
+    _undo.append(call)
+    try:
+        yield
+    finally:
+        _undo.remove(call)
+
+
 def asked() -> bool:
     """Says whether a signal came."""
     return _asked > 0
@@ -89,6 +100,9 @@ def _answer(number: int, frame: FrameType | None) -> None:
     if _tidies:
         raise KeyboardInterrupt
     try:
+        for call in _undo[::-1]:
+            with contextlib.suppress(Exception):
+                call()
         sys.stdout.flush()
         os.write(2, f"stopped: {_hint}\n".encode(errors="replace"))  # not print: it may run in the middle of one
     finally:

@@ -14,8 +14,9 @@ from manako.agent.data.trajectories import to_dataset
 from manako.agent.episodes import EpisodeCount
 from manako.agent.errors import TrainingError, WorkersError
 from manako.agent.faults import FaultLog
-from manako.agent.group_advantages import group_advantages
+from manako.agent.group_advantages import group_advantages, whole_groups
 from manako.agent.ppo_trainer import PPOTrainer
+from manako.agent.report.callbacks import CheckpointCallback
 from manako.agent.report.evaluation import evaluate
 from manako.agent.return_scale import ReturnScale
 from manako.agent.rollout import Episode, Rollout
@@ -222,6 +223,58 @@ def test_a_rate_above_the_limit_ends_the_run_and_says_how_to_go_on(tmp_path):
         log.take(rollout._replace(faults=[fault] * 30), 5)
     assert len((tmp_path / "errors.jsonl").read_text().splitlines()) == 50
     assert FaultLog(0.0).take(hand_rollout(), 0) == {}
+
+
+def counted_training(tmp_path, at, limit):
+    """A training of 3 rollouts whose environments break at that step of every episode from the second rollout on."""
+    env = environments(4, seed=3, rate=0.0, limit=6)
+    policy = tiny_policy(env)
+    trainer = PPOTrainer(policy, ppo_config(tmp_path / ".staging", num_iterations=3, num_steps=16), env)
+    trainer.faults = FaultLog(limit, tmp_path / "errors.jsonl")
+    trainer.add_callback(CheckpointCallback(trainer, tmp_path, every=100))
+    collect, after, kind = trainer.collector.collect, [], type(env._envs[0].unwrapped)
+    step, breaks = kind.step, [False]
+
+    def broken(self, action):
+        if breaks[0] and self.steps + 1 == at:
+            raise RuntimeError("the simulator broke")
+        return step(self, action)
+
+    def from_the_second(iteration):
+        breaks[0] = iteration >= 1
+        rollout = collect(iteration)
+        after.append(env.state_dict())
+        return rollout
+
+    trainer.collector.collect = from_the_second
+    return trainer, kind, broken, after
+
+
+def test_a_rollout_with_too_many_faults_is_learned_from_and_what_is_saved_is_what_follows_it(tmp_path, monkeypatch):
+    """Nothing that was played is skipped: the checkpoint's environments are those after the last rollout learned."""
+    trainer, kind, broken, after = counted_training(tmp_path, at=2, limit=0.001)
+    monkeypatch.setattr(kind, "step", broken)
+    trainer.train()
+    assert isinstance(trainer.failure, WorkersError) and trainer.iteration == len(after) == 2
+    saved = json.loads((tmp_path / "checkpoints/checkpoint-2/rollout_state.json").read_text())
+    assert saved["iteration"] == 2 and saved["env"] == after[-1]
+    rows = [row for row in trainer.state.log_history if "iteration" in row]
+    assert rows[-1]["env_faults"] == len((tmp_path / "errors.jsonl").read_text().splitlines()) >= 10
+
+
+def test_what_broke_in_a_rollout_that_broke_off_is_written_down(tmp_path, monkeypatch):
+    trainer, kind, broken, _ = counted_training(tmp_path, at=1, limit=1.0)
+    monkeypatch.setattr(kind, "step", broken)
+    with pytest.raises(EnvError, match="3 times in a row"):
+        trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    assert len(lines) >= 3 and {line["iteration"] for line in lines} == {1} and all(line["traceback"] for line in lines)
+
+
+def test_a_group_whose_first_episode_failed_is_not_whole():
+    ended = torch.tensor([[0, 0], [0, 1], [1, 0]], dtype=torch.bool)
+    failed = torch.tensor([[1, 0], [0, 0], [0, 0]], dtype=torch.bool)
+    assert whole_groups(ended, 2, failed) == 0 and whole_groups(ended, 2) == 1
 
 
 # ---- episodes that are fixed beforehand ------------------------------------------------------------------------------

@@ -291,3 +291,17 @@ def test_a_board_is_drawn_tile_by_tile():
     assert np.array_equal(frame[:8, 8:16], tiles[1])
     assert np.array_equal(frame[8:, :8], tiles[2])
     assert np.array_equal(frame[8:, 16:], tiles[3])
+
+
+def test_experts_say_what_they_see():
+    env = make("manako/GoTo-v0", size=3, num_objects=1)
+    env.reset(seed=0)
+    inner = env.unwrapped
+    inner.agent, inner.target, inner.instruction = (0, 0), (2, 1), "go to the red ball"
+    assert inner.expert_thought() == "cross top left, red ball bottom middle"
+    env = make("manako/ColorMatch-v0", answers=2)
+    env.reset(seed=0)
+    color = env.unwrapped.action_names[env.unwrapped.expert_action()]
+    assert env.unwrapped.expert_thought().startswith(f"{color} square at ")
+    env.step(0)
+    assert env.unwrapped.expert_thought() == "a dark board"

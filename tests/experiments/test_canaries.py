@@ -251,6 +251,7 @@ def test_lora_settings_that_name_code(place):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_code_is_refused_without_a_question(policy, place):
     """`trust_remote_code` left to the library asks on the terminal, and waits."""
     folder = place / "model"

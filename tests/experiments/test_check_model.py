@@ -252,7 +252,7 @@ def test_a_training_that_does_not_fit(families, run, quickly, monkeypatch):
 @pytest.mark.parametrize("runner, words", [(run_ppo, []), (run_dpo, []), (run_sft, ["--stage", "align"])])
 def test_a_training_that_does_not_fit_is_refused(runner, words, tmp_path, monkeypatch, capsys):
     """By the runners themselves, before anything is written."""
-    monkeypatch.setattr(room, "free_memory", lambda device="cpu": 1000)
+    monkeypatch.setattr(room, "free_memory", lambda device="cpu": 64 * 1024)
     words = ["--output_dir", str(tmp_path / "run"), *words]
     monkeypatch.setattr(sys, "argv", ["runner.py", "--policy", "tiny", "--trainable", "adapter", *words])
     with pytest.raises(SystemExit) as stop:

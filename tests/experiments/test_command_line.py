@@ -233,8 +233,8 @@ def test_help_has_groups_choices_and_what_files_alone_have(monkeypatch, capsys):
     [
         (collect, "lora_rank trainable gamma async_rollouts output_dir eval_episodes"),
         (evaluate, "lora_rank vision_encoder image_size gamma rollout_backend eval_episodes"),
-        (run_sft, "num_envs gamma rollout_backend beta rounds resume save_every"),
-        (run_dpo, "stage captions gamma rollout_backend warmup_steps resume"),
+        (run_sft, "num_envs gamma rollout_backend beta rounds save_every"),
+        (run_dpo, "stage captions gamma rollout_backend warmup_steps"),
         (run_ppo, "player stage beta epochs dataset"),
     ],
 )

@@ -17,7 +17,7 @@ from manako.experiments import collect, evaluate, run_dpo, run_ppo, run_sft
 from tests.experiments.test_run_ppo import rows, run, words
 from tests.helpers.small_envs import Corridor
 
-ENV = "tests.experiments.test_life:tests/Faulty-v0"
+ENV = "tests.experiments.test_life:tests/Fragile-v0"
 FAST = {"total_steps": 128, "eval_episodes": 4, "gif_episodes": 0, "num_ppo_epochs": 1}
 
 
@@ -34,7 +34,7 @@ class Faulty(Corridor):
     def step(self, action):
         place, reward, terminated, truncated, info = super().step(action)
         fault = self.fault()
-        if fault == "step" and self.steps == 2:
+        if fault == "step":
             raise RuntimeError("flaky")
         return place, float(fault) if fault.startswith("1e") else reward, terminated, truncated, info
 
@@ -48,7 +48,7 @@ class Faulty(Corridor):
             raise RuntimeError("no way out")
 
 
-gym.register("tests/Faulty-v0", Faulty)
+gym.register("tests/Fragile-v0", Faulty)
 
 
 def faulty(folder: Path, output: Path, **settings) -> list[str]:
@@ -98,7 +98,7 @@ def test_an_environment_that_breaks_in_training_loses_nothing(fault, whole, tmp_
         assert run(faulty(tmp_path, tmp_path / "run"), patch) == 1
     out, err = capfd.readouterr()
     assert "Stopped after iteration 2 of 4. Go on with:" in out and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: tests/Faulty-v0") and "slot 0, episode seed" in err
+    assert err.splitlines()[-1].startswith("error: tests/Fragile-v0") and "slot 0, episode seed" in err
     assert not (tmp_path / "run/.staging").exists()
     fault_file.unlink()  # repaired
     assert run(command_of(out), monkeypatch) == 0
@@ -152,6 +152,8 @@ def test_an_error_that_nobody_foresaw_is_a_sentence_and_a_file(whole, tmp_path, 
     assert run(command_of(out), monkeypatch) == 0 and same_weights(tmp_path / "run/final", whole / "final")
 
 
+@pytest.mark.slow
+@pytest.mark.fault
 def test_the_advice_on_numbers_that_break_can_be_followed(tmp_path, monkeypatch, capfd):
     """A learning rate of 1e4 breaks the numbers; the printed command, and those that it prints, end in a whole run."""
     arguments = faulty(tmp_path, tmp_path / "run", learning_rate=1e6, num_ppo_epochs=2)
@@ -166,6 +168,8 @@ def test_the_advice_on_numbers_that_break_can_be_followed(tmp_path, monkeypatch,
     assert changes[0]["changes"]["learning_rate"] == [1e6, 1e5]
 
 
+@pytest.mark.slow
+@pytest.mark.fault
 def test_a_finished_run_is_prolonged(whole, tmp_path, monkeypatch, capfd):
     """With a constant rate it is, bit for bit, the one that had been so long from the start."""
     constant = {"lr_scheduler_type": "constant"}
@@ -221,8 +225,15 @@ def signal_at_step(number: int, patch, round_number: int = 0) -> None:
     ("main", "settings", "round_number"),
     [
         (run_sft.main, {"loss": "actions", "epochs": 2}, 0),
-        (run_sft.main, {"loss": "tokens", "trainable": "lora"}, 0),
-        (run_dpo.main, {"trainable": "lora", "rounds": 2, "episodes": 8, "num_steps": 8, "pairs": "expert"}, 0),
+        pytest.param(
+            run_sft.main, {"loss": "tokens", "trainable": "lora"}, 0, marks=[pytest.mark.slow, pytest.mark.fault]
+        ),
+        pytest.param(
+            run_dpo.main,
+            {"trainable": "lora", "rounds": 2, "episodes": 8, "num_steps": 8, "pairs": "expert"},
+            0,
+            marks=[pytest.mark.slow, pytest.mark.fault],
+        ),
     ],
 )
 def test_a_stopped_fine_tuning_goes_on_bit_for_bit(main, settings, round_number, dataset, tmp_path, monkeypatch, capfd):
@@ -275,7 +286,7 @@ def test_faulty_is_faulty(tmp_path):
     (tmp_path / "fault").write_text("step")
     from manako.envs import EpisodeVectorEnv
 
-    with contextlib.closing(EpisodeVectorEnv("tests/Faulty-v0", 1, env_kwargs={"folder": str(tmp_path)})) as env:
+    with contextlib.closing(EpisodeVectorEnv("tests/Fragile-v0", 1, env_kwargs={"folder": str(tmp_path)})) as env:
         env.reset()
         with pytest.raises(EnvError, match="flaky"):
             for _ in range(3):

@@ -61,6 +61,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_two_new_runs_at_once_and_a_second_resume(undisturbed, tmp_path):
     folder = tmp_path / "run"
     first, second = (
@@ -75,6 +76,7 @@ def test_two_new_runs_at_once_and_a_second_resume(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_a_second_resume_is_told_who_and_touches_nothing(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
@@ -102,6 +104,7 @@ def limited(size: int):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "largest", [600_000, 1_200_000]
 )  # bytes of a file: the weights do not fit; the optimizer does not
@@ -129,6 +132,7 @@ def can_mount(place: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.timeout(1200)
 def test_a_full_disk(undisturbed, tmp_path):
     """A small tmpfs that something else fills while the run goes on."""
@@ -179,7 +183,8 @@ def test_room_is_estimated(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(6000)
+@pytest.mark.fault
+@pytest.mark.timeout(3000)
 def test_killed_at_random_moments(tmp_path):
     """Runs from their first start to their last evaluation: killed, gone on with, killed again, 20 times in all."""
     assert run(words(tmp_path / "whole", STEPS)).returncode == 0

@@ -141,6 +141,7 @@ def _is_of_another_kind(function: ast.expr) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.parametrize("rest", ["| head -1", ">&-", "> /dev/full"])
 def test_a_run_that_nobody_hears_is_finished(rest, place):
     flags = "--total_steps 32 --num_envs 4 --num_steps 4 --minibatch_size 8 --eval_episodes 4 --gif_episodes 0"

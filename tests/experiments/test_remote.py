@@ -13,6 +13,7 @@ from manako.experiments import collect, evaluate, run_dpo, run_ppo, run_sft
 from manako.experiments.common.command_line import run_main
 from tests.helpers.chat_server import ChatServer, Fault, letters
 from tests.helpers.small_runs import goto_policy
+from tests.helpers.words import last_of_each
 
 pytest.importorskip("openai", reason="the extra `remote` is not installed")
 KEY = "sk-secret/0123456789"
@@ -32,7 +33,7 @@ def run(monkeypatch, capfd):
 
     def runs(name, *words, server=None):
         asked = ["--remote_url", server.url, "--remote_model", "m"] if server else []
-        monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *words, *asked])
+        monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *last_of_each([*words, *asked])])
         with pytest.raises(SystemExit) as stop:
             run_main(RUNNERS[name].main)
         return stop.value.code, *capfd.readouterr()

@@ -7,6 +7,7 @@ import pytest
 
 from manako.experiments import evaluate, run_ppo, run_sft
 from manako.experiments.common.command_line import run_main
+from tests.helpers.words import last_of_each
 
 SMALL = "--env manako/ColorMatch-v0 --num_envs 8 --num_steps 4 --minibatch_size 32 --eval_episodes 8 --gif_episodes 1"
 WRITING = "--action_format text --answer_template plain --answer_tokens 6"
@@ -17,7 +18,7 @@ def run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def command(module, words):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__.rsplit('.')[-1]}.py", *words.split()])
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__.rsplit('.')[-1]}.py", *last_of_each(words.split())])
         with pytest.raises(SystemExit) as ended:
             run_main(module.main)
         return ended.value.code, *capfd.readouterr()

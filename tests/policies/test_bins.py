@@ -217,6 +217,7 @@ def test_a_folder_from_before_there_were_vectors_loads(tmp_path):
     for name in ("bins", "bin_spacing"):
         del description["source"][name]
     (tmp_path / "policy.json").write_text(json.dumps(description))
+    (tmp_path / "manifest.json").unlink()
     assert load_policy(PolicySource(str(tmp_path)), ("a b", "c d"), SHAPE).codec.names == ("a b", "c d")
     assert load_policy(PolicySource(str(tmp_path)), NAMES, SHAPE, BOX).codec.format == "bins"
 

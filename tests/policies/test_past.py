@@ -83,6 +83,7 @@ def test_a_run_from_before_there_was_a_past_loads_and_may_be_given_one(tmp_path)
     description = json.loads(file.read_text())
     assert description["source"].pop("frames") == 1 and description["source"].pop("history") == 0
     file.write_text(json.dumps(description))
+    (tmp_path / "manifest.json").unlink()
     assert load(tmp_path).spec.frames == 1
     more = load(tmp_path, frames=2, history=1)
     assert more.spec.frames == 2 and more.spec.history == 1

@@ -170,7 +170,7 @@ def test_this_machine():
 
 @pytest.mark.parametrize(
     "count, words",
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * GIB, "3.0 GiB"), (2**50, "1024.0 TiB")],
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * GIB, "3.0 GiB"), (2**50, "1.0 PiB")],
 )
 def test_bytes_in_words(count, words):
     assert room.in_words(count) == words

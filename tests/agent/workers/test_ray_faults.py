@@ -49,8 +49,8 @@ def rollouts_of(backend, folder, timeout=30.0, step_timeout=None, **kwargs):
     [
         ("ray-env", "raise", 3),
         ("ray-env", "exit", 0),
-        pytest.param("ray-env", "die", 0, marks=pytest.mark.slow),
-        pytest.param("ray-replica", "raise", 3, marks=pytest.mark.slow),
+        pytest.param("ray-env", "die", 0, marks=[pytest.mark.slow, pytest.mark.fault]),
+        pytest.param("ray-replica", "raise", 3, marks=[pytest.mark.slow, pytest.mark.fault]),
     ],
 )
 def test_chance_breaks_lose_and_repeat_no_episode(backend, kind, always, tmp_path):
@@ -64,6 +64,7 @@ def test_chance_breaks_lose_and_repeat_no_episode(backend, kind, always, tmp_pat
     assert ledger.faults_against(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_workers_that_die_always_at_one_step_cost_its_episodes_and_not_the_run(tmp_path):
     """The replay dies as well: the segment's episodes are given up, with what was seen before, and new ones begin."""
     with rollouts_of("ray-env", tmp_path, rate=0.0, kind="die", always=5) as rollouts:
@@ -116,6 +117,7 @@ print("OUT", out[-400:])
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.parametrize("process", ["gcs_server", "raylet"])
 def test_a_lost_head_ends_the_run_soon_with_a_checkpoint_and_no_orphans(process, tmp_path):
     done = subprocess.run(
@@ -144,6 +146,7 @@ def test_a_value_outside_the_contract_ends_it_with_its_sentence_and_is_never_giv
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.parametrize("kind", ["raise", "die"])
 def test_a_minute_of_soaking_accounts_for_every_episode(kind):
     """`soak.py` trains; its 30 minutes are a command."""

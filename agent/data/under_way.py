@@ -1,0 +1,196 @@
+"""Where a recording is, on disk, so that one that is stopped goes on where it was: no step is played twice.
+
+    identity.json   what makes it this recording and no other
+    0.npz, 1.npz    the rollouts so far, in their order: arrays, and texts as JSON; no pickle
+    state.json      how many of them there are, and where the environments are after the last
+
+A file is written once; state.json comes last and counts what is whole. The episodes that are being played come back by
+their actions, so what is recorded is what would have been without the stop. An expert that has made a plan plans anew.
+"""
+
+import json
+import os
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from manako.agent.checkpoint import disk_refused
+from manako.agent.errors import TrainingError
+from manako.agent.rollout import Episode, Record, Rollout
+from manako.errors import type_and_text
+from manako.policies.interface import Rows
+
+SECONDS = 120.0  # between two writings
+IDENTITY, STATE = "identity.json", "state.json"
+TENSORS = ("logprobs", "mask", "values", "next_values", "rewards", "terminated", "truncated")
+OF_RECORD = ("seeds", "steps", "success", "rewards", "expert_actions", "action_masks")  # tensors too
+TEXTS = ("instructions", "thoughts", "expert_thoughts")
+
+
+class _Fault(NamedTuple):
+    """What an environment broke with in a former start, as it said then."""
+
+    slot: int
+    seed: int
+    step: int
+    given_up: bool
+    sentence: str
+    traceback: str
+
+
+class UnderWay:
+    """The folder of one recording.
+
+    Args:
+        folder: its place.
+        identity: what it is of, as JSON.
+
+    Attributes:
+        rollouts: those so far, of former starts too.
+        state: where the environments are after the last one that was written before this start; None for a new one.
+
+    Raises:
+        TrainingError: another recording lies there, or a damaged one.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+        self.rollouts: list[Rollout] = []
+        self.state: dict[str, Any] | None = None
+        self._last: dict[str, Any] | None = None  # after the last rollout
+        self._written, self._when = 0, time.monotonic()
+        if folder.exists():
+            self._read()
+
+    def add(self, rollout: Rollout, state: dict[str, Any]) -> None:
+        """Takes the next rollout, and where the environments are after it; writes by the clock."""
+        self.rollouts.append(rollout)
+        self._last = state
+        if time.monotonic() - self._when >= SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Writes what is not written yet.
+
+        Raises:
+            DiskError: the disk refuses.
+        """
+        if self._last is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _put(self.folder / IDENTITY, json.dumps(self.identity))
+            for number in range(self._written, len(self.rollouts)):
+                with (self.folder / f"{number}.npz.tmp").open("wb") as file:
+                    np.savez_compressed(file, **_packed(self.rollouts[number]))
+                os.replace(self.folder / f"{number}.npz.tmp", self.folder / f"{number}.npz")
+            _put(self.folder / STATE, json.dumps({"rollouts": len(self.rollouts), "env": self._last}))
+        except OSError as error:
+            raise disk_refused(self.folder, error) from error
+        self._written, self._when = len(self.rollouts), time.monotonic()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is something on disk to go on with."""
+        return self._written > 0
+
+    def end(self) -> None:
+        """Removes the folder: what it held is elsewhere."""
+        for file in self.folder.iterdir() if self.folder.is_dir() else ():
+            file.unlink()
+        if self.folder.is_dir():
+            self.folder.rmdir()
+
+    def _read(self) -> None:
+        try:
+            identity = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))
+            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            rollouts = []
+            for number in range(state["rollouts"]):
+                with np.load(self.folder / f"{number}.npz", allow_pickle=False) as content:
+                    rollouts.append(_unpacked({name: content[name] for name in content.files}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise TrainingError(
+                f"{str(self.folder)!r} cannot be gone on with ({type_and_text(error)}): expected what a stopped "
+                "recording has left, so remove it and begin anew, or give another --output."
+            ) from error
+        if identity != self.identity:
+            other = next(
+                name for name in {**identity, **self.identity} if identity.get(name) != self.identity.get(name)
+            )
+            raise TrainingError(
+                f"{str(self.folder)!r} is of a recording with other settings ({other} was {identity.get(other)!r}, and "
+                f"is {self.identity.get(other)!r}): give them to go on with it, remove it, or give another --output."
+            )
+        self.rollouts, self._written = rollouts, len(rollouts)
+        self.state = self._last = state["env"]
+
+
+def _put(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _packed(rollout: Rollout) -> dict[str, Any]:
+    """What `to_dataset` reads of a rollout, as arrays by name."""
+    record = rollout.record
+    assert record is not None, "a recording keeps records"
+    arrays = {name: getattr(rollout, name).numpy() for name in TENSORS}
+    arrays |= {f"actions.{name}": column.numpy() for name, column in rollout.actions.columns.items()}
+    arrays |= {f"record.{name}": of.numpy() for name in OF_RECORD if (of := getattr(record, name)) is not None}
+    if rollout.failed is not None:
+        arrays["failed"] = rollout.failed.numpy()
+    arrays |= {"record.to_env": record.to_env, "record.images": record.images}
+    last = sorted(record.last_images)
+    if last:
+        arrays["record.last_images"] = np.stack([record.last_images[place] for place in last])
+    said = {
+        "texts": {name: getattr(record, name) for name in TEXTS},
+        "last": last,
+        "outcomes": rollout.outcomes,
+        "fillers": rollout.actions.fillers,
+        "episodes": [vars(episode) for episode in rollout.episodes],
+        "faults": [fault._asdict() for fault in rollout.faults],
+        "version": rollout.version,
+        "seconds": rollout.seconds,
+    }
+    return {**arrays, "said": np.frombuffer(json.dumps(said).encode(), np.uint8)}
+
+
+def _unpacked(arrays: dict[str, np.ndarray]) -> Rollout:
+    said = json.loads(arrays["said"].tobytes())
+    columns = {name[8:]: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("actions.")}
+    tensors = {name: torch.from_numpy(arrays[name]) for name in TENSORS}
+    frames: Sequence[np.ndarray] = arrays.get("record.last_images", ())  # type: ignore[assignment]
+    of_record: dict[str, Any] = {
+        name: torch.from_numpy(arrays[f"record.{name}"]) if f"record.{name}" in arrays else None for name in OF_RECORD
+    }
+    record = Record(
+        to_env=arrays["record.to_env"],
+        images=arrays["record.images"],
+        last_images={(t, slot): frame for (t, slot), frame in zip(said["last"], frames, strict=True)},
+        **of_record,
+        **said["texts"],
+    )
+    nothing = Rows({"": torch.zeros(0)})
+    return Rollout(
+        inputs=nothing,
+        actions=Rows(columns, said["fillers"]),
+        reference=None,
+        bootstrap=nothing,
+        bootstrap_at=torch.zeros(0, 2, dtype=torch.long),
+        episodes=[Episode(**episode) for episode in said["episodes"]],
+        failed=torch.from_numpy(arrays["failed"]) if "failed" in arrays else None,
+        faults=[_Fault(**fault) for fault in said["faults"]],
+        version=said["version"],
+        seconds=said["seconds"],
+        outcomes=said["outcomes"],
+        record=record,
+        **tensors,
+    )
