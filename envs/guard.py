@@ -136,11 +136,12 @@ def space_check(space: gym.Space) -> Check:
         return functools.partial(_check_dict, {name: space_check(part) for name, part in space.spaces.items()})
     if isinstance(space, gym.spaces.Tuple):
         return functools.partial(_check_tuple, [space_check(part) for part in space.spaces])
-    kinds = (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
-    if isinstance(space, kinds):
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return functools.partial(_check_choices, space, space.start, space.start + space.nvec)
+    if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiBinary)):
         return functools.partial(_check_contained, space)
     if isinstance(space, gym.spaces.Text):
-        return functools.partial(_check_text, space)
+        return _Text(space)
     return _anything  # graphs, sequences, spaces of others: the frame and the text are looked at anyway
 
 
@@ -194,6 +195,30 @@ def _check_tuple(checks: list[Check], value: Any) -> str | None:
 
 def _check_contained(space: gym.Space, value: Any) -> str | None:
     return None if space.contains(value) else f"is {_short(value)}, which is not in {_name(space)}"
+
+
+def _check_choices(space: gym.spaces.MultiDiscrete, low: np.ndarray, high: np.ndarray, value: Any) -> str | None:
+    """As `contains`, which takes five times as long."""
+    right = isinstance(value, np.ndarray) and value.shape == low.shape and value.dtype.kind in "iu"
+    if right and ((value >= low) & (value < high)).all():
+        return None
+    return _check_contained(space, value)
+
+
+class _Text:
+    """A text of a space; the same object is looked at once, since it is shown in many steps."""
+
+    def __init__(self, space: gym.spaces.Text) -> None:
+        self.space = space
+        self._right: object = None
+
+    def __call__(self, value: Any) -> str | None:
+        if value is self._right and value is not None:
+            return None
+        wrong = _check_text(self.space, value)
+        if wrong is None:
+            self._right = value
+        return wrong
 
 
 def _check_text(space: gym.spaces.Text, value: Any) -> str | None:

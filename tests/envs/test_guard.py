@@ -140,6 +140,12 @@ OBSERVATIONS = {
     "a key": (gym.spaces.Dict(a=BOX), {"b": 1}, "lacks 'a'"),
     "no dict": (gym.spaces.Dict(a=BOX), None, "is None, expected a dict with 'a'"),
     "of a tuple": (gym.spaces.Tuple([BOX]), (np.ones(1),), r"of place 0 has the shape \(1,\)"),
+    "choices": (
+        gym.spaces.MultiDiscrete([2, 3], start=[1, 0]),
+        np.array([1, 3]),
+        r"is array\(\[1, 3\]\) .*MultiDiscrete",
+    ),
+    "too few": (gym.spaces.MultiDiscrete([2, 3]), np.array([1]), r"is array\(\[1\]\) .*not in MultiDiscrete"),
     "flags": (gym.spaces.MultiBinary(2), np.array([0, 2]), r"is array\(\[0, 2\]\) .*not in MultiBinary"),
 }
 
