@@ -110,8 +110,9 @@ WRITING = {"action_format": "text", "answer_template": "plain", "answer_tokens":
 BACKENDS = {"ray-env": central, "ray-replica": replica}
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 # where the supervisor does the same for both, and starting copies of the policy takes the time
+LONG = [pytest.mark.slow, pytest.mark.fault]
 mostly_env = pytest.mark.parametrize(
-    "backend", [central, pytest.param(replica, marks=pytest.mark.slow)], ids=["ray-env", "ray-replica"]
+    "backend", [central, pytest.param(replica, marks=LONG)], ids=["ray-env", "ray-replica"]
 )
 
 
@@ -298,9 +299,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(backend, policy, caplog
 
 
 @mostly_env
-@pytest.mark.parametrize(
-    "kind", ["raise", pytest.param("exit", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["raise", pytest.param("exit", marks=LONG), pytest.param("hang", marks=LONG)])
 def test_an_environment_that_breaks_once_costs_its_fragment_and_nothing_else(backend, kind, policy, tmp_path):
     maker = env_maker("tests/Faulty-v0", folder=str(tmp_path))
     plain = local(NUM_ENVS, policy, batch_size=2, maker=maker)
