@@ -1,7 +1,7 @@
 """What learning needs of environments, and what it gets rollouts from; `agent/` imports no environment."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -67,6 +67,17 @@ class Fault(Protocol):
         """Whether the episode was lost; else it was played again, and goes on."""
 
     def _asdict(self) -> dict[str, Any]: ...
+
+
+class ToldFault(NamedTuple):
+    """A `Fault` of which no environment is at hand: told by a lost worker's learner, or by a former start's files."""
+
+    slot: int
+    seed: int
+    step: int
+    given_up: bool
+    sentence: str
+    traceback: str
 
 
 class VectorEnv(Protocol):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manako.agent.errors import TrainingError
-from manako.plain import shown
+from manako.plain import printable
 
 LOCK = ".lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
@@ -125,7 +125,7 @@ def _acquire(file: Path, what: Path) -> int | None:
             said = os.read(descriptor, LONGEST).decode(errors="replace")
             os.close(descriptor)
             if error.errno in TAKEN:
-                by = shown(" ".join(said.split())) or "another process"
+                by = printable(" ".join(said.split())) or "another process"
                 raise InUseError(
                     f"{what} is in use, {by} writes there: wait until it has ended, or give another place."
                 ) from error

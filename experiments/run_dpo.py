@@ -9,6 +9,7 @@ A round: trajectories (the dataset in the first one if given, else the policy's 
 the policy as it was, evaluation. See agent/tuning/preferences.py for how pairs are made.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -36,8 +37,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show_loading,
 )
 from manako.experiments.common.remote import asking, check_flags  # noqa: E402
-from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
-from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import starting  # noqa: E402
 from manako.experiments.common.settings import DPOCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 from manako.policies.remote.settings import REMOTE  # noqa: E402
@@ -47,21 +47,14 @@ def main() -> int:
     """Runs all rounds; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    resumes = line.settings.run.resume is not None
-    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
     remote = line.settings.remote if line.settings.dpo.pairs == REMOTE else None
-    with going_on(run_dir) if resumes else making(run_dir), asking(remote):
-        command, checkpoint, changes = line.settings, None, None
-        if resumes:
-            check_unfinished(run_dir)
-            command, checkpoint, changes = begin_again(line)
-        place = f", from {checkpoint.name if checkpoint else 'the start of its round'}" if resumes else ""
-        show("run", f"{run_dir}{place}")
-        command = with_trainable(command)
+    with starting(line) as start, asking(remote):
+        show("run", start.in_words("the start of its round"))
+        command = with_trainable(start.command)
         show_loading()
         from manako.experiments.common.dpo_training import train  # torch and all
 
-        return train(command, run_dir, checkpoint, changes, started)
+        return train(dataclasses.replace(start, command=command), started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[DPOCommand]:

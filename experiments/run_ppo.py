@@ -11,7 +11,7 @@ at the end of the iteration and prints the command that goes on from it, as does
 then, such as --learning_rate and --total_steps, is in experiments/common/resuming.py.
 """
 
-import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -39,8 +39,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
     show_loading,
 )
-from manako.experiments.common.resuming import Changes, begin_again, check_length, run_to_resume  # noqa: E402
-from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import starting  # noqa: E402
 from manako.experiments.common.settings import GOTO, PPOCommand, check_together  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -50,36 +49,17 @@ def main() -> int:
     started = time.perf_counter()
     line = read_line()
     # What can be refused is refused before anything is written, and before the heavy imports where it can be.
-    with contextlib.ExitStack() as stack:
-        if line.settings.run.resume:
-            run_dir = run_to_resume(line)
-            stack.enter_context(going_on(run_dir))
-            command, checkpoint, changes = resumed(line)
-        else:
-            command, run_dir, checkpoint, changes = line.settings, new_run_dir(line.settings), None, None
-            stack.enter_context(making(run_dir))
-        return run(line, command, run_dir, checkpoint, changes, started)
+    with starting(line) as start:
+        show("run", start.in_words())
+        if line.file is not None:
+            names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
+            show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
+        command = with_trainable(start.command)
+        check_together(command)
+        show_loading("nothing was begun, give the same command again")
+        from manako.experiments.common.ppo_training import train  # torch and all
 
-
-def run(
-    line: CommandLine[PPOCommand],
-    command: PPOCommand,
-    run_dir: Path,
-    checkpoint: Path | None,
-    changes: Changes | None,
-    started: float,
-) -> int:
-    """Runs what `main` has found, in a folder that it holds; returns the exit code."""
-    show("run", f"{run_dir}" + ("" if changes is None else f", from {checkpoint.name if checkpoint else 'its start'}"))
-    if line.file is not None:
-        names = {str(GOTO): str(GOTO.relative_to(ROOT))}  # as the README calls it, wherever this is started
-        show("settings", names.get(line.file, "given as text" if line.file.startswith("{") else line.file))
-    command = with_trainable(command)
-    check_together(command)
-    show_loading("nothing was begun, give the same command again")
-    from manako.experiments.common.ppo_training import train  # torch and all
-
-    return train(command, run_dir, checkpoint, changes, started)
+        return train(dataclasses.replace(start, command=command), started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]:
@@ -94,21 +74,6 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[PPOCommand]
         arguments,
         file_without=(GOTO, ("env", "resume")),
     )
-
-
-def resumed(line: CommandLine[PPOCommand]) -> tuple[PPOCommand, Path | None, Changes]:
-    """Returns the settings of the run to go on with, its last whole checkpoint, and what came that is new.
-
-    A run that was stopped before its first checkpoint has none, and begins again.
-
-    Raises:
-        UsageError: no run there, a finished one, damaged checkpoints alone, or flags that a run keeps from its start.
-    """
-    command, checkpoint, changes = begin_again(line)
-    iteration = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
-    samples = command.environment.num_envs * command.ppo.num_steps
-    check_length(changes, run_to_resume(line), iteration, samples)
-    return command, checkpoint, changes
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ The run folder holds final/ for --policy of any other runner, the evaluation bes
 model has forgotten: perplexity of text and questions answered, before and after.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -42,8 +43,7 @@ from manako.experiments.common.command_line import (  # noqa: E402
     show,
     show_loading,
 )
-from manako.experiments.common.resuming import begin_again, check_unfinished, run_to_resume  # noqa: E402
-from manako.experiments.common.run_folder import going_on, making, new_run_dir  # noqa: E402
+from manako.experiments.common.resuming import starting  # noqa: E402
 from manako.experiments.common.settings import SFTCommand  # noqa: E402
 from manako.experiments.common.what_learns import with_trainable  # noqa: E402
 
@@ -52,21 +52,15 @@ def main() -> int:
     """Runs one stage; returns the exit code."""
     started = time.perf_counter()
     line = read_line()
-    resumes = line.settings.run.resume is not None
-    run_dir = run_to_resume(line) if resumes else new_run_dir(line.settings)
-    with going_on(run_dir) if resumes else making(run_dir):
-        command, checkpoint, changes = line.settings, None, None
-        if resumes:
-            check_unfinished(run_dir)
-            command, checkpoint, changes = begin_again(line)
-        place = f", from {checkpoint.name if checkpoint else 'its start'}" if resumes else ""
-        show("run", f"{run_dir}{place}")
+    with starting(line) as start:
+        show("run", start.in_words())
+        command = start.command
         if command.sft.stage == "instruct":  # before it the architecture may say what learns
             command = with_trainable(command)
         show_loading()
         from manako.experiments.common.sft_training import train  # torch and all
 
-        return train(command, run_dir, checkpoint, changes, started)
+        return train(dataclasses.replace(start, command=command), started)
 
 
 def read_line(arguments: Sequence[str] | None = None) -> CommandLine[SFTCommand]:

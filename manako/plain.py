@@ -23,7 +23,7 @@ def written_out(text: str) -> str:
     return _WRITTEN.sub(_write, text)
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Returns the text as it is printed: control characters written out, and nothing else touched."""
     return text if text.isprintable() else _HELD.sub(lambda found: _code(found[0]), text)
 

@@ -181,10 +181,7 @@ class Processing:
         width, longest = int(lengths.max()), answers.shape[1]
         rows = torch.arange(len(lengths), device=lengths.device)
         places = lengths[:, None] + torch.arange(longest, device=lengths.device)  # (B, K)
-        ids = pad(inputs["input_ids"][:, :width], 1, longest, self.pad_id)  # (B, L + K)
-        ids[rows[:, None], places] = answers
-        mask = torch.arange(ids.shape[1], device=ids.device) < (lengths + answer_lengths)[:, None]
-        ids = ids.masked_fill(~mask, self.pad_id) if longest else ids
+        ids, mask = self.ids_with_answers(inputs, answers, answer_lengths)
         columns = {}
         for name in self.of_tokens:
             column = pad(inputs[name][:, :width], 1, longest, 0)
@@ -197,6 +194,14 @@ class Processing:
         columns |= {name: inputs[name] for name in self.of_text}
         given = {"input_ids": ids, "attention_mask": mask.long(), **self.pixels(inputs), **columns}
         return {name: self._cast(value) for name, value in given.items()}
+
+    def ids_with_answers(self, inputs: Rows, answers: Tensor, answer_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the tokens of prompts and answers (B, L + K), and which of them are no padding (B, L + K) bool."""
+        lengths, longest = inputs["lengths"], answers.shape[1]
+        places = lengths[:, None] + torch.arange(longest, device=lengths.device)  # (B, K)
+        ids = pad(inputs["input_ids"][:, : int(lengths.max())], 1, longest, self.pad_id).scatter(1, places, answers)
+        mask = torch.arange(ids.shape[1], device=ids.device) < (lengths + answer_lengths)[:, None]
+        return (ids.masked_fill(~mask, self.pad_id) if longest else ids), mask
 
     def training_inputs(self, inputs: Rows, answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Returns the model's inputs with an answer of its own for each prompt, and where the answers are.

@@ -375,8 +375,7 @@ class TextPolicy(VLMPolicy):
 
     def _allowed(self, before: list[int], actions: Sequence[bool] | None) -> list[int] | None:
         """What may follow in a constrained answer; None: anything, since there is no cue yet, or it went astray."""
-        begun, pending = self._whole_characters(before)
-        text = self.processor.tokenizer.decode(begun)
+        text, pending = self._whole_characters(before)
         start = self.template.action_part(text)
         if start is None:
             return None
@@ -396,14 +395,14 @@ class TextPolicy(VLMPolicy):
             self._tries[endings, pending] = self._first_tokens(endings, pending)
         return self._tries[endings, pending] or None
 
-    def _whole_characters(self, tokens: list[int]) -> tuple[list[int], tuple[int, ...]]:
-        """The tokens up to the last whole character, and those by which the next one has begun."""
+    def _whole_characters(self, tokens: list[int]) -> tuple[str, tuple[int, ...]]:
+        """The text up to the last whole character, and the tokens by which the next one has begun."""
         decode = self.processor.tokenizer.decode
-        for count in range(min(MOST_OF_CHARACTER, len(tokens) + 1)):
-            whole = tokens[: len(tokens) - count]
-            if not decode(whole).endswith(HALF):
-                return whole, tuple(tokens[len(whole) :])
-        return tokens, ()
+        for whole in range(len(tokens), max(-1, len(tokens) - MOST_OF_CHARACTER), -1):
+            text = decode(tokens[:whole])
+            if not text.endswith(HALF):
+                return text, tuple(tokens[whole:])
+        return decode(tokens), ()
 
     def _continues(self, written: str, pending: tuple[int, ...]) -> list[int]:
         """The tokens by which a text that has begun goes on within the space; [] where it has left it."""

@@ -15,13 +15,14 @@ import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from manako.agent.checkpoint import disk_refused
 from manako.agent.errors import TrainingError
+from manako.agent.interfaces import ToldFault
 from manako.agent.rollout import Episode, Record, Rollout
 from manako.errors import full_text
 from manako.manifest import sha256
@@ -32,17 +33,6 @@ STATE = "state.json"
 TENSORS = ("logprobs", "mask", "values", "next_values", "rewards", "terminated", "truncated")
 OF_RECORD = ("seeds", "steps", "success", "rewards", "expert_actions", "action_masks")  # tensors too
 TEXTS = ("instructions", "thoughts", "expert_thoughts")
-
-
-class _Fault(NamedTuple):
-    """What an environment broke with in a former start, as it said then."""
-
-    slot: int
-    seed: int
-    step: int
-    given_up: bool
-    sentence: str
-    traceback: str
 
 
 class UnderWay:
@@ -194,7 +184,7 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Rollout:
         bootstrap_at=torch.zeros(0, 2, dtype=torch.long),
         episodes=[Episode(**episode) for episode in said["episodes"]],
         failed=torch.from_numpy(arrays["failed"]) if "failed" in arrays else None,
-        faults=[_Fault(**fault) for fault in said["faults"]],
+        faults=[ToldFault(**fault) for fault in said["faults"]],
         version=said["version"],
         seconds=said["seconds"],
         outcomes=said["outcomes"],

@@ -91,6 +91,11 @@ def cut_metrics(run_dir: Path, iteration: int) -> None:
             "curve will lack them; the run itself goes on whole",
             flush=True,
         )
+    rewrite_metrics(run_dir, rows)
+
+
+def rewrite_metrics(run_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes metrics.jsonl anew, in one piece."""
     temporary = run_dir / (METRICS_FILE + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(run_dir / METRICS_FILE)

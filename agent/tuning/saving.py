@@ -5,14 +5,13 @@ place in the data. What goes on from one goes on bit for bit. Where the loss is 
 before it is what broke it, and the one by the clock is older.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from manako.agent.checkpoint import filled
 from manako.agent.errors import NotFiniteError
-from manako.agent.report.callbacks import Checkpoints, read_metrics
+from manako.agent.report.callbacks import Checkpoints, read_metrics, rewrite_metrics
 from manako.policies.interface import Policy
 
 
@@ -100,7 +99,5 @@ def cut_steps(run_dir: Path, step: int, before: int = 0) -> list[dict[str, Any]]
     """
     rows = read_metrics(run_dir, ("step",))
     kept = rows[:before] + [row for row in rows[before:] if row["step"] <= step]
-    temporary = run_dir / "metrics.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    temporary.replace(run_dir / "metrics.jsonl")
+    rewrite_metrics(run_dir, kept)
     return kept[before:]

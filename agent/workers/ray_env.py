@@ -12,7 +12,7 @@ import torch
 from manako.agent.backends import RolloutPlan
 from manako.agent.collector import RolloutCollector
 from manako.agent.errors import TrainingError, WorkersError
-from manako.agent.interfaces import Shown
+from manako.agent.interfaces import Shown, ToldFault
 from manako.agent.rollout import Rollout
 from manako.agent.workers.env_worker import EnvWorker, MakeSegment
 from manako.agent.workers.options import WorkerOptions
@@ -21,7 +21,6 @@ from manako.agent.workers.segments import (
     Advice,
     Differs,
     History,
-    LostEpisode,
     Observed,
     Played,
     ReplayDiffersError,
@@ -191,7 +190,7 @@ class RayVectorEnv:
         returns = np.where(self._ended[slots], 0.0, self.episode_returns[slots])
         why = self.supervisor.last_reason
         faults = [
-            LostEpisode(slot, seed, int(length) + 1, True, f"slot {slot}, episode seed {seed}: {why}", "")
+            ToldFault(slot, seed, int(length) + 1, True, f"slot {slot}, episode seed {seed}: {why}", "")
             for slot, seed, length in zip(range(first, first + size), seeds, lengths, strict=True)
         ]
         return Played(

@@ -77,17 +77,6 @@ class Advice(NamedTuple):
     thoughts: tuple[str, ...] | None  # n; None where the environment does not say
 
 
-class LostEpisode(NamedTuple):
-    """A `Fault`: an episode that was lost with its worker, and whose replay was lost as well."""
-
-    slot: int
-    seed: int
-    step: int
-    given_up: bool
-    sentence: str
-    traceback: str
-
-
 class Differs(NamedTuple):
     """The answer of a worker that replayed a segment, and came out elsewhere than the learner has been."""
 

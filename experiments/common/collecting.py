@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +25,10 @@ from manako.agent.interfaces import NOT_FIXED, Rollouts
 from manako.agent.report.unfinished import policy_digest
 from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
-from manako.errors import ManakoError, full_text, type_and_text
 from manako.experiments.common import stopping
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
 from manako.experiments.common.command_line import UsageError, as_sections
-from manako.experiments.common.ending import ERROR_FILE, RunEndedError
+from manako.experiments.common.ending import ended_by
 from manako.experiments.common.environments import dead_frames, knows_expert, make_segment, make_vector_env, warn_of
 from manako.experiments.common.outcomes import outcome_in_words
 from manako.experiments.common.progress import outcomes_in_words
@@ -140,12 +138,7 @@ def _keeping(kept: UnderWay | None) -> Iterator[None]:
         print(f"{episodes:,} episodes are kept in {kept.folder}: the same command goes on from there.", flush=True)
         if not isinstance(error, Exception):
             raise
-        if isinstance(error, ManakoError):
-            raise RunEndedError(full_text(error)) from error
-        file = kept.folder / ERROR_FILE
-        with contextlib.suppress(OSError):
-            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        raise RunEndedError(f"{type_and_text(error)}; the traceback is in {file}.") from error
+        raise ended_by(error, kept.folder) from error
 
 
 def named_player(command: CollectCommand) -> str:

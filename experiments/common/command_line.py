@@ -26,7 +26,7 @@ from manako.bounded import YAML_BYTES, BadText, cut, from_yaml, json_object, rea
 from manako.errors import ManakoError, full_text, is_of_the_disk
 from manako.experiments.common import stopping
 from manako.experiments.common.outlet import be_utf8, open_outlets
-from manako.plain import shown as printable
+from manako.plain import printable
 
 Command = TypeVar("Command")
 # what other frameworks call a setting: the first of the names that a runner has is the one meant

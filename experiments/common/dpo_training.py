@@ -31,16 +31,15 @@ from manako.agent.tuning.preferences import (
 from manako.agent.tuning.saving import StepCheckpoints
 from manako.agent.tuning.trainers import PolicyDPOTrainer, PolicyKTOTrainer, check_learns_text
 from manako.envs import Observations
-from manako.experiments.common import stopping
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.collecting import own_trajectories
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.disk_room import check_disk_room
-from manako.experiments.common.ending import Ending
+from manako.experiments.common.ending import Ending, watched
 from manako.experiments.common.environments import ignored_seeds, make_vector_env
 from manako.experiments.common.progress import plain_console, print_parts, print_retention, print_table
 from manako.experiments.common.results import evaluate_run, write_evaluation, write_final
-from manako.experiments.common.resuming import Changes
+from manako.experiments.common.resuming import Start
 from manako.experiments.common.run_folder import write_text
 from manako.experiments.common.settings import DPOCommand
 from manako.experiments.common.sft_training import describe_start, steps_kept
@@ -60,37 +59,25 @@ SAME_SEED = {
 ROUNDS = "rounds.json"  # what was reported of the rounds that are done
 
 
-def train(command: DPOCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None, started: float) -> int:
+def train(start: Start[DPOCommand], started: float) -> int:
     """Trains in rounds; nothing is written before the first one's pairs are made.
 
     A round that was stopped goes on from the policy with which it began, whose trajectories and pairs are made again.
 
     Args:
-        command: the settings.
-        run_dir: the run folder; a new one is made here.
-        checkpoint: of the round under way, where to go on from.
-        changes: what is new of the settings of a run that goes on; None for a new run.
+        start: how; a new run's folder is described here.
         started: `time.perf_counter()` at the program's start.
 
     Returns:
         The exit code.
     """
-    with Ending(run_dir, lower_rate=command.dpo.learning_rate / 10) as ending:
-        stopping.tidy_up_from_here()
-        ending.begun = changes is not None
-        ending.kept = functools.partial(steps_kept, run_dir)
-        _train(command, run_dir, checkpoint, changes, started, ending)
-    return stopping.STOPPED if ending.stopped else 0
+    kept = functools.partial(steps_kept, start.run_dir)
+    rate = start.command.dpo.learning_rate
+    return watched(start.run_dir, start.changes is not None, rate, functools.partial(_train, start, started), kept)
 
 
-def _train(
-    command: DPOCommand,
-    run_dir: Path,
-    checkpoint: Path | None,
-    changes: Changes | None,
-    started: float,
-    ending: Ending,
-) -> None:
+def _train(start: Start[DPOCommand], started: float, ending: Ending) -> None:
+    command, run_dir = start.command, start.run_dir
     environment, dpo, run = command.environment, command.dpo, command.run
     policy, env = policy_of_run(environment, command.policy, run.seed, run.torch_threads)
     if policy.spec.vectors is not None:
@@ -109,7 +96,8 @@ def _train(
     if unseeded is not None:
         console.print(f"seeds        {unseeded}")
     judge = make_judge(command, policy) if dpo.pairs == REMOTE else None
-    reports = _rounds_done(run_dir) if changes is not None else []
+    checkpoint = start.checkpoint  # of the round under way
+    reports = _rounds_done(run_dir) if start.changes is not None else []
     if reports:
         policy.load_weights(_round_folder(run_dir, len(reports)))
         console.print(f"rounds       {len(reports)} of {dpo.rounds} are done")
@@ -126,13 +114,13 @@ def _train(
         if judge is not None:
             console.print(f"judged       {judge.in_words()}; {judge.chooser.client.ledger.in_words()}")
         if not ending.described:  # what can be refused has been
-            describe_start(command, run_dir, checkpoint, changes)
+            describe_start(start)
             ending.begun = ending.described = True
             print_parts(console, policy)
-        start = time.perf_counter()
+        begun = time.perf_counter()
         rows = _train_round(command, policy, pairs, run_dir, checkpoint, sum(row["steps"] for row in reports))
         checkpoint = None
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begun
         reports.append({"round": number + 1, "pairs": len(pairs), "seconds": seconds, "loss": rows[-1]["loss"]})
         reports[-1]["steps"] = len(rows)
         reports[-1]["evaluation"] = evaluate_run(command, policy, run_dir, environment.num_envs)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from manako.agent.errors import NotFiniteError
 from manako.errors import ManakoError, full_text, type_and_text
+from manako.experiments.common import stopping
 
 ERROR_FILE = "error.txt"
 STAGING = ".staging"
@@ -23,6 +24,16 @@ class RunEndedError(ManakoError):
     """A run that had begun was ended by a fault; what it learned is kept."""
 
     exit_code = 1
+
+
+def ended_by(error: Exception, folder: Path) -> RunEndedError:
+    """Returns the sentence for what ended a run; the traceback of what nobody foresaw goes into its folder."""
+    if isinstance(error, ManakoError):
+        return RunEndedError(full_text(error))
+    file = folder / ERROR_FILE
+    with contextlib.suppress(OSError):
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return RunEndedError(f"{type_and_text(error)}; the traceback is in {file}.")
 
 
 class Ending:
@@ -59,18 +70,40 @@ class Ending:
         if not self.begun or not isinstance(error, Exception):
             return False
         print(self._how_to_go_on(error), flush=True)
-        if isinstance(error, ManakoError):
-            raise RunEndedError(full_text(error)) from error
-        file = self.run_dir / ERROR_FILE
-        with contextlib.suppress(OSError):
-            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        raise RunEndedError(f"{type_and_text(error)}; the traceback is in {file}.") from error
+        raise ended_by(error, self.run_dir) from error
 
     def _how_to_go_on(self, error: BaseException) -> str:
         words = ["python", sys.argv[0], "--resume", str(self.run_dir)]
         if isinstance(error, NotFiniteError) and self.lower_rate is not None:
             words += ["--learning_rate", f"{self.lower_rate:g}"]
         return f"{self.kept()} Go on with:\n  {shlex.join(words)}"
+
+
+def watched(
+    run_dir: Path,
+    goes_on: bool,
+    learning_rate: float | None,
+    work: Callable[[Ending], None],
+    kept: Callable[[], str] | None = None,
+) -> int:
+    """Runs a training, and ends it well whatever ends it.
+
+    Args:
+        run_dir: the run folder.
+        goes_on: whether it was there before.
+        learning_rate: of which a tenth is to be tried where numbers broke.
+        work: the training.
+        kept: see `Ending`.
+
+    Returns:
+        The exit code.
+    """
+    with Ending(run_dir, lower_rate=None if learning_rate is None else learning_rate / 10) as ending:
+        stopping.tidy_up_from_here()
+        ending.begun = goes_on
+        ending.kept = kept or ending.kept
+        work(ending)
+    return stopping.STOPPED if ending.stopped else 0
 
 
 @contextlib.contextmanager

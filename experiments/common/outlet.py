@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from manako.plain import shown
+from manako.plain import printable
 
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
@@ -28,7 +28,7 @@ class Outlet(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """Writes a text, its control characters as text."""
-        super().write(shown(text))
+        super().write(printable(text))
         return len(text)
 
 

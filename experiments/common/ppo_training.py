@@ -11,7 +11,6 @@ from manako.agent.interfaces import SEEDED
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
 from manako.agent.report.figures import learning_curve
-from manako.experiments.common import stopping
 from manako.experiments.common.building import (
     check_learns_by_acting,
     connected,
@@ -22,11 +21,11 @@ from manako.experiments.common.building import (
 )
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.disk_room import check_disk_room
-from manako.experiments.common.ending import STAGING, Ending, only_warned
+from manako.experiments.common.ending import STAGING, Ending, only_warned, watched
 from manako.experiments.common.environments import dead_frames, ignored_seeds, sights, warn_of
 from manako.experiments.common.progress import Progress
 from manako.experiments.common.results import evaluate_run, write_evaluation, write_final, write_gif
-from manako.experiments.common.resuming import Changes, in_words, keep_changes, keep_the_end
+from manako.experiments.common.resuming import Start, in_words, keep_changes, keep_the_end
 from manako.experiments.common.run_folder import write_description
 from manako.experiments.common.settings import PPOCommand
 from manako.policies import VLMPolicy
@@ -34,35 +33,27 @@ from manako.policies.room import check_training_room
 from manako.policies.sensitivity import sensitivity
 
 
-def train(command: PPOCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None, started: float) -> int:
+def train(start: Start[PPOCommand], started: float) -> int:
     """Trains from the start or from a checkpoint, and evaluates; connected to Ray where workers play.
 
     Args:
-        command: the settings.
-        run_dir: the run folder; a new one is made here.
-        checkpoint: where to go on from.
-        changes: what is new of the settings of a run that goes on; None for a new run.
+        start: how; a new run's folder is described here.
         started: `time.perf_counter()` at the program's start.
 
     Returns:
         The exit code.
     """
-    with Ending(run_dir, lower_rate=command.ppo.learning_rate / 10) as ending:
-        stopping.tidy_up_from_here()
-        ending.begun = changes is not None
-        with connected(command.workers):
-            _train(command, run_dir, checkpoint, changes, started, ending)
-    return stopping.STOPPED if ending.stopped else 0
+
+    def connected_to_workers(ending: Ending) -> None:
+        with connected(start.command.workers):
+            _train(start, started, ending)
+
+    rate = start.command.ppo.learning_rate
+    return watched(start.run_dir, start.changes is not None, rate, connected_to_workers)
 
 
-def _train(
-    command: PPOCommand,
-    run_dir: Path,
-    checkpoint: Path | None,
-    changes: Changes | None,
-    started: float,
-    ending: Ending,
-) -> None:
+def _train(start: Start[PPOCommand], started: float, ending: Ending) -> None:
+    command, run_dir, checkpoint, changes = start.command, start.run_dir, start.checkpoint, start.changes
     environment, ppo, run = command.environment, command.ppo, command.run
     policy, env = policy_of_run(
         environment, command.policy, run.seed, run.torch_threads, trial=checkpoint is None, num_steps=ppo.num_steps
@@ -95,7 +86,7 @@ def _train(
             raise UsageError(
                 f"The run folder {str(run_dir)!r} cannot be made ({error.strerror}): give another --output_dir."
             ) from error
-        iteration = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        iteration = start.done
         if changes is None:
             write_description(run_dir, command)
         else:

@@ -20,7 +20,7 @@ from manako.envs import EpisodeVectorEnv
 from manako.experiments.common.outcomes import measure_of, outcome_in_words, warnings_of
 from manako.experiments.common.outlet import console_file
 from manako.experiments.common.settings import PPOCommand
-from manako.plain import shown
+from manako.plain import printable
 from manako.policies import VLMPolicy, parameter_table
 from manako.policies.sensitivity import Sensitivity
 from manako.spaces import actions_in_words
@@ -31,7 +31,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Every text that is printed, cells and titles of tables too, goes through here."""
-        return super().render_str(shown(text), **options)
+        return super().render_str(printable(text), **options)
 
 
 def plain_console() -> Console:

@@ -18,15 +18,16 @@ the machine
 Everything else makes another run. Light to import.
 """
 
+import contextlib
 import dataclasses
 import json
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from manako.agent.checkpoint import OF_A_RUN, OF_A_TUNING, latest_checkpoint
 from manako.experiments.common.command_line import (
@@ -38,7 +39,14 @@ from manako.experiments.common.command_line import (
     known_settings,
 )
 from manako.experiments.common.named_modules import check_named
-from manako.experiments.common.run_folder import check_job_folder, read_run_settings, write_config
+from manako.experiments.common.run_folder import (
+    check_job_folder,
+    going_on,
+    making,
+    new_run_dir,
+    read_run_settings,
+    write_config,
+)
 from manako.experiments.common.settings import OF_THE_MACHINE, DPOCommand, PPOCommand, SFTCommand, moved
 
 Command = TypeVar("Command", PPOCommand, SFTCommand, DPOCommand)
@@ -51,6 +59,58 @@ CHANGES = "changes.jsonl"
 OF_THE_END = ("final", "evaluation.json", "episodes.json", "after.gif", "learning_curve.png")
 
 Changes = dict[str, tuple[Any, Any]]  # name of a setting -> what it was, what it is now
+
+
+@dataclasses.dataclass(frozen=True)
+class Start(Generic[Command]):
+    """How a run begins, or goes on.
+
+    Args:
+        command: the settings now.
+        run_dir: the run folder.
+        checkpoint: where it goes on from; None from its start.
+        changes: what is new of the settings of a run that goes on; None for a new run.
+    """
+
+    command: Command
+    run_dir: Path
+    checkpoint: Path | None = None
+    changes: Changes | None = None
+
+    @property
+    def done(self) -> int:
+        """Iterations or steps so far."""
+        return int(self.checkpoint.name.split("-")[1]) if self.checkpoint else 0
+
+    def in_words(self, beginning: str = "its start") -> str:
+        """Returns the folder, and where a run that goes on does so from."""
+        goes_on = "" if self.changes is None else f", from {self.checkpoint.name if self.checkpoint else beginning}"
+        return f"{self.run_dir}{goes_on}"
+
+
+@contextlib.contextmanager
+def starting(line: CommandLine[Command]) -> Iterator[Start[Command]]:
+    """Finds how the run of a command line starts, and holds its folder against every other process for a block.
+
+    Raises:
+        UsageError: a new run's folder exists; none to go on with, a finished one, damaged checkpoints alone, or flags
+            that a run keeps from its start.
+        InUseError: another process holds the folder.
+    """
+    if line.settings.run.resume is None:
+        run_dir = new_run_dir(line.settings)
+        with making(run_dir):
+            yield Start(line.settings, run_dir)
+        return
+    run_dir = run_to_resume(line)
+    with going_on(run_dir):
+        if not isinstance(line.settings, PPOCommand):
+            check_unfinished(run_dir)
+        start = begin_again(line, run_dir)
+        if isinstance(start.command, PPOCommand):
+            samples = start.command.environment.num_envs * start.command.ppo.num_steps
+            check_length(start.changes or {}, run_dir, start.done, samples)
+        yield start
 
 
 def goes_on(line: CommandLine[Command], run_dir: Path) -> tuple[Command, Changes]:
@@ -115,15 +175,14 @@ def run_to_resume(line: CommandLine[Command]) -> Path:
     return run_dir
 
 
-def begin_again(line: CommandLine[Command]) -> tuple[Command, Path | None, Changes]:
-    """Returns the settings of the run that `--resume` names, its last whole checkpoint, and what is new.
+def begin_again(line: CommandLine[Command], run_dir: Path) -> Start[Command]:
+    """Returns how the run in a folder goes on: its settings, its last whole checkpoint, and what is new.
 
     A run that was stopped before its first checkpoint has none, and begins again.
 
     Raises:
         UsageError: damaged checkpoints alone, or flags that a run keeps from its start.
     """
-    run_dir = run_to_resume(line)
     command, changes = goes_on(line, run_dir)
     needed = OF_A_RUN if isinstance(command, PPOCommand) else OF_A_TUNING
     with warnings.catch_warnings(record=True) as faults:
@@ -134,7 +193,7 @@ def begin_again(line: CommandLine[Command]) -> tuple[Command, Path | None, Chang
         raise UsageError(f"{run_dir} holds no whole checkpoint ({found}): start a new run without --resume.")
     if checkpoint is not None and found:
         print(f"warning: {found}; going on from {checkpoint.name}", file=sys.stderr)
-    return command, checkpoint, changes
+    return Start(command, run_dir, checkpoint, changes)
 
 
 def check_unfinished(run_dir: Path) -> None:

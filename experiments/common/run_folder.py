@@ -65,10 +65,8 @@ def making(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         UsageError: it cannot be made.
         InUseError: another process holds it.
     """
-    with contextlib.ExitStack() as stack:
-        _enter(stack, new_folder(folder), f"The run folder {str(folder)!r} cannot be made", flag)
-        with stopping.undone(stack.close):
-            yield
+    with _held(new_folder(folder), f"The run folder {str(folder)!r} cannot be made", flag):
+        yield
 
 
 @contextlib.contextmanager
@@ -79,10 +77,8 @@ def going_on(folder: Path, flag: str = "--resume") -> Iterator[None]:
         UsageError: nothing can be written there.
         InUseError: another process holds it.
     """
-    with contextlib.ExitStack() as stack:
-        _enter(stack, held_folder(folder), f"Nothing can be written into {str(folder)!r}", flag)
-        with stopping.undone(stack.close):
-            yield
+    with _held(held_folder(folder), f"Nothing can be written into {str(folder)!r}", flag):
+        yield
 
 
 @contextlib.contextmanager
@@ -93,18 +89,21 @@ def writing(flag: str, *outputs: str | None) -> Iterator[None]:
         UsageError: nothing can be written there.
         InUseError: another process holds one of them.
     """
+    names = " and ".join(repr(output) for output in outputs if output)
+    with _held(held_beside(*outputs), f"{names} cannot be written", flag):
+        yield
+
+
+@contextlib.contextmanager
+def _held(lock: contextlib.AbstractContextManager[None], what: str, flag: str) -> Iterator[None]:
+    """Holds a lock for a block, also against a signal that ends the process at once."""
     with contextlib.ExitStack() as stack:
-        names = " and ".join(repr(output) for output in outputs if output)
-        _enter(stack, held_beside(*outputs), f"{names} cannot be written", flag)
+        try:
+            stack.enter_context(lock)
+        except OSError as error:
+            raise UsageError(f"{what} ({error.strerror or error}): give another {flag}.") from error
         with stopping.undone(stack.close):
             yield
-
-
-def _enter(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManager[None], what: str, flag: str) -> None:
-    try:
-        stack.enter_context(lock)
-    except OSError as error:
-        raise UsageError(f"{what} ({error.strerror or error}): give another {flag}.") from error
 
 
 def check_job_folder(name: str, flag: str) -> None:

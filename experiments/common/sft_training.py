@@ -20,11 +20,10 @@ from manako.agent.tuning.pretraining import PretrainingTrainer
 from manako.agent.tuning.saving import StepCheckpoints
 from manako.agent.tuning.supervised import captions, demonstrated_actions, demonstrations, sample_frames
 from manako.agent.tuning.trainers import PolicyCloningTrainer, PolicySFTTrainer, check_learns_text
-from manako.experiments.common import stopping
 from manako.experiments.common.building import check_learns_by_acting, make_tuning_args, policy_of_run
 from manako.experiments.common.command_line import UsageError
 from manako.experiments.common.disk_room import check_disk_room
-from manako.experiments.common.ending import Ending
+from manako.experiments.common.ending import Ending, watched
 from manako.experiments.common.environments import dead_frames, make_vector_env, random_actions, sights, warn_of
 from manako.experiments.common.progress import (
     plain_console,
@@ -34,7 +33,7 @@ from manako.experiments.common.progress import (
     print_table,
 )
 from manako.experiments.common.results import evaluate_run, write_evaluation, write_final
-from manako.experiments.common.resuming import Changes, in_words, keep_changes
+from manako.experiments.common.resuming import Start, in_words, keep_changes
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import DPOCommand, SFTCommand
 from manako.experiments.common.what_learns import trainable_of
@@ -49,41 +48,28 @@ FITTED_FRAMES = 256  # whose features an adapter with statistics is given
 SIDE_BY_SIDE = 32  # environments, for captions and in the evaluation
 
 
-def train(command: SFTCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None, started: float) -> int:
+def train(start: Start[SFTCommand], started: float) -> int:
     """Runs one stage; nothing is written before the data are known to fit.
 
     Args:
-        command: the settings.
-        run_dir: the run folder; a new one is made here.
-        checkpoint: where to go on from.
-        changes: what is new of the settings of a run that goes on; None for a new run.
+        start: how; a new run's folder is described here.
         started: `time.perf_counter()` at the program's start.
 
     Returns:
         The exit code.
     """
-    rate = command.sft.learning_rate
-    with Ending(run_dir, lower_rate=None if rate is None else rate / 10) as ending:
-        stopping.tidy_up_from_here()
-        ending.begun = changes is not None
-        ending.kept = functools.partial(steps_kept, run_dir)
-        _train(command, run_dir, checkpoint, changes, started, ending)
-    return stopping.STOPPED if ending.stopped else 0
+    kept = functools.partial(steps_kept, start.run_dir)
+    rate = start.command.sft.learning_rate
+    return watched(start.run_dir, start.changes is not None, rate, functools.partial(_train, start, started), kept)
 
 
-def _train(
-    command: SFTCommand,
-    run_dir: Path,
-    checkpoint: Path | None,
-    changes: Changes | None,
-    started: float,
-    ending: Ending,
-) -> None:
+def _train(start: Start[SFTCommand], started: float, ending: Ending) -> None:
+    command, run_dir = start.command, start.run_dir
     environment, run = command.environment, command.run
     command, policy, pretraining = _policy_of_stage(command)
     sft = command.sft
     if pretraining is not None:
-        _pretrain(command, policy, pretraining, run_dir, checkpoint, changes, started, ending)
+        _pretrain(replace(start, command=command), policy, pretraining, started, ending)
         return
     check_learns_by_acting(policy, command.policy.trainable)
     if sft.loss != "actions":
@@ -103,13 +89,13 @@ def _train(
         seen = sights(environment, run.seed)
         print_sensitivity(console, sensitivity(policy, *seen))
         warn_of(dead_frames(environment.env, *seen))
-    describe_start(command, run_dir, checkpoint, changes)
+    describe_start(replace(start, command=command))
     ending.begun = True
     before = measure_retention(policy)
     args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps, max_length=None)
     kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
     trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
-    trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), checkpoint)
+    trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), start.checkpoint)
     seconds = time.perf_counter() - started
     write_final(policy, run_dir)
     after = measure_retention(policy)
@@ -130,26 +116,16 @@ def _train(
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
 
 
-def describe_start(
-    command: SFTCommand | DPOCommand, run_dir: Path, checkpoint: Path | None, changes: Changes | None
-) -> None:
-    """Makes and describes a new run's folder; of one that goes on it writes down what is new.
-
-    Args:
-        command: the settings now.
-        run_dir: the run folder.
-        checkpoint: where it goes on from.
-        changes: what is new; None for a new run.
-    """
-    if changes is None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_description(run_dir, command)
+def describe_start(start: Start[SFTCommand] | Start[DPOCommand]) -> None:
+    """Makes and describes a new run's folder; of one that goes on it writes down what is new."""
+    if start.changes is None:
+        start.run_dir.mkdir(parents=True, exist_ok=True)
+        write_description(start.run_dir, start.command)
         return
-    step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    set_aside(run_dir, step)
-    keep_changes(command, run_dir, changes, step)
-    if changes:
-        print(f"changed      {in_words(changes, step, 'step')}", flush=True)
+    set_aside(start.run_dir, start.done)
+    keep_changes(start.command, start.run_dir, start.changes, start.done)
+    if start.changes:
+        print(f"changed      {in_words(start.changes, start.done, 'step')}", flush=True)
 
 
 def steps_kept(run_dir: Path) -> str:
@@ -190,16 +166,10 @@ def _policy_of_stage(command: SFTCommand) -> tuple[SFTCommand, VLMPolicy, Pretra
 
 
 def _pretrain(
-    command: SFTCommand,
-    policy: VLMPolicy,
-    pretraining: Pretraining,
-    run_dir: Path,
-    checkpoint: Path | None,
-    changes: Changes | None,
-    started: float,
-    ending: Ending,
+    start: Start[SFTCommand], policy: VLMPolicy, pretraining: Pretraining, started: float, ending: Ending
 ) -> None:
     """Runs a stage by the architecture's own losses, measured before and after on frames of held-out episodes."""
+    command, run_dir = start.command, start.run_dir
     sft, run = command.sft, command.run
     policy.value_head.requires_grad_(False)
     check_training_room(policy, command.policy.trainable, policy.device)
@@ -212,11 +182,11 @@ def _pretrain(
     console.print(f"data         {len(frames):,} frames and captions, {sft.stage}")
     print_parts(console, policy)
     before = pretraining.measure(*unseen)
-    describe_start(command, run_dir, checkpoint, changes)
+    describe_start(start)
     ending.begun = True
     args = make_tuning_args(TrainingArguments, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps)
     trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
-    trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), checkpoint)
+    trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), start.checkpoint)
     seconds = time.perf_counter() - started
     write_final(policy, run_dir)
     after = pretraining.measure(*unseen)

@@ -72,7 +72,7 @@ class SharedFrame(SharedPrefix):
     def _run_rest(self, inputs: Rows, answers: Tensor, answer_lengths: Tensor) -> tuple[Tensor, MakeCache, None]:
         """See `SharedPrefix`; the hidden states begin behind the frame."""
         lengths, start = inputs["lengths"], self.start
-        ids, ends = self._ids(inputs, answers, answer_lengths)
+        ids, mask = self.processing.ids_with_answers(inputs, answers, answer_lengths)
         keys = shown(inputs)
         firsts: dict[bytes, int] = {}
         for row, key in enumerate(keys):
@@ -81,7 +81,7 @@ class SharedFrame(SharedPrefix):
         group = torch.tensor([groups[key] for key in keys])  # (B,)
         frames = self._run_frames(inputs, list(firsts.items()))
 
-        rest = [row[start:end] for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
+        rest = [row[start:end] for row, end in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
         tries = [Trie() for _ in firsts]
         nodes = [tries[number].add(tokens) for number, tokens in zip(group.tolist(), rest, strict=True)]
         longest = ids.shape[1] - start
@@ -121,14 +121,6 @@ class SharedFrame(SharedPrefix):
             return sees
         dtype = self.vlm.dtype
         return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
-
-    def _ids(self, inputs: Rows, answers: Tensor, answer_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts with their answers behind them (B, L), and where each ends (B,)."""
-        lengths = inputs["lengths"]
-        width = int(lengths.max())
-        ids = torch.nn.functional.pad(inputs["input_ids"][:, :width], (0, answers.shape[1]))
-        places = lengths[:, None] + torch.arange(answers.shape[1], device=lengths.device)
-        return ids.scatter(1, places, answers), lengths + answer_lengths
 
     def _run_frames(self, inputs: Rows, firsts: Sequence[tuple[bytes, int]]) -> Layers:
         """Keys and values (G, heads, P + F, width) of each layer, of the frames that are first seen in these rows."""

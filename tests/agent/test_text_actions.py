@@ -91,6 +91,18 @@ def test_what_a_policy_writes():
     ]
 
 
+def spelled_in_all_ways(policy, lead):
+    """Yields all constrained answers behind the tokens of `lead`, as tokens."""
+    ways = [lead]
+    while ways:
+        way = ways.pop()
+        for token in policy._allowed(way, None):
+            if token == policy.end_id:
+                yield [*way, token]
+            else:
+                ways.append([*way, token])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("template", ["plain", "[{action}]"])
 def test_constrained_texts_are_in_the_space_and_add_up_to_one(template):
@@ -100,19 +112,14 @@ def test_constrained_texts_are_in_the_space_and_add_up_to_one(template):
     seen = env.reset()
     inputs = policy.prepare(seen.images, seen.instructions)
     lead = list(policy.prompts.go_on("[")) if template != "plain" else []
-    total, ways, texts = 0.0, [lead], set()
-    while ways:
-        way = ways.pop()
-        for token in policy._allowed(way, None):
-            if token != policy.end_id:
-                ways.append([*way, token])
-                continue
-            rows = Rows({TOKENS: torch.tensor([[*way, token]])}, {TOKENS: FILLER})
-            read = policy.reads(rows)[0]
-            assert read.outcome == "legal"
-            texts.add(read.written)
-            logprobs = policy.evaluate_actions(inputs, rows).logprobs[0, len(lead) :]
-            total += float(logprobs.sum().exp())
+    total, texts = 0.0, set()
+    for answer in spelled_in_all_ways(policy, lead):
+        rows = Rows({TOKENS: torch.tensor([answer])}, {TOKENS: FILLER})
+        read = policy.reads(rows)[0]
+        assert read.outcome == "legal"
+        texts.add(read.written)
+        logprobs = policy.evaluate_actions(inputs, rows).logprobs[0, len(lead) :]
+        total += float(logprobs.sum().exp())
     assert len(texts) == 3 + 9 + 27 and total == pytest.approx(1, abs=1e-4)
     if template == "plain":
         acted = policy.act(inputs, Draws([np.random.default_rng(0)]))
@@ -216,16 +223,11 @@ def test_characters_of_several_tokens_and_no_characters_at_all(space, template, 
     )
     cue = policy.template.write("", "").removesuffix(policy.template.after)
     lead = list(policy.prompts.go_on(cue)) if cue else []
-    found, ways = set(), [lead]
-    while ways:
-        way = ways.pop()
-        for token in policy._allowed(way, None):
-            if token != policy.end_id:
-                ways.append([*way, token])
-                continue
-            answer = policy.read([*way, token])
-            assert answer.outcome == "legal"
-            found.add(answer.written)
+    found = set()
+    for tokens in spelled_in_all_ways(policy, lead):
+        answer = policy.read(tokens)
+        assert answer.outcome == "legal"
+        found.add(answer.written)
     assert len(found) == texts and all(map(space.contains, found))
     inputs = policy.prepare(np.zeros((8, 16, 16, 3), np.uint8), ["say it"] * 8)
     acted = policy.act(inputs, Draws([np.random.default_rng(slot) for slot in range(8)]))

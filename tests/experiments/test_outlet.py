@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manako.experiments.common.progress import plain_console
-from manako.plain import shown
+from manako.plain import printable
 
 ROOT = Path(__file__).parents[2]
 CHECK = [sys.executable, str(ROOT / "experiments" / "check_env.py")]
@@ -108,8 +108,8 @@ def test_a_console_prints_no_controls_of_others(capsys):
 
 
 def test_what_is_shown():
-    assert shown("as it is: \\x1b \\ 目\n\ttab") == "as it is: \\x1b \\ 目\n\ttab"
-    assert shown("\x1b[2J\x00\x9b\udcff") == r"\x1b[2J\x00\x9b\udcff"
+    assert printable("as it is: \\x1b \\ 目\n\ttab") == "as it is: \\x1b \\ 目\n\ttab"
+    assert printable("\x1b[2J\x00\x9b\udcff") == r"\x1b[2J\x00\x9b\udcff"
 
 
 def test_every_text_file_is_utf8():
