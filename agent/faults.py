@@ -70,3 +70,20 @@ class FaultLog:
                 f"{self.max_rate:g} allows, the last time so: {faults[-1].sentence if faults else 'see errors.jsonl'}; "
                 f"repair the environment, or allow more, and go on with --resume."
             )
+
+
+def few_steps(rollout: Rollout, parts: int) -> WorkersError | None:
+    """Returns what ends a run where environments broke in so many steps that the others fill no minibatches; else None.
+
+    Args:
+        rollout: what was played.
+        parts: minibatches of an epoch.
+    """
+    if rollout.failed is None or (taken := int((~rollout.failed).sum())) >= parts:
+        return None
+    last = rollout.faults[-1].sentence if rollout.faults else f"see {ERRORS}"
+    return WorkersError(
+        f"Environments broke in {rollout.failed.numel() - taken} of the {rollout.failed.numel()} steps of a rollout, "
+        f"which leaves too few for its {parts} minibatches, the last time so: {last}; repair the environment, and go "
+        "on with --resume."
+    )

@@ -27,7 +27,7 @@ from manako.agent.checkpoint import OF_A_RUN, filled, verify_folder
 from manako.agent.collector import RolloutCollector
 from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
-from manako.agent.faults import FaultLog
+from manako.agent.faults import FaultLog, few_steps
 from manako.agent.group_advantages import METHODS, whole_groups
 from manako.agent.interfaces import NOT_FIXED, SEEDED, EvaluationEnv, Rollouts
 from manako.agent.losses import explained_variance, ppo_loss
@@ -166,13 +166,15 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
                 faults = self.faults.take(rollout, self.iteration)
             except WorkersError as error:  # what was played is whole: it is learned from, and the next is not begun
                 self._too_many, faults = error, self.faults.metrics()
+            parts = self.num_samples // args.per_device_train_batch_size
+            if (too_few := few_steps(rollout, parts)) is not None:
+                raise self._too_many or too_few
             lag = self.iteration - rollout.version
             samples = samples_of(rollout, self.policy, args, self.scale, lag)
         self._rollout_metrics(rollout, samples)
         self._rollout |= faults
         if samples.importance is not None:
             self._rollout |= {"policy_lag": float(lag), "importance": samples.importance.mean().item()}
-        parts = self.num_samples // args.per_device_train_batch_size
         for minibatch in minibatches(samples, args, self.iteration, parts, self.policy):
             yield {name: value for name, value in minibatch._asdict().items() if value is not None and name != "usable"}
 

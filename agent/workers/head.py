@@ -7,13 +7,13 @@ processes of a cluster of our own are ended here, with those that their parents 
 import atexit
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 EVERY = 1.0  # seconds between two looks
 PATIENCE = 10.0  # seconds that the head of another's cluster may not answer
@@ -44,7 +44,9 @@ class HeadWatch:
         }
         host, _, port = str(node.gcs_address).rpartition(":")
         self._address = host.strip("[]"), int(port)
-        self._family: dict[int, str] = {}  # descendants that were seen, and when each started
+        self._family: set[psutil.Process] = (
+            set()
+        )  # descendants that were seen; each is told from a later one of its pid
         self._answered = time.monotonic()
         self._stop = threading.Event()
 
@@ -64,7 +66,7 @@ class HeadWatch:
     def _look(self) -> None:
         while not self._stop.wait(EVERY) and self.lost is None:
             if self.own:
-                self._family |= descendants(os.getpid())
+                self._see_family()
                 dead = [name for name in ("gcs_server", "raylet") if self._is_dead(name)]
                 if dead:
                     self.lost = f"its {' and '.join(dead)} has ended"
@@ -72,6 +74,10 @@ class HeadWatch:
                 self._answered = time.monotonic()
             elif time.monotonic() - self._answered > PATIENCE:
                 self.lost = f"{self._address[0]}:{self._address[1]} has not answered for {PATIENCE:g} s"
+
+    def _see_family(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            self._family |= set(psutil.Process().children(recursive=True))
 
     def _is_dead(self, name: str) -> bool:
         process = self._processes.get(name)
@@ -87,11 +93,10 @@ class HeadWatch:
     def _clear(self) -> None:
         """Ends what is left of a cluster of our own, and this process before Ray's own ending, which would hang."""
         if self.own:
-            self._family |= descendants(os.getpid())
-            for pid, started in self._family.items():
-                if start_of(pid) == started:
-                    with contextlib.suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
+            self._see_family()
+            for process in self._family:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         atexit.register(_leave)  # the last one to be registered is the first one to be called
 
 
@@ -100,25 +105,3 @@ def _leave() -> None:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(1)
-
-
-def descendants(parent: int) -> dict[int, str]:
-    """Returns the children of a process and theirs, and when each started (it tells a number that is used again)."""
-    parents, starts = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
-            parents[int(path.parent.name)], starts[int(path.parent.name)] = int(fields[1]), fields[19]
-    found: set[int] = set()
-    new = {parent}
-    while new:
-        new = {pid for pid, above in parents.items() if above in new} - found
-        found |= new
-    return {pid: starts[pid] for pid in found}
-
-
-def start_of(pid: int) -> str | None:
-    """Returns when a process started; None where it is gone."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    return None

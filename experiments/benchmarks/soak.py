@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: `manako` is this checkout
@@ -97,9 +99,8 @@ class Ledger:
 
 def rss(pid: int) -> float:
     """Returns a process' resident memory in MiB; 0 where it is gone."""
-    with contextlib.suppress(OSError, IndexError, StopIteration):
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+    with contextlib.suppress(psutil.Error):
+        return float(psutil.Process(pid).memory_info().rss) / 2**20
     return 0.0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from manako.agent.errors import NotFiniteError
 from manako.errors import ManakoError, full_text, type_and_text
 from manako.experiments.common import stopping
+from manako.experiments.common.command_line import UsageError
 
 ERROR_FILE = "error.txt"
 STAGING = ".staging"
@@ -26,8 +27,13 @@ class RunEndedError(ManakoError):
     exit_code = 1
 
 
-def ended_by(error: Exception, folder: Path) -> RunEndedError:
-    """Returns the sentence for what ended a run; the traceback of what nobody foresaw goes into its folder."""
+def ended_by(error: Exception, folder: Path) -> ManakoError:
+    """Returns the sentence for what ended a run; the traceback of what nobody foresaw goes into its folder.
+
+    What its user can put right before it goes on, such as a full disk at its start, stays bad input.
+    """
+    if isinstance(error, UsageError):
+        return error
     if isinstance(error, ManakoError):
         return RunEndedError(full_text(error))
     file = folder / ERROR_FILE
@@ -70,7 +76,9 @@ class Ending:
         if not self.begun or not isinstance(error, Exception):
             return False
         print(self._how_to_go_on(error), flush=True)
-        raise ended_by(error, self.run_dir) from error
+        if (ended := ended_by(error, self.run_dir)) is error:
+            return False
+        raise ended from error
 
     def _how_to_go_on(self, error: BaseException) -> str:
         words = ["python", sys.argv[0], "--resume", str(self.run_dir)]

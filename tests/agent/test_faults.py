@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer
@@ -269,6 +270,36 @@ def test_what_broke_in_a_rollout_that_broke_off_is_written_down(tmp_path, monkey
         trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     assert len(lines) >= 3 and {line["iteration"] for line in lines} == {1} and all(line["traceback"] for line in lines)
+
+
+@pytest.mark.parametrize(("limit", "said"), [(1.0, "leaves too few for its 4 minibatches"), (0.001, "more often than")])
+def test_a_rollout_in_which_every_step_failed_ends_it_with_a_sentence_and_what_was_learned(limit, said, tmp_path):
+    """Episodes of one step that all break: nothing is left to learn from."""
+    trainer, _, _, _ = counted_training(tmp_path, at=1, limit=limit)
+    collect = trainer.collector.collect
+
+    def nothing_taken(iteration):
+        rollout = collect(iteration)
+        if iteration < 1:
+            return rollout
+        fault = Fault(1, 7, 3, True, "the simulator broke", "Traceback ...")
+        failed = torch.ones(rollout.rewards.shape, dtype=torch.bool)
+        return rollout._replace(failed=failed, faults=[fault] * failed.numel())
+
+    trainer.collector.collect = nothing_taken
+    before = None
+
+    def kept(*_, **__):
+        nonlocal before
+        before = {name: weight.clone() for name, weight in trainer.policy.named_parameters()}
+
+    callback = TrainerCallback()
+    callback.on_epoch_end = kept
+    trainer.add_callback(callback)
+    with pytest.raises(WorkersError, match=f"{said}.*the simulator broke"):
+        trainer.train()
+    assert trainer.iteration == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.policy.named_parameters())
 
 
 def test_a_group_whose_first_episode_failed_is_not_whole():

@@ -102,18 +102,17 @@ def test_an_environment_that_breaks_in_workers_stops_the_run_with_a_checkpoint(f
     """One sentence, exit code 1; --resume may go on with another backend (test_ray_workers.py compares the weights)."""
     fault = folder / "fuse"
     run = [sys.executable, RUNNER, "--env", "lamp_plugin:Lamp-v0", "--env_kwargs", json.dumps({"fault": str(fault)})]
-    run += [*SMALL, "--total_steps", "400"]
+    run += last_of_each([*SMALL, "--total_steps", "400"])
 
     def break_later():
         while not (folder / "b/metrics.jsonl").exists():
             time.sleep(0.02)
         fault.touch()
 
-    breaker = threading.Thread(target=break_later)
+    breaker = threading.Thread(target=break_later, daemon=True)
     breaker.start()
     done = command(*run, "--output_dir", "b", "--rollout_backend", "ray-env", folder=folder)
-    breaker.join()
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert (
         error.startswith("error: ") and "Lamp-v0" in error and "the fuse is gone" in error and "episode seed" in error

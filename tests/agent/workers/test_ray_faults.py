@@ -91,7 +91,7 @@ def test_a_step_that_hangs_is_broken_off(tmp_path):
 
 
 HEAD_LOST = """
-import os, signal, subprocess, sys, threading, time
+import os, psutil, subprocess, sys, time
 words = ["--num_envs", "4", "--num_steps", "8", "--minibatch_size", "16", "--total_steps", "100000"]
 words += ["--gif_episodes", "0", "--rollout_backend", "ray-env", "--num_workers", "2", "--output_dir", sys.argv[1]]
 run = subprocess.Popen([sys.executable, sys.argv[3], *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -99,20 +99,17 @@ until = time.monotonic() + 100
 while not os.path.exists(sys.argv[1] + "/metrics.jsonl") and time.monotonic() < until:
     time.sleep(0.2)
 time.sleep(1)
-table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
-rows = [line.split(None, 2) for line in table[1:]]
-mine = {str(run.pid)}
-for _ in range(4):
-    mine |= {pid for pid, parent, _ in rows if parent in mine}
-for pid, _, args in rows:
-    if pid in mine and sys.argv[2] in args.split()[0]:
-        os.kill(int(pid), signal.SIGKILL)
-        print("killed", args.split()[0].rsplit("/", 1)[-1])
+mine = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+for process in mine:
+    name = process.cmdline()[0].rsplit("/", 1)[-1]
+    if name == sys.argv[2]:
+        process.kill()
+        print("killed", name)
 start = time.monotonic()
 out, err = run.communicate(timeout=90)
 print("SECONDS", time.monotonic() - start, "RC", run.returncode)
 time.sleep(3)
-print("LEFT", [pid for pid in mine if os.path.exists("/proc/" + pid)])
+print("LEFT", [process.pid for process in mine if process.is_running()])
 print("ERR", err.strip())
 print("OUT", out[-400:])
 """
