@@ -36,6 +36,13 @@ def fault_of(slot: int, seed: int, step: int, given_up: bool, error: BaseExcepti
     return Fault(slot, seed, step, given_up, str(error), text)
 
 
+def forget_frames(error: BaseException) -> None:
+    """Lets go of the frames of an error that is written down: they hold the environment that broke, and it them."""
+    following: BaseException | None = error
+    while following is not None:
+        following.__traceback__, following = None, following.__cause__ or following.__context__
+
+
 class HangError(BaseException):
     """Raised inside an environment that does not return; no Exception, which its code might catch."""
 

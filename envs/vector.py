@@ -34,7 +34,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from manako.envs.errors import EnvBrokeError, EnvError
-from manako.envs.faults import IN_A_ROW, REPLAYS, Fault, HangError, Watchdog, fault_of
+from manako.envs.faults import IN_A_ROW, REPLAYS, Fault, HangError, Watchdog, fault_of, forget_frames
 from manako.envs.making import make_vlm_env
 from manako.envs.masks import random_actions
 from manako.envs.observation import ImageSource, VLMObservation
@@ -367,11 +367,12 @@ class EpisodeVectorEnv:
             EnvError: it is one that ends the run.
         """
         self.faults.append(fault_of(self.first_slot + slot, self.episode_seeds[slot], step, given_up, error))
+        if given_up and self.on_fault != "give up":
+            raise error
+        forget_frames(error)
         if not given_up:
             return
         self._in_a_row[slot] += 1
-        if self.on_fault != "give up":
-            raise error
         if self._in_a_row[slot] >= IN_A_ROW:
             raise EnvError(f"{error}, as it has {IN_A_ROW} times in a row without a step between: repair it") from error
 
@@ -403,6 +404,7 @@ class EpisodeVectorEnv:
         """Makes a slot's environment anew."""
         with contextlib.suppress(Exception):  # it is broken
             self._vector.envs[slot].close()
+        self._guarded[slot].broke = None
         del self._envs[slot]
         env = self._make(slot)
         env.watchdog = self._watchdog

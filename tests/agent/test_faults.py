@@ -1,7 +1,9 @@
 """Environments that break by chance: what is learned, counted and written of it, by hand and through every backend."""
 
+import gc
 import json
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,6 +302,25 @@ def test_a_rollout_in_which_every_step_failed_ends_it_with_a_sentence_and_what_w
         trainer.train()
     assert trainer.iteration == 1
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.policy.named_parameters())
+
+
+def test_a_broken_environment_is_gone_at_once():
+    """Its error's frames hold it; without the collector of circles nothing of it may stay, however often one breaks."""
+    env = environments(2, rate=0.2, limit=6)
+    env.reset()
+    gc.collect()
+    gc.disable()
+    try:
+        seen = weakref.WeakSet(each.unwrapped for each in env._envs)
+        for _ in range(200):
+            result = env.step(np.ones(2, int))
+            ended = result.terminated | result.truncated | result.failed
+            if ended.any():
+                env.reset_done(ended)
+            seen.update(each.unwrapped for each in env._envs)
+        assert len(env.take_faults()) > 20 and len(seen) == 2
+    finally:
+        gc.enable()
 
 
 def test_a_group_whose_first_episode_failed_is_not_whole():
