@@ -9,8 +9,8 @@ it wrote (`dataset: demos`, `policy: align`, `vision_encoder: see`); without `po
 before it, and `policy: start` is where the ladder starts. Every policy is then evaluated on the same held-out seeds:
 success with its interval, paired tests between all steps, time, how many parameters were trained, and what the language
 model has forgotten: report.json. With `--sample true` the policies sample their actions instead of taking the greedy
-ones: report_sampled.json. A step that was trained on black frames (`image_source: blank`) is evaluated on them. The file
-may name more `evaluations` of every policy, each by the settings of the environment in which it differs, such as
+ones: report_sampled.json. A step that was trained on black frames (`image_source: blank`) is evaluated on them. The
+file may name more `evaluations` of every policy, each by the settings of the environment in which it differs, such as
 `strict: {env_kwargs: {strict: true}}`.
 """
 
@@ -244,9 +244,9 @@ def _check_evaluations(evaluations: Any, common: dict[str, Any], source: str) ->
 def changed(environment: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of an environment with others put in, those of its constructor one by one."""
     merged = {**environment, **by}
-    both = environment.get("env_kwargs"), by.get("env_kwargs")
-    if all(isinstance(kwargs, dict) for kwargs in both):
-        merged["env_kwargs"] = {**both[0], **both[1]}
+    of_all, own = environment.get("env_kwargs"), by.get("env_kwargs")
+    if isinstance(of_all, dict) and isinstance(own, dict):
+        merged["env_kwargs"] = {**of_all, **own}
     return merged
 
 

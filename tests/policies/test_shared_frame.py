@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from manako import envs
-from manako.agent.ppo_loop import minibatches
 from manako.agent import rng
+from manako.agent.ppo_loop import minibatches
 from manako.agent.rng import shuffled
 from manako.policies import PolicyError, PolicySource, load_policy
 from manako.policies.interface import Draws, Rows
