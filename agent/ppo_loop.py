@@ -144,6 +144,6 @@ def minibatches(
         )
     groups = None if policy is None else policy.shared_work(samples.inputs.select(kept))
     for epoch in range(settings.num_ppo_epochs):
-        order = shuffled(len(kept), groups, make_rng(settings.seed, SHUFFLES, iteration, epoch))
+        order = shuffled(len(kept), groups, len(kept) // parts, make_rng(settings.seed, SHUFFLES, iteration, epoch))
         for rows in kept[torch.from_numpy(order)].tensor_split(parts):
             yield samples.select(rows)

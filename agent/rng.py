@@ -21,16 +21,29 @@ def action_draws(seed: int, slots: Iterable[int], iteration: int) -> Draws:
     return Draws([make_rng(seed, ACTIONS, slot, iteration) for slot in slots])
 
 
-def shuffled(count: int, groups: Tensor | None, rng: np.random.Generator) -> np.ndarray:
-    """Returns a random order of `count` samples, (count,) int64; those of a group one behind the other.
+LEAST_GROUPS = 16  # of a batch, at least, where samples of a group are learned from together
+
+
+def shuffled(count: int, groups: Tensor | None, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a random order of `count` samples, (count,) int64; those of a group stand together.
+
+    Of a group that would fill more than a `LEAST_GROUPS`th of a batch, parts of that size stand together, drawn anew
+    each time: samples of few groups are too much alike to learn from.
 
     Args:
         count: how many.
         groups: (count,) which group each is of; None: each is its own.
+        batch: how many samples are learned from at a time.
         rng: to draw from.
     """
+    order = rng.permutation(count)
     if groups is None:
-        return rng.permutation(count)
-    _, number = np.unique(groups.numpy(), return_inverse=True)
-    places = rng.permutation(int(number.max()) + 1)[number]  # of each sample's group
-    return np.argsort(places, kind="stable")
+        return order
+    _, number = np.unique(groups.numpy()[order], return_inverse=True)
+    together = np.argsort(number, kind="stable")  # of each group one behind the other, in a random order
+    sizes = np.bincount(number)
+    rank = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    starts = rank % max(1, batch // LEAST_GROUPS) == 0
+    part = np.cumsum(starts) - 1
+    places = rng.permutation(part[-1] + 1)[part] if count else part
+    return order[together[np.argsort(places, kind="stable")]]

@@ -49,7 +49,8 @@ def make_vlm_env(
         action_names: Replace the environment's own, one an action.
         env_kwargs: Arguments of the environment's constructor, such as `{"size": 4}` or `{"tile_size": 8}`, or of
             `gymnasium.make`, such as `{"max_episode_steps": 50}`.
-        image_source: "observation", "render", or "auto" (the observation where it is a picture, else `render()`).
+        image_source: "observation", "render", or "auto" (the observation where it is a picture, else `render()`), or
+            "blank", black frames of that size.
         success_return: The lowest return of a successful episode; replaces the environment's own verdict.
         action_masks: Obey `info["action_mask"]` where the environment gives one.
         max_episode_steps: See `make_raw_env`.

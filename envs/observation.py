@@ -8,7 +8,8 @@ image         `image_source="observation"` or `"render"` if given. Else ("auto")
               (H, W), at least 16 pixels on each side, and not dark as codes are: of numbers below 32 alone. Else
               `render()`, an rgb_array. This keeps symbolic grids out: MiniGrid observes (7, 7, 3) uint8 object codes,
               with `FullyObsWrapper` of a whole board, and others planes of zeros and ones, which no encoder can see.
-              Where it is wrong, `image_source` says so.
+              Where it is wrong, `image_source` says so. `image_source="blank"` blackens what "auto" finds: whoever
+              trains on it learns what the text alone gives, which is the control of what the image is worth.
 instruction   the `instruction` argument; the attribute `mission` or `instruction` of the outermost wrapper that has
               one; the observation's `mission` or `instruction` key; the attribute of the environment itself; the task
               description in `envs/tasks.py`. Attributes and keys are read again after each reset and step.
@@ -58,8 +59,9 @@ from manako.errors import type_and_text
 from manako.plain import holds_control_characters, written_out
 from manako.spaces import TextCodes, action_shape, is_skip, is_vector, vector_in_words
 
-ImageSource = Literal["auto", "observation", "render"]
-IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render")
+ImageSource = Literal["auto", "observation", "render", "blank"]
+IMAGE_SOURCES: tuple[ImageSource, ...] = ("auto", "observation", "render", "blank")
+BLANK = "black in place of "  # before where the image would come from
 
 MOST_OF_CODES = 31  # a uint8 grid of no larger number is taken for symbols, unless all of it is 0
 MIN_IMAGE_SIDE = 16  # pixels; a smaller uint8 grid is taken for symbols
@@ -207,7 +209,7 @@ def is_blank(frame: np.ndarray) -> bool:
 
 
 def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto", observation: Any = None) -> str:
-    """Decides where the image comes from: `"observation"`, `"observation['image']"` or `"render()"`.
+    """Decides where the image comes from: `"observation"`, `"observation['image']"` or `"render()"`, or black for one.
 
     Args:
         env: the environment.
@@ -220,6 +222,8 @@ def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto",
     """
     if image_source not in IMAGE_SOURCES:
         raise EnvError(f"image_source is {image_source!r}, expected one of {', '.join(IMAGE_SOURCES)}")
+    if image_source == "blank":
+        return BLANK + resolve_image(env, env_id, "auto", observation)
     space = env.observation_space
     if image_source != "render":
         auto, codes = image_source == "auto", False
@@ -254,6 +258,8 @@ def resolve_image(env: gym.Env, env_id: str, image_source: ImageSource = "auto",
 
 def read_picture(env: gym.Env, observation: Any, image_from: str) -> Any:
     """Returns the picture from where `resolve_image` found it."""
+    if image_from.startswith(BLANK):
+        return np.zeros_like(read_picture(env, observation, image_from.removeprefix(BLANK)))
     if image_from == "render()":
         return env.render()
     return observation["image"] if image_from == "observation['image']" else observation

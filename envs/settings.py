@@ -17,7 +17,9 @@ class EnvSettings:
     instruction: str | None = setting(None, "replaces the env's own instruction")
     action_names: tuple[str, ...] | None = setting(None, "replace the env's own action names, one an action")
     env_kwargs: dict[str, Any] | None = setting(None, "arguments of the env's constructor")
-    image_source: ImageSource = setting("auto", "where the image comes from")
+    image_source: ImageSource = setting(
+        "auto", "where the image comes from; blank: black frames, for a policy that has the text alone"
+    )
     success_return: float | None = setting(None, "lowest return of a successful episode")
     max_episode_steps: int | None = setting(
         None, "steps after which an episode is truncated; by default the env's own limit, else 1000", ge=1

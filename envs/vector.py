@@ -140,7 +140,7 @@ class EpisodeVectorEnv:
             instruction: Replaces the environment's own.
             action_names: Replace the environment's own.
             env_kwargs: For the environment's constructor.
-            image_source: "auto", "observation" or "render".
+            image_source: "auto", "observation", "render" or "blank".
             success_return: The lowest return of a successful episode.
             action_masks: Obey `info["action_mask"]` where the environment gives one.
             max_episode_steps: After so many steps an episode is truncated.

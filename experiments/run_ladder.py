@@ -9,7 +9,9 @@ it wrote (`dataset: demos`, `policy: align`, `vision_encoder: see`); without `po
 before it, and `policy: start` is where the ladder starts. Every policy is then evaluated on the same held-out seeds:
 success with its interval, paired tests between all steps, time, how many parameters were trained, and what the language
 model has forgotten: report.json. With `--sample true` the policies sample their actions instead of taking the greedy
-ones: report_sampled.json.
+ones: report_sampled.json. A step that was trained on black frames (`image_source: blank`) is evaluated on them. The
+file may name more `evaluations` of every policy, each by the settings of the environment in which it differs, such as
+`strict: {env_kwargs: {strict: true}}`.
 """
 
 import contextlib
@@ -125,7 +127,9 @@ def run(given: LadderSettings, folder: Path, ladder: dict[str, Any]) -> int:
     from manako.experiments.common.ladder_report import evaluate_ladder  # torch and all
 
     common = settings_of("ppo", {}, ladder.get("common", {}))
-    evaluate_ladder(folder, common, done, given.eval_episodes, given.sample, given.table)
+    environment = ladder.get("common", {}).get("environment", {})
+    more = {name: changed(environment, other) for name, other in (ladder.get("evaluations") or {}).items()}
+    evaluate_ladder(folder, common, done, given.eval_episodes, given.sample, given.table, more)
     return 0
 
 
@@ -168,13 +172,14 @@ def check_ladder(ladder: dict[str, Any], source: str) -> list[dict[str, Any]]:
     Raises:
         UsageError: something else stands there.
     """
-    unknown = sorted(set(ladder) - {"common", "steps"})
+    unknown = sorted(map(str, set(ladder) - {"common", "steps", "evaluations"}))
     if unknown:
-        raise UsageError(f"{source} has the unknown key {unknown[0]!r}: expected common and steps.")
+        raise UsageError(f"{source} has the unknown key {unknown[0]!r}: expected common, steps and evaluations.")
     steps, common = ladder.get("steps"), ladder.get("common", {})
     if not isinstance(steps, list) or not steps or not isinstance(common, dict):
         raise UsageError(f"{source} has no steps: expected a list of mappings with a name and a runner.")
     _check_common(common, source)
+    _check_evaluations(ladder.get("evaluations"), common, source)
     names: list[str] = []
     for number, step in enumerate(steps, 1):
         if not isinstance(step, dict) or not isinstance(step.get("name"), str) or step.get("runner") not in RUNNERS:
@@ -211,6 +216,38 @@ def _check_common(common: dict[str, Any], source: str) -> None:
         for key in values:
             if not any(key in table and table[key].section == part for table in tables):
                 raise UsageError(f"common in {source} has the unknown key {key!r} in {part}: no runner has it.")
+
+
+def _check_evaluations(evaluations: Any, common: dict[str, Any], source: str) -> None:
+    """Further evaluations are words with settings of the environment in which they differ from `common`.
+
+    Raises:
+        UsageError: something else stands there.
+    """
+    if evaluations is None:
+        return
+    if not isinstance(evaluations, dict) or not all(isinstance(name, str) for name in evaluations):
+        raise UsageError(
+            f"The evaluations in {source} are {evaluations!r}: expected a name for each and, below it, settings of the "
+            "environment."
+        )
+    for name, changes in evaluations.items():
+        if not isinstance(changes, dict) or not changes:
+            raise UsageError(
+                f"The evaluation {name!r} in {source} is {changes!r}: expected settings of the environment, such as "
+                "env_kwargs: {strict: true}."
+            )
+        environment = changed(common.get("environment", {}), changes)
+        checked_sections(PPOCommand, {"environment": environment}, f"The evaluation {name} of {source}")
+
+
+def changed(environment: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of an environment with others put in, those of its constructor one by one."""
+    merged = {**environment, **by}
+    of_all, own = environment.get("env_kwargs"), by.get("env_kwargs")
+    if isinstance(of_all, dict) and isinstance(own, dict):
+        merged["env_kwargs"] = {**of_all, **own}
+    return merged
 
 
 def own_sections(step: Mapping[str, Any]) -> Sections:

@@ -58,8 +58,9 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Returns values (B,) of hidden states (B, D)."""
-        return self.out(self.norm(hidden.float())).squeeze(-1)
+        """Returns values (B,) of hidden states (B, D), in float32 whatever the rest is computed in."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.out(self.norm(hidden.float())).squeeze(-1)
 
 
 class VLMPolicy(Policy):

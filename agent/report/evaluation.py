@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import NOT_FIXED, EvaluationEnv, Shown, ask, remember_for
@@ -20,7 +21,7 @@ from manako.agent.report.statistics import bootstrap_interval, wilson_interval
 from manako.agent.report.unfinished import Unfinished
 from manako.agent.rng import RANDOM_ACTIONS, make_rng
 from manako.agent.rollout import Episode, success_rate, verdict
-from manako.policies.interface import Draws, Policy
+from manako.policies.interface import LEGAL, Draws, Policy, Rows
 from manako.spaces import TextCodes, is_vector, shares
 
 Condition = Literal["policy", "random", "blank_image", "replaced_instruction"]
@@ -146,12 +147,13 @@ def evaluate(
             "rng": rng.bit_generator.state,
         }
 
+    in_vain = _SaidInVain()
     with policy.frozen_weights():
         while any(index is not None for index in playing):
             if kept is not None:
                 kept.at(condition, now)
             idle = np.array([index is None for index in playing])
-            actions, said = _act(policy, env, observations, condition, sample, draws, idle)
+            actions, said = _act(policy, env, observations, condition, sample, draws, idle, in_vain)
             outcomes.update(said[slot] for slot in np.flatnonzero(~idle).tolist() if said)
             result = env.step(actions)
             observations = result.observations
@@ -214,6 +216,7 @@ def _act(
     sample: bool,
     draws: Draws,
     idle: np.ndarray,
+    in_vain: "_SaidInVain",
 ) -> tuple[np.ndarray, Sequence[str]]:
     """The actions (N,), and the outcomes of the answers, N or none; `idle` (N,) bool are slots beyond the last seed."""
     if condition == "random":
@@ -226,8 +229,43 @@ def _act(
         instructions = env.replaced_instructions()
     if "uncounted" in told:
         told["uncounted"] = idle
-    acted = policy.act(policy.prepare(images, instructions, told), draws, greedy=not sample)
-    return acted.to_env, acted.outcomes or ()
+    inputs = policy.prepare(images, instructions, told)
+    if sample or not policy.can_learn:
+        acted = policy.act(inputs, draws, greedy=not sample)
+        return acted.to_env, acted.outcomes or ()
+    return in_vain.act(policy, inputs, draws)
+
+
+class _SaidInVain:
+    """Greedy answers that were no actions: where a slot shows the same again, the same would be written again."""
+
+    def __init__(self) -> None:
+        self._seen: list[int | None] = []  # digest of what each slot showed, where its answer was no action
+        self._actions: np.ndarray = np.empty(0)
+        self._outcomes: list[str] = []
+
+    def act(self, policy: Policy, inputs: Rows, draws: Draws) -> tuple[np.ndarray, Sequence[str]]:
+        """As `Policy.act`, without writing again what is known."""
+        known = [digest is not None for digest in self._seen]
+        digests = inputs.digests().tolist() if any(known) else []
+        same = [a is not None and a == b for a, b in zip(self._seen, digests, strict=True)] if digests else []
+        if not any(same):
+            acted = policy.act(inputs, draws, greedy=True)
+            actions, outcomes = acted.to_env, list(acted.outcomes or ())
+        else:
+            actions, outcomes = self._actions.copy(), list(self._outcomes)
+            others = [slot for slot, repeats in enumerate(same) if not repeats]
+            if others:
+                acted = policy.act(inputs.select(torch.tensor(others)), draws.select(others), greedy=True)
+                actions[others] = acted.to_env
+                for slot, outcome in zip(others, acted.outcomes or (), strict=True):
+                    outcomes[slot] = outcome
+        self._actions, self._outcomes, self._seen = actions, outcomes, []
+        if any(outcome != LEGAL for outcome in outcomes):
+            digests = digests or inputs.digests().tolist()
+            said = zip(digests, outcomes, strict=True)
+            self._seen = [None if outcome == LEGAL else digest for digest, outcome in said]
+        return actions, outcomes
 
 
 def evaluate_all(

@@ -12,21 +12,22 @@ from manako.agent.rng import SHUFFLES, make_rng, shuffled
 
 
 class OneFrameTogether(Sampler[int]):
-    """Rows in a random order, anew in each epoch, those of a frame one behind the other.
+    """Rows in a random order, anew in each epoch, those of a frame together as far as `shuffled` keeps them so.
 
     Args:
         data: with `image` (PNG bytes).
+        batch: rows of a batch.
         seed: of the order.
     """
 
-    def __init__(self, data: Dataset, seed: int) -> None:
-        self.groups, self.seed, self.epoch = frames_shown(data), seed, 0
+    def __init__(self, data: Dataset, batch: int, seed: int) -> None:
+        self.groups, self.batch, self.seed, self.epoch = frames_shown(data), batch, seed, 0
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __iter__(self) -> Iterator[int]:
-        yield from shuffled(len(self), self.groups, make_rng(self.seed, SHUFFLES, self.epoch)).tolist()
+        yield from shuffled(len(self), self.groups, self.batch, make_rng(self.seed, SHUFFLES, self.epoch)).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to an epoch's order; the Trainer says when."""

@@ -178,7 +178,8 @@ class PolicyCloningTrainer(PolicySFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.policy.spec.image_first:
             return super()._get_train_sampler(train_dataset)
-        return OneFrameTogether(train_dataset or self.train_dataset, self.args.seed)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return OneFrameTogether(train_dataset or self.train_dataset, batch, self.args.seed)
 
     def check_loss(self, policy: Policy) -> None:
         """The loss on actions is for every policy with a closed set of them."""

@@ -77,7 +77,7 @@ def solutions(values: tuple[int, ...], target: int) -> tuple[tuple[str, ...], ..
         target: to reach.
     """
     found: dict[tuple[str, ...], tuple[int, int, tuple[str, ...]]] = {}
-    for value, tokens, hard, _ in _made(values):
+    for value, tokens, hard, _ in _made(values, target):
         if value == target and tokens not in found:
             found[tokens] = (hard, len(tokens), tokens)
     return tuple(sorted(found, key=lambda tokens: found[tokens]))
@@ -91,8 +91,8 @@ def _formulas(values: tuple[int, ...]) -> tuple[Formula, ...]:
     return tuple(_made(values))
 
 
-def _made(values: tuple[int, ...]) -> list[Formula]:
-    """All formulas of these values."""
+def _made(values: tuple[int, ...], target: int | None = None) -> list[Formula]:
+    """All formulas of these values, or, of several values, those that are worth the target."""
     if len(values) == 1:
         return [(Fraction(values[0]), (str(values[0]),), 0, 3)]
     made: dict[tuple[str, ...], Formula] = {}
@@ -100,7 +100,7 @@ def _made(values: tuple[int, ...]) -> list[Formula]:
         for left, left_tokens, left_hard, left_binds in _formulas(ones):
             for right, right_tokens, right_hard, right_binds in _formulas(others):
                 hard = left_hard + right_hard
-                for operator, worth, cost in _operations(left, right):
+                for operator, worth, cost in _operations(left, right, target):
                     binds = 1 if operator in "+-" else 2
                     a = left_tokens if left_binds >= binds else ("(", *left_tokens, ")")
                     closed = right_binds > binds or (right_binds == binds and operator in "+*")
@@ -110,12 +110,25 @@ def _made(values: tuple[int, ...]) -> list[Formula]:
     return list(made.values())
 
 
-def _operations(left: Fraction, right: Fraction) -> Iterator[tuple[str, Fraction, int]]:
-    yield "+", left + right, 0 if left >= right else 1
-    yield "*", left * right, 0 if left >= right else 1
-    yield "-", left - right, 2
-    if right:
-        yield "/", left / right, 4
+def _operations(left: Fraction, right: Fraction, target: int | None) -> Iterator[tuple[str, Fraction, int]]:
+    """What can be done with two numbers, or, where a target is given, what reaches it, in whole numbers."""
+    if target is None:
+        yield "+", left + right, 0 if left >= right else 1
+        yield "*", left * right, 0 if left >= right else 1
+        yield "-", left - right, 2
+        if right:
+            yield "/", left / right, 4
+        return
+    (a, b), (c, d) = left.as_integer_ratio(), right.as_integer_ratio()
+    ones, others, wanted = a * d, c * b, target * b * d  # all times b * d
+    if ones + others == wanted:
+        yield "+", Fraction(target), 0 if ones >= others else 1
+    if a * c == wanted:
+        yield "*", Fraction(target), 0 if ones >= others else 1
+    if ones - others == wanted:
+        yield "-", Fraction(target), 2
+    if c and ones == target * others:
+        yield "/", Fraction(target), 4
 
 
 def _splits(values: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -39,8 +39,8 @@ class FormulaGame(CardGame):
 
     @property
     def instruction(self) -> str:
-        """The target, and the formula so far."""
-        written = " ".join(self.formula)
+        """The target, and the formula so far, in which `_` stands for a blank."""
+        written = " ".join("_" if token == BLANK else token for token in self.formula)
         return f"make {self.target}: {written}".rstrip()
 
     @property

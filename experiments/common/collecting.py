@@ -80,7 +80,7 @@ def _collect(
         kept.end()
     first = rollouts[0].record
     assert first is not None, "it was asked for"
-    warn_of(dead_frames(environment.env, first.images, first.instructions))
+    warn_of(dead_frames(environment, first.images, first.instructions))
     success = episode_success(dataset)
     faults = [fault for rollout in rollouts for fault in rollout.faults]
     lost = sum(0 if rollout.failed is None else int(rollout.failed.sum()) for rollout in rollouts)

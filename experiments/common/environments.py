@@ -87,14 +87,17 @@ def ignored_seeds_of(env: EpisodeVectorEnv, needed_for: str | None = None) -> st
     return sentence
 
 
-def dead_frames(env_id: str, frames: np.ndarray, instructions: Sequence[str]) -> str | None:
+def dead_frames(environment: EnvSettings, frames: np.ndarray, instructions: Sequence[str]) -> str | None:
     """Returns a warning where frames (B, H, W, 3) of an environment are all of one colour, or all the same; else None.
 
     Args:
-        env_id: for the warning.
+        environment: its settings; where these ask for black frames, none is dead.
         frames: what it showed, of several steps or episodes.
         instructions: B texts.
     """
+    env_id = environment.env
+    if environment.image_source == "blank":
+        return None
     if all(map(is_blank, frames)):
         return f"{env_id} showed a single colour in all of {len(frames)} frames: look at its renderer"
     if len(frames) > 1 and len(set(instructions)) == 1 and all(np.array_equal(frame, frames[0]) for frame in frames):

@@ -40,7 +40,7 @@ def run_evaluation(command: EvaluateCommand, name: str) -> int:
     remote = make_remote(command) if command.policy.policy == REMOTE else None
     policy = remote or policy_of_run(environment, command.policy, run.seed, run.torch_threads)[0]
     set_sampling(run, policy)
-    warn_of(dead_frames(environment.env, *sights(environment, run.seed)))
+    warn_of(dead_frames(environment, *sights(environment, run.seed)))
     count = min(environment.num_envs, run.episodes)
     seeds, kept = held_out_seeds(run.episodes, run.seed), None
     if run.output and remote is None:

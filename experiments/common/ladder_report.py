@@ -1,6 +1,7 @@
 """The report of run_ladder.py: every step's policy on the same held-out seeds, and paired tests between all of them.
 
 A step's controls (blank image, another instruction) are those of its own evaluation.json, on the first of these seeds.
+Further evaluations, such as a stricter success, play every policy on the same seeds under other settings.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from manako.agent.data.trajectories import episode_returns, episode_success, load_trajectories
 from manako.agent.interfaces import NOT_FIXED
-from manako.agent.report.evaluation import evaluate, expert_agreement
+from manako.agent.report.evaluation import Condition, Evaluation, evaluate, expert_agreement
 from manako.agent.report.figures import success_chart
 from manako.agent.report.statistics import mcnemar, paired_permutation
 from manako.agent.rollout import success_rate
@@ -49,6 +50,7 @@ def evaluate_ladder(
     episodes: int,
     sample: bool,
     table: str | None = None,
+    more: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Evaluates every step's policy on the same held-out seeds; a file, a table and a chart.
 
@@ -59,9 +61,11 @@ def evaluate_ladder(
         episodes: held-out episodes.
         sample: sample actions instead of taking the greedy ones.
         table: a Markdown file for the table, beside which the chart is put as well; None: for none.
+        more: further evaluations of every policy and of the random one, each by its section of the environment.
     """
     start = build(PPOCommand, checked_sections(PPOCommand, common, "common"))
-    environment, source, seed = start.environment, start.policy, start.run.seed
+    source, seed = start.policy, start.run.seed
+    others = {name: _environment(section) for name, section in (more or {}).items()}
     seeds = held_out_seeds(episodes, seed)
     trained = {name: step for name, step in done.items() if step["runner"] != "collect"}
     rows: list[dict[str, Any]] = []
@@ -73,11 +77,26 @@ def evaluate_ladder(
             learns = read_description(final)[0].trainable
             of_folder: dict[str, Any] = {"policy": str(final), "trainable": learns, **dict.fromkeys(OF_PRESETS)}
             source = dataclasses.replace(start.policy, **of_folder)
+        environment = start.environment
+        if name != START:
+            own = trained[name]["settings"].get("environment", {}).get("image_source", environment.image_source)
+            environment = dataclasses.replace(environment, image_source=own)
         policy, _ = policy_of_run(environment, source, seed, start.run.torch_threads)
-        with contextlib.closing(make_vector_env(environment, min(32, len(seeds)), seed, held_out=True)) as env:
-            evaluation = evaluate(policy, env, seeds, sample=sample)
-            if name == START:
-                random = evaluate(policy, env, seeds, "random").summary()
+        evaluation = _play(environment, policy, seeds, seed, sample)
+        further = {
+            other: _play(
+                dataclasses.replace(settings, image_source=environment.image_source), policy, seeds, seed, sample
+            ).summary()
+            for other, settings in others.items()
+        }
+        if name == START:
+            random = {
+                **_play(environment, policy, seeds, seed, condition="random").summary(),
+                "evaluations": {
+                    other: _play(settings, policy, seeds, seed, condition="random").summary()
+                    for other, settings in others.items()
+                },
+            }
         success[name] = [episode.success for episode in evaluation.episodes]
         returns[name] = [episode.episode_return for episode in evaluation.episodes]
         learned = 0
@@ -93,6 +112,7 @@ def evaluate_ladder(
                 "parameters": sum(p.numel() for p in policy.parameters()),
                 "trained_parameters": learned,
                 "controls": _controls(folder / name),
+                "evaluations": further,
                 "expert_agreement": agreement_with_expert(environment, policy, seeds[:EXPERT_EPISODES], seed),
                 "milliseconds_a_frame": milliseconds_a_frame(environment, policy, seed),
                 **measure_retention(policy).summary(),
@@ -100,7 +120,8 @@ def evaluate_ladder(
         )
     measure = measure_of({"random": random, **{row["step"]: row for row in rows}})
     result = {
-        "env": environment.env,
+        "env": start.environment.env,
+        "evaluations": more or {},
         "measure": measure,
         "seeds": seeds,
         "sampled_actions": sample,
@@ -125,12 +146,30 @@ def evaluate_ladder(
         success_chart(
             [(row["step"], *_measured(row, measure)) for row in rows],
             chart,
-            f"{environment.env}, {episodes_in_words(rows[0]['episodes'], rows[0]['starts'])}",
+            f"{start.environment.env}, {episodes_in_words(rows[0]['episodes'], rows[0]['starts'])}",
             _measured(random, measure),
             returns=measure == "return",
         )
     if table:
         TABLE.write(Path(table), table_rows(result))
+
+
+def _environment(section: dict[str, Any]) -> EnvSettings:
+    given = checked_sections(PPOCommand, {"environment": section}, "the environment of an evaluation")
+    return build(PPOCommand, given).environment
+
+
+def _play(
+    environment: EnvSettings,
+    policy: VLMPolicy,
+    seeds: Sequence[int],
+    seed: int,
+    sample: bool = False,
+    condition: Condition = "policy",
+) -> Evaluation:
+    """Plays these held-out episodes under these settings."""
+    with contextlib.closing(make_vector_env(environment, min(32, len(seeds)), seed, held_out=True)) as env:
+        return evaluate(policy, env, seeds, condition, sample=sample)
 
 
 def agreement_with_expert(
@@ -155,6 +194,19 @@ def milliseconds_a_frame(environment: EnvSettings, policy: VLMPolicy, seed: int)
             policy.act(policy.prepare(seen.images, seen.instructions), Draws([]), greedy=True)
             times.append(time.perf_counter() - start)
     return 1000 * min(times[1:]) / TIMED
+
+
+def _further_table(result: dict[str, Any]) -> Table:
+    """The table of further evaluations: a row a step, a column each."""
+    table = Table(title="the same under other settings", title_justify="left", box=box.SIMPLE)
+    table.add_column("step", no_wrap=True)
+    for name in result["evaluations"]:
+        table.add_column(f"{name} [95 %]", justify="right", no_wrap=True)
+    for row in ({**result["random"], "step": "random policy"}, *result["steps"]):
+        found = row["evaluations"]
+        measure = {name: "return" if found[name]["success"] is None else "success" for name in found}
+        table.add_row(row["step"], *(_with_interval(found[name], measure[name]) for name in result["evaluations"]))
+    return table
 
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -279,6 +331,8 @@ def print_report(result: dict[str, Any], file: Path) -> None:
             "-" if row["probes"] is None else f"{row['probes']:.0%}",
         )
     console.print(table)
+    if result["evaluations"]:
+        console.print(_further_table(result))
     if rows[0]["starts"] > 1 or result["sampled_actions"]:  # else the episodes are no sample that could be tested
         pairs = result["comparisons"]
         if len(rows) > MOST_STEPS:

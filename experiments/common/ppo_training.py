@@ -106,7 +106,7 @@ def _train(start: Start[PPOCommand], started: float, ending: Ending) -> None:
         progress.header(env, None if seen is None else sensitivity(policy, *seen), unseeded)
         if changes:
             progress.console.print(f"changed      {in_words(changes, iteration)}")
-        warn_of(None if seen is None else dead_frames(environment.env, *seen))
+        warn_of(None if seen is None else dead_frames(environment, *seen))
         if checkpoint is None:
             write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "before.gif")
         ending.kept = lambda: _kept(saver, args.num_iterations)

@@ -88,7 +88,7 @@ def _train(start: Start[SFTCommand], started: float, ending: Ending) -> None:
             console.print(f"episodes     {env.limit_from}")
         seen = sights(environment, run.seed)
         print_sensitivity(console, sensitivity(policy, *seen))
-        warn_of(dead_frames(environment.env, *seen))
+        warn_of(dead_frames(environment, *seen))
     describe_start(replace(start, command=command))
     ending.begun = True
     before = measure_retention(policy)

@@ -152,6 +152,24 @@ def test_a_policy_that_changed_after_acting_stops_the_run(tmp_path):
     assert len(rows_of(trainer)) == 1
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_in_half_precision_the_mean_ratio_counts(bf16, tmp_path):
+    """One token that rounding moves by 0.4 is no other policy there; all that are 0.1 away are."""
+    trainer = make_trainer(tmp_path, bf16=bf16, use_cpu=True)
+    loss = {"loss": torch.tensor(0.0)}
+    one = torch.ones(200)
+    one[7] = 1.4
+    if not bf16:
+        with pytest.raises(TrainingError, match="has a ratio 0.4 away from 1, expected at most 1e-04"):
+            trainer._check_and_keep(loss, one)
+        return
+    trainer._check_and_keep(loss, one)
+    assert trainer.first_ratio_error == pytest.approx(0.4)
+    trainer._reset_metrics()
+    with pytest.raises(TrainingError, match="has a mean ratio 0.1 away from 1, expected at most 5e-02"):
+        trainer._check_and_keep(loss, torch.full((200,), 0.9))
+
+
 def test_an_update_stops_at_the_target_kl_and_the_run_goes_on(tmp_path):
     """With a huge learning rate the second minibatch is past the target: it is measured and not applied."""
     trainer = make_trainer(tmp_path, learning_rate=0.2, target_kl=0.01, num_iterations=3, num_ppo_epochs=4)

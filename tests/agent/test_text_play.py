@@ -24,6 +24,7 @@ from manako.envs import EpisodeVectorEnv, held_out_seeds
 from manako.envs.observation import MOST_SKIPPED
 from manako.policies import PolicySource, load_policy
 from manako.policies.answers.illegal import CUT, LEGAL, SKIP
+from manako.policies.interface import Acted
 from manako.policies.text_policy import TOKENS
 from tests.helpers.rollout_equality import same_bits
 from tests.helpers.small_runs import corridor_env, ppo_config
@@ -95,6 +96,32 @@ def test_an_episode_of_answers_without_an_action_is_cut_and_no_success():
     assert [episode.length for episode in result.episodes] == [MOST_SKIPPED] * 3
     assert [episode.success for episode in result.episodes] == [False] * 3
     assert result.outcomes == {CUT: 3 * MOST_SKIPPED} and result.summary()["outcomes"] == result.outcomes
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_an_answer_in_vain_is_not_written_again_while_the_same_is_shown(sample):
+    """Some places get no action, so their episodes end there; the others go on, and no figure changes."""
+    env = corridor_env(4, env_kwargs={"length": 41, "limit": 9})
+    policy, asked = writer(env), []
+
+    def act(inputs, draws, greedy=False):
+        asked.append(len(inputs))
+        lost = [digest % 3 == 0 for digest in inputs.digests().tolist()]
+        to_env = np.array([SKIP if stuck else 1 for stuck in lost])
+        outcomes = [CUT if stuck else LEGAL for stuck in lost]
+        return Acted(inputs, to_env, torch.zeros(len(lost), 1), torch.ones(len(lost), 1) > 0, None, outcomes)
+
+    policy.act = act
+    result = evaluate(policy, env, held_out_seeds(12), sample=sample)
+    turns = sum(episode.length for episode in result.episodes)
+    stuck = [episode for episode in result.episodes if episode.length >= MOST_SKIPPED]
+    assert 0 < len(stuck) < 12 and result.outcomes[CUT] == MOST_SKIPPED * len(stuck)
+    assert result.outcomes[LEGAL] == turns - result.outcomes[CUT]
+    assert all(episode.length == 9 for episode in result.episodes if episode not in stuck)
+    if sample:  # drawn again each time
+        assert len(asked) == len([rows for rows in asked if rows == 4])
+    else:
+        assert sum(asked) < turns - (MOST_SKIPPED - 2) * len(stuck) + 4 * 9
 
 
 def test_skipped_turns_are_played_again():

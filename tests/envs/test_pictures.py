@@ -7,6 +7,7 @@ import pytest
 from manako import envs
 from manako.envs.check import check_vlm_env
 from manako.envs.observation import VLMObservation
+from manako.envs.settings import EnvSettings
 from manako.experiments.common.environments import dead_frames
 
 RNG = np.random.default_rng(0)
@@ -91,9 +92,22 @@ def test_frames_that_show_nothing():
     black, other = np.zeros((4, 8, 8, 3), np.uint8), RNG.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     changing = black + np.arange(4, dtype=np.uint8)[:, None, None, None]  # another colour each: still dead
     for frames in (black, changing):
-        assert "single colour in all of 4 frames" in dead_frames("E", frames, list("abcd"))
-    assert "one frame and instruction 4 times" in dead_frames("E", other[[0] * 4], ["go"] * 4)
-    assert dead_frames("E", other[[0] * 4], ["go", "stop"] * 2) is None
-    assert dead_frames("E", other, ["go"] * 4) is None
+        assert "single colour in all of 4 frames" in dead_frames(EnvSettings("E"), frames, list("abcd"))
+    assert "one frame and instruction 4 times" in dead_frames(EnvSettings("E"), other[[0] * 4], ["go"] * 4)
+    assert dead_frames(EnvSettings("E"), other[[0] * 4], ["go", "stop"] * 2) is None
+    assert dead_frames(EnvSettings("E"), other, ["go"] * 4) is None
     half = np.concatenate([black[:2], other[:2]])
-    assert dead_frames("E", half, ["go"] * 4) is None
+    assert dead_frames(EnvSettings("E"), half, ["go"] * 4) is None
+    assert dead_frames(EnvSettings("E", image_source="blank"), black, list("abcd")) is None
+
+
+@pytest.mark.parametrize("observed", [PICTURES["colours"], CODES["counts"]], ids=["observed", "rendered"])
+def test_black_frames_of_the_size_that_would_be_seen(observed):
+    seen, blank = VLMObservation(Shows(observed)), VLMObservation(Shows(observed), image_source="blank")
+    assert blank.frame_shape == seen.frame_shape and blank.image_from == f"black in place of {seen.image_from}"
+    for env in (seen, blank):
+        frames = [env.reset(seed=0)[0]["image"], env.step(0)[0]["image"]]
+        assert all(frame.any() == (env is seen) for frame in frames)
+    assert observed.any() and COLOURS.any()  # ours are black, theirs are not
+    faults = check_vlm_env("tests/Shows-v0", image_source="blank") if "tests/Shows-v0" in gym.registry else []
+    assert not [fault for fault in faults if not fault.startswith("warning")]

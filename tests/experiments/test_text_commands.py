@@ -43,6 +43,15 @@ def test_a_policy_that_writes_is_trained_and_evaluated(run, tmp_path):
     assert code == 0 and "answers of policy: " in out, err
 
 
+@pytest.mark.parametrize("credit", ["step", "token"])
+def test_a_policy_that_writes_learns_in_half_precision(credit, run, tmp_path):
+    words = f"{SMALL} {WRITING} --total_steps 96 --bf16 true --token_credit {credit} --output_dir run"
+    code, _, err = run(run_ppo, words)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert len(rows) == 3 and all(row["first_ratio_error"] < 1 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from manako import envs
+from manako.agent import rng
 from manako.agent.ppo_loop import minibatches
 from manako.agent.rng import shuffled
 from manako.policies import PolicyError, PolicySource, load_policy
@@ -181,15 +182,32 @@ def test_the_order_of_the_prompt_is_kept(tmp_path):
 
 def test_samples_of_one_frame_are_shuffled_together():
     groups = torch.tensor([7, 7, -3, 7, 5, -3])
-    orders = {tuple(shuffled(6, groups, np.random.default_rng(seed)).tolist()) for seed in range(40)}
-    assert len(orders) == 6  # three groups
+    orders = [shuffled(6, groups, 48, np.random.default_rng(seed)).tolist() for seed in range(40)]
+    assert len({tuple(groups[order].tolist()) for order in orders}) == 6  # three groups
     for order in orders:
-        runs = [groups[at].item() for at in order]
+        runs = groups[order].tolist()
         assert sorted(order) == list(range(6)) and sum(a != b for a, b in pairwise(runs)) == 2
-    assert sorted(shuffled(6, None, np.random.default_rng(0))) == list(range(6))
+    assert sorted(shuffled(6, None, 48, np.random.default_rng(0))) == list(range(6))
+    assert shuffled(0, groups[:0], 48, np.random.default_rng(0)).tolist() == []
 
 
-def test_work_is_shared_in_minibatches():
+def test_a_frame_that_comes_again_and_again_does_not_fill_a_batch():
+    """Of 12 frames with 100 samples each, 64 samples a batch hold 16 parts of 4, which differ from pass to pass."""
+    groups = torch.arange(12).repeat(100)
+    first, second = (shuffled(1200, groups, 64, np.random.default_rng(seed)) for seed in (0, 1))
+    neighbours = []
+    for order in (first, second):
+        assert sorted(order) == list(range(1200))
+        parts = groups[order].view(-1, 4)
+        assert (parts == parts[:, :1]).all()
+        for batch in groups[order].split(64):
+            assert batch.bincount(minlength=12).max() <= 32  # by chance a frame has some parts in a batch, never all
+        neighbours.append({frozenset(part) for part in order.reshape(-1, 4).tolist()})
+    assert len(neighbours[0] & neighbours[1]) < 5
+
+
+def test_work_is_shared_in_minibatches(monkeypatch):
+    monkeypatch.setattr(rng, "LEAST_GROUPS", 1)
     policy = load_policy(PolicySource(image_first=True), NAMES, FRAME)
     inputs = shared_rows(policy)
     work = policy.shared_work(inputs)

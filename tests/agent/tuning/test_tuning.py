@@ -77,6 +77,65 @@ def test_a_ladder_from_demonstrations_to_ppo(tmp_path):
     assert done.returncode == 0 and (tmp_path / "out/sft/final/model.safetensors").stat().st_mtime == before
 
 
+@pytest.mark.slow
+def test_a_ladder_with_a_blind_step_and_a_stricter_success(tmp_path):
+    """The blind step is evaluated on black frames; `easier` gives a return above -100 as success, so it is 100 %."""
+    ladder = {
+        "common": {
+            "environment": {"env": "manako/EZPoints-v0", "env_kwargs": {"size": 30}, "num_envs": 8},
+            "policy": {"policy": "tiny", "trainable": "full"},
+            "run": SMALL,
+        },
+        "evaluations": {
+            "strict": {"env_kwargs": {"strict": True}},
+            "easier": {"success_return": -100.0},
+        },
+        "steps": [
+            {"name": "demos", "runner": "collect", "environment": {"image_source": "blank"}, "run": {"episodes": 30}},
+            {
+                "name": "blind",
+                "runner": "sft",
+                "environment": {"image_source": "blank"},
+                "sft": {"dataset": "demos", "loss": "actions", "epochs": 2},
+            },
+        ],
+    }
+    (tmp_path / "ladder.yaml").write_text(json.dumps(ladder))
+    done = run("run_ladder.py", tmp_path, ladder="ladder.yaml", output_dir="out", eval_episodes=6)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    start, blind = report["steps"]
+    for row in (report["random"], start, blind):
+        assert row["evaluations"]["easier"]["success"] == 1 and row["evaluations"]["strict"]["episodes"] == 6
+    own = json.loads((tmp_path / "out/blind/evaluation.json").read_text())
+    assert own["policy"]["return_mean"] == own["blank_image"]["return_mean"]  # it has seen nothing else
+    assert report["evaluations"]["strict"]["env_kwargs"] == {"size": 30, "strict": True}
+    assert "strict [95 %]" in done.stdout and "single colour" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "message"),
+    [
+        ([1], r"The evaluations in ladder.yaml are \[1\]: expected a name"),
+        ({"strict": None}, "The evaluation 'strict' in ladder.yaml is None: expected settings"),
+        ({"strict": {"env_kwarg": {}}}, "env_kwarg"),
+        ({"strict": {"max_episode_steps": 0}}, "max_episode_steps"),
+    ],
+)
+def test_evaluations_that_are_none(evaluations, message):
+    ladder = {"common": {}, "evaluations": evaluations, "steps": [{"name": "one", "runner": "ppo"}]}
+    with pytest.raises(UsageError, match=message):
+        run_ladder.check_ladder(ladder, "ladder.yaml")
+
+
+def test_an_evaluation_changes_what_it_names_alone():
+    environment = {"env": "E-v0", "env_kwargs": {"size": 60, "strict": False}}
+    changed = run_ladder.changed(environment, {"env_kwargs": {"strict": True}, "image_source": "blank"})
+    assert changed == {"env": "E-v0", "env_kwargs": {"size": 60, "strict": True}, "image_source": "blank"}
+    assert environment["env_kwargs"] == {"size": 60, "strict": False}
+    assert run_ladder.changed({}, {"env_kwargs": {"a": 1}}) == {"env_kwargs": {"a": 1}}
+
+
 def test_align_and_instruct(recorded, tmp_path, monkeypatch, capsys):
     """Both in this process; the ladder runs the same as programs."""
     monkeypatch.chdir(tmp_path)
