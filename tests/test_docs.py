@@ -226,6 +226,7 @@ READ_ONLY = {
     "python experiments/run_ppo.py --seed 0": "a run of the first command",
     "python experiments/run_ppo.py --config ": "minutes; tests/experiments/test_run_ppo.py reads every configuration",
     "python experiments/run_ladder.py --ladder experiments/configs/architectures.yaml": "an hour; read there",
+    "python experiments/reproduce.py ": "minutes; tests/experiments/test_reproduce.py runs a row of seconds",
     "python experiments/play.py": "a person plays in a window; tests/agent/data has its recordings",
     "python experiments/submit_ray_job.py": "a cluster's; tests/agent/workers submits to one of its own",
     "python /path/to/experiments/submit_ray_job.py": "likewise",

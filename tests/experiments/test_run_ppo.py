@@ -336,6 +336,7 @@ def test_configurations(path):
 
 RUNNERS = ["run_ppo", "collect", "run_sft", "run_dpo", "run_ladder", "submit_ray_job", "evaluate", "check_env", "play"]
 RUNNERS += [
+    "reproduce",
     "export_lerobot",
     *(f"benchmarks/{name}" for name in ("speed", "ray_workers", "compare_sb3", "feature_cache", "writing")),
 ]
