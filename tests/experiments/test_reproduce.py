@@ -83,20 +83,11 @@ def test_rows_and_seeds_that_are_none(monkeypatch, capsys):
 
 def test_a_row_is_run_and_then_only_read(monkeypatch, capfd, tmp_path):
     """A row of seconds; its interval is that of anything, and then of nothing that can come out."""
-    flags = [
-        "--env",
-        "manako/ColorMatch-v0",
-        "--num_envs",
-        "8",
-        "--num_steps",
-        "4",
-        "--minibatch_size",
-        "32",
-        "--total_steps",
-        "64",
-    ]
+    words = (
+        "--env manako/ColorMatch-v0 --num_envs 8 --num_steps 4 --minibatch_size 32 --total_steps 64 --gif_episodes 0"
+    )
     row = {"what": "a test", "run": "experiments/run_ppo.py", "minutes": 1, "tried": 0, "figures": {5: {}}}
-    row |= {"flags": [*flags, "--total_steps", 64, "--eval_episodes", 8, "--gif_episodes", 0]}
+    row["flags"] = [*words.split(), "--eval_episodes", 8]
     file = tmp_path / "results.yaml"
     monkeypatch.setattr(reproduce, "ROWS", file)
     monkeypatch.chdir(tmp_path)
