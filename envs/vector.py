@@ -75,16 +75,16 @@ class StepResult(NamedTuple):
 def episode_seed(seed: int, split: int, slot: int, episode: int) -> int:
     """Returns the seed of one episode, below 2^31 (some environments take no larger one).
 
-    The lowest bit is 0 for training and 1 for what is held out from it, tests and validation, so they never meet.
+    The lowest bit is 1 for the two held-out splits, test and validation, and 0 for any other, so they never meet.
 
     Args:
         seed: The run's seed.
-        split: `TRAINING`, `HELD_OUT` (the test) or `VALIDATION`.
+        split: `TRAINING`, `HELD_OUT` (the test), `VALIDATION` or a further number.
         slot: The slot, counted over all workers.
         episode: How many episodes the slot has started before.
     """
     sequence = np.random.SeedSequence(entropy=seed, spawn_key=(split, slot, episode))
-    return (int(sequence.generate_state(1)[0]) >> 2 << 1) | (split != TRAINING)
+    return (int(sequence.generate_state(1)[0]) >> 2 << 1) | (split in (HELD_OUT, VALIDATION))
 
 
 class EpisodeVectorEnv:

@@ -107,6 +107,7 @@ class BestPolicy(TrainerCallback):
         last: returns the training's last number.
         write: appends a row to metrics.jsonl.
         heard: hears of each evaluation.
+        describe: writes something for people into the folder of a new best policy.
     """
 
     def __init__(
@@ -119,9 +120,10 @@ class BestPolicy(TrainerCallback):
         last: Callable[[], int],
         write: Callable[[dict[str, Any]], None],
         heard: Callable[[Looked], None],
+        describe: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self.saver, self.play, self.run_dir, self.every = saver, play, run_dir, every
-        self.place, self.last, self.write, self.heard = place, last, write, heard
+        self.place, self.last, self.write, self.heard, self.describe = place, last, write, heard, describe
         self.best: dict[str, Any] | None = None
         self._done: set[int] = set()
         saver.also = self.due
@@ -169,3 +171,4 @@ class BestPolicy(TrainerCallback):
     def _fill(self, folder: Path, found: dict[str, Any]) -> None:
         self.saver.trainer.policy.save(folder)
         (folder / BEST_FILE).write_text(json.dumps(found, indent=2), encoding="utf-8")
+        self.describe(folder)

@@ -115,7 +115,7 @@ def _train(start: Start[PPOCommand], started: float, ending: Ending) -> None:
             place = Place("iteration", "env_steps", lambda number: number * trainer.num_samples)
             num_envs, last = environment.num_envs, args.num_iterations
             told = saver, place, lambda: last, metrics.append, progress.console
-            trainer.add_callback(keep_best(environment, run, policy, num_envs, run_dir, *told))
+            trainer.add_callback(keep_best(command, policy, num_envs, run_dir, *told))
         trainer.add_callback(progress)
         ending.kept = lambda: _kept(saver, args.num_iterations)
         try:
@@ -160,7 +160,7 @@ def _finish(
     command: PPOCommand, policy: VLMPolicy, run_dir: Path, rows: list[dict[str, Any]], progress: Progress
 ) -> None:
     """The final policy folder, evaluation with controls, learning curve, after.gif; evaluation.json ends the run."""
-    write_final(policy, run_dir)  # unless a former start wrote it and was stopped in what follows
+    write_final(command, policy, run_dir)  # unless a former start wrote it and was stopped in what follows
     summary = evaluate_run(command, policy, run_dir, command.environment.num_envs)
     random = summary["random"]
     measure = "return_mean" if any(row["success"] is None for row in summary.values()) else "success"
@@ -174,5 +174,5 @@ def _finish(
             f"{command.policy.policy} on {command.environment.env}, seed {command.run.seed}",
             baselines={"random policy": (random[measure], tuple(interval))},
         )
-    write_evaluation(run_dir, summary)
+    write_evaluation(command, policy, run_dir, summary)
     progress.print_evaluation(summary)

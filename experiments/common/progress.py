@@ -260,7 +260,7 @@ def best_in_words(row: Mapping[str, Any]) -> str:
     if row["same_weights_as_policy"]:
         return f"best: {where}, which is the final policy"
     found = row["against_policy"]
-    difference = f"{found['difference']:+.1%}" if found["measure"] == "success" else f"{found['difference']:+.2f}"
+    difference = difference_in_words(found)
     p = (
         f"p {found['p']:.2g} by {found['test']}"
         if found["p"] is not None
@@ -270,6 +270,11 @@ def best_in_words(row: Mapping[str, Any]) -> str:
         f"best: {where}, chosen on validation episodes; {found['measure']} {difference} from the final policy's on the "
         f"same episodes, {p}"
     )
+
+
+def difference_in_words(found: Mapping[str, Any]) -> str:
+    """Returns how a policy's success or mean return differs from another's."""
+    return f"{found['difference']:+.1%}" if found["measure"] == "success" else f"{found['difference']:+.2f}"
 
 
 def outcomes_in_words(outcomes: Mapping[str, int]) -> str:

@@ -17,6 +17,7 @@ from manako.envs.settings import EnvSettings
 from manako.experiments.common import stopping
 from manako.experiments.common.ending import only_warned
 from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.model_card import write_card
 from manako.experiments.common.outcomes import measure_of
 from manako.experiments.common.progress import RowsDone, plain_console
 from manako.experiments.common.run_folder import write_text
@@ -28,10 +29,15 @@ from manako.policies.saving import read_description
 UNFINISHED, UNFINISHED_BEST = "evaluation_under_way.json", "evaluation_of_best_under_way.json"
 
 
-def write_final(policy: VLMPolicy, run_dir: Path) -> None:
-    """Writes final/, whole or not there; one that is there stays."""
+def write_final(command: TrainCommand, policy: VLMPolicy, run_dir: Path) -> None:
+    """Writes final/, whole or not there, with a card of a policy that is not evaluated; one that is there stays."""
+
+    def fill(folder: Path) -> None:
+        save_policy(policy, folder)
+        write_card(command, policy, run_dir, folder)
+
     if not (run_dir / "final").exists():
-        write_folder(run_dir / "final", lambda folder: save_policy(policy, folder))
+        write_folder(run_dir / "final", fill)
 
 
 def evaluate_run(command: TrainCommand, policy: VLMPolicy, run_dir: Path, num_envs: int) -> dict[str, Any]:
@@ -171,8 +177,13 @@ def unfinished(
     return kept
 
 
-def write_evaluation(run_dir: Path, summary: dict[str, dict[str, Any]]) -> None:
-    """Writes evaluation.json, which ends a run; what was kept of an evaluation under way is done with."""
+def write_evaluation(
+    command: TrainCommand, policy: VLMPolicy, run_dir: Path, summary: dict[str, dict[str, Any]]
+) -> None:
+    """Completes the cards and writes evaluation.json, which ends a run; what was kept of one under way is done with."""
+    for name in ("final", BEST):
+        if (run_dir / name).is_dir():
+            write_card(command, policy, run_dir, run_dir / name, summary)
     write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2))
     for name in (UNFINISHED, UNFINISHED_BEST):
         (run_dir / name).unlink(missing_ok=True)

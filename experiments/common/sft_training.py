@@ -102,10 +102,10 @@ def _train(start: Start[SFTCommand], started: float, ending: Ending) -> None:
     if run.eval_every:
         place = Place("step", "examples", functools.partial(examples_of, len(trainer.train_dataset), sft.batch_size))
         told = saver, place, lambda: trainer.state.max_steps, trainer.metrics.append, console, trainer.acting
-        others.append(keep_best(environment, run, policy, SIDE_BY_SIDE, run_dir, *told))
+        others.append(keep_best(command, policy, SIDE_BY_SIDE, run_dir, *told))
     trainer.fit(saver, start.checkpoint, *others)
     seconds = time.perf_counter() - started
-    write_final(policy, run_dir)
+    write_final(command, policy, run_dir)
     after = measure_retention(policy)
     report: dict[str, Any] = {
         "stage": sft.stage,
@@ -118,7 +118,7 @@ def _train(start: Start[SFTCommand], started: float, ending: Ending) -> None:
     print_retention(console, before, after)
     if run.eval_episodes and sft.stage == "instruct":
         summary = evaluate_run(command, policy, run_dir, SIDE_BY_SIDE)
-        write_evaluation(run_dir, summary)
+        write_evaluation(command, policy, run_dir, summary)
         print_table(console, summary, f"{environment.env}, held-out seeds")
     write_text(run_dir / "report.json", json.dumps(report, indent=2))  # which ends the run
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
@@ -202,7 +202,7 @@ def _pretrain(
     trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
     trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), start.checkpoint)
     seconds = time.perf_counter() - started
-    write_final(policy, run_dir)
+    write_final(command, policy, run_dir)
     after = pretraining.measure(*unseen)
     report = {
         "stage": sft.stage,

@@ -4,6 +4,7 @@ Played in this process, whatever backend the rollouts come from, as the final ev
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,10 +17,10 @@ from manako.agent.report.callbacks import Checkpoints
 from manako.agent.report.evaluation import evaluate_all
 from manako.agent.report.validation import RULE, BestPolicy, Looked, Place
 from manako.envs import VALIDATION, validation_seeds
-from manako.envs.settings import EnvSettings
 from manako.experiments.common.environments import make_vector_env
+from manako.experiments.common.model_card import write_card
 from manako.experiments.common.results import unfinished
-from manako.experiments.common.settings import PPORunSettings, SFTRunSettings
+from manako.experiments.common.settings import PPOCommand, SFTCommand
 from manako.policies import VLMPolicy
 
 MOST_STEPS = (
@@ -29,8 +30,7 @@ UNDER_WAY = "validation_under_way.json"
 
 
 def keep_best(
-    environment: EnvSettings,
-    run: PPORunSettings | SFTRunSettings,
+    command: PPOCommand | SFTCommand,
     policy: VLMPolicy,
     num_envs: int,
     run_dir: Path,
@@ -44,8 +44,7 @@ def keep_best(
     """Returns the callback that evaluates a run while it trains, and keeps its best policy; says what it will do.
 
     Args:
-        environment: what is played.
-        run: the run's settings.
+        command: the run's settings.
         policy: who learns.
         num_envs: episodes side by side, at most.
         run_dir: the run folder.
@@ -56,6 +55,7 @@ def keep_best(
         console: where to.
         acting: makes the policy for a block what it is when it is not trained.
     """
+    environment, run = command.environment, command.run
     seeds = validation_seeds(run.validation_episodes, run.seed)
     count, file = min(num_envs, len(seeds)), run_dir / UNDER_WAY
 
@@ -75,7 +75,8 @@ def keep_best(
         f"validation   every {run.eval_every:,} {place.samples.replace('_', ' ')}, {len(seeds)} episodes of seeds of "
         f"their own; {BEST}/ keeps {RULE}"
     )
-    return BestPolicy(saver, play, run_dir, run.eval_every, place, last, write, heard)
+    describe = functools.partial(write_card, command, policy, run_dir)
+    return BestPolicy(saver, play, run_dir, run.eval_every, place, last, write, heard, describe)
 
 
 def in_words(looked: Looked) -> str:
