@@ -24,6 +24,8 @@ from manako.errors import is_of_the_disk
 
 MANIFEST = manifest.MANIFEST
 TEMPORARY = ".tmp-"
+BEST = "best"  # of a run, beside its final/: the policy of `manako.agent.report.validation`
+NEXT, BEFORE = ".next-", ".before-"  # of a folder that is being replaced
 OF_A_RUN = (  # what a checkpoint that a run goes on from has to hold, beside the policy's own files
     "policy.json",
     "value_head.safetensors",
@@ -66,6 +68,45 @@ def write_folder(final_path: Path | str, writer: Callable[[Path], None]) -> None
         if isinstance(error, OSError) or is_of_the_disk(error):
             raise disk_refused(final_path, error) from error
         raise
+
+
+def replace_folder(path: Path | str, writer: Callable[[Path], None]) -> None:
+    """Lets `writer` fill a folder, and puts it in the place of the one that is there once all of it is on disk.
+
+    At any moment the older one or the new one is there, whole; where a crash has left it under another name,
+    `recover_folder` gives it its own again.
+
+    Args:
+        path: of the folder; it need not be there yet.
+        writer: as of `write_folder`.
+
+    Raises:
+        TrainingError: the disk refused; the older one is untouched.
+    """
+    path = Path(path)
+    recover_folder(path)
+    write_folder(path.with_name(NEXT + path.name), writer)
+    recover_folder(path)
+
+
+def recover_folder(path: Path | str) -> None:
+    """Ends what `replace_folder` was doing when the process died, if it was; of two whole folders the newer one stays.
+
+    Raises:
+        TrainingError: the disk refused.
+    """
+    path = Path(path)
+    following, before = path.with_name(NEXT + path.name), path.with_name(BEFORE + path.name)
+    try:
+        if following.exists():  # whole, since `write_folder` put it there
+            if path.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                os.replace(path, before)
+            os.replace(following, path)
+            _sync(path.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    except OSError as error:
+        raise disk_refused(path, error) from error
 
 
 def finalize_folder(folder: Path | str, final_path: Path | str) -> None:

@@ -13,12 +13,12 @@ can still be undone, since no weight has changed in it; an update cannot, and th
 """
 
 import copy
-import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
+
+from manako.agent.rng import chance, set_chance
 
 if TYPE_CHECKING:
     from manako.agent.ppo_trainer import PPOTrainer
@@ -72,7 +72,7 @@ class LastIterations(TrainerCallback):
                 copy.deepcopy(trainer.lr_scheduler.state_dict()),
                 {name: copy.copy(getattr(state, name)) for name in STATE_FIELDS},
                 len(state.log_history),
-                _chance(),
+                chance(),
                 trainer.run_state(),
                 trainer.collector.tensors(),
             ),
@@ -107,7 +107,7 @@ class LastIterations(TrainerCallback):
         trainer.current_flos = 0
         trainer.control.should_epoch_stop = trainer.control.should_training_stop = False
         trainer.control.should_save = True  # as of every checkpoint
-        _set_chance(last.chance)
+        set_chance(last.chance)
         trainer.iteration = last.iteration
         trainer.brought_back = last.run, last.tensors
         return True
@@ -126,17 +126,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(part) for key, part in value.items()}
     return [_copied(part) for part in value] if isinstance(value, list) else copy.deepcopy(value)
-
-
-def _chance() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_chance(chance: tuple[Any, ...]) -> None:
-    python, numpy, cpu, cuda = chance
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)

@@ -1,8 +1,15 @@
-"""Random numbers as a function of (seed, purpose, ...): a resumed run and any split of slots draw the same."""
+"""Random numbers as a function of (seed, purpose, ...): a resumed run and any split of slots draw the same.
 
-from collections.abc import Iterable
+Libraries draw from generators of the process instead. `chance` and `set_chance` copy these and put them back.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from manako.policies.interface import Draws
@@ -19,6 +26,32 @@ def make_rng(seed: int, *key: int) -> np.random.Generator:
 def action_draws(seed: int, slots: Iterable[int], iteration: int) -> Draws:
     """Returns the random numbers with which these slots sample their actions in one rollout."""
     return Draws([make_rng(seed, ACTIONS, slot, iteration) for slot in slots])
+
+
+def chance() -> tuple[Any, ...]:
+    """Returns the state of the process's own generators: Python's, NumPy's and torch's."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_chance(state: tuple[Any, ...]) -> None:
+    """Puts back what `chance` returned."""
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def chance_kept() -> Iterator[None]:
+    """Lets a block draw from these generators, and gives them back as they were."""
+    before = chance()
+    try:
+        yield
+    finally:
+        set_chance(before)
 
 
 LEAST_GROUPS = 16  # of a batch, at least, where samples of a group are learned from together

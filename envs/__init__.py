@@ -22,6 +22,7 @@ from manako.envs.tasks import TASKS, Task
 from manako.envs.vector import (
     HELD_OUT,
     TRAINING,
+    VALIDATION,
     EpisodeVectorEnv,
     Observations,
     StepResult,
@@ -29,6 +30,7 @@ from manako.envs.vector import (
     held_out_seeds,
     make_env,
     training_seeds,
+    validation_seeds,
 )
 
 CARD_STEPS = 300  # as Gym Cards has it
@@ -53,6 +55,7 @@ __all__ = [
     "HELD_OUT",
     "TASKS",
     "TRAINING",
+    "VALIDATION",
     "EnvError",
     "EpisodeVectorEnv",
     "Observations",
@@ -65,4 +68,5 @@ __all__ = [
     "make_env",
     "make_vlm_env",
     "training_seeds",
+    "validation_seeds",
 ]

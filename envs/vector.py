@@ -13,7 +13,8 @@ leaves it stuck.
 
 Seeds: slot k of a run's split s plays episode e with `episode_seed(seed, s, k // group_size, e)`, and k counts over
 all workers. So workers in any number play the same episodes, and no training episode has a held-out seed. Where
-the episodes are fixed beforehand (recorded play, a data set), `seed_lists` names each slot's seeds instead.
+the episodes are fixed beforehand (recorded play, a data set), `seed_lists` names each slot's seeds instead. What is
+chosen while a run trains is chosen on seeds of a third split, `validation_seeds`: those of tests stay unseen.
 
 A slot comes back by its episode's actions, played again from its seed. What an episode has shown and paid so far is
 kept as one digest, each step's made of the one before, so a replay that differs in any step is known. Such an episode
@@ -43,9 +44,10 @@ from manako.spaces import action_dtype, action_shape, is_skip, is_vector, random
 
 log = logging.getLogger("manako.envs")
 
-TRAINING, HELD_OUT = 0, 1  # splits
+TRAINING, HELD_OUT, VALIDATION = 0, 1, 2  # splits
 
 STATE_FORMAT = 1
+TEST_SEEDS = 10_000  # of a run that no validation episode has, however many are asked for
 EPISODES_A_ROUND = 100_000  # more than one slot plays in a round
 OnFault = Literal["raise", "replay", "give up"]
 _MAX_REMEMBERED = 256  # instructions kept for replaced_instructions
@@ -73,16 +75,16 @@ class StepResult(NamedTuple):
 def episode_seed(seed: int, split: int, slot: int, episode: int) -> int:
     """Returns the seed of one episode, below 2^31 (some environments take no larger one).
 
-    The lowest bit is 1 for the held-out split and 0 for any other, so the two never meet.
+    The lowest bit is 1 for the two held-out splits, test and validation, and 0 for any other, so they never meet.
 
     Args:
         seed: The run's seed.
-        split: `TRAINING`, `HELD_OUT` or a further number.
+        split: `TRAINING`, `HELD_OUT` (the test), `VALIDATION` or a further number.
         slot: The slot, counted over all workers.
         episode: How many episodes the slot has started before.
     """
     sequence = np.random.SeedSequence(entropy=seed, spawn_key=(split, slot, episode))
-    return (int(sequence.generate_state(1)[0]) >> 2 << 1) | (split == HELD_OUT)
+    return (int(sequence.generate_state(1)[0]) >> 2 << 1) | (split in (HELD_OUT, VALIDATION))
 
 
 class EpisodeVectorEnv:
@@ -132,7 +134,7 @@ class EpisodeVectorEnv:
             env_id: See `make_vlm_env`, as for those from `instruction` to `max_episode_steps`.
             num_envs: N.
             seed: The run's seed, from 0 on.
-            split: `TRAINING` or `HELD_OUT`.
+            split: `TRAINING`, `HELD_OUT` or `VALIDATION`.
             first_slot: The number of the first slot among those of all workers.
             group_size: How many neighbouring slots play episodes of the same seeds.
             seed_lists: The seeds of each slot's episodes, N lists, in place of drawn ones; after its last a slot begins
@@ -476,7 +478,8 @@ class EpisodeVectorEnv:
 
         The first slot is reset a few times to one held-out seed, twice where that takes long, so ask between episodes.
         """
-        before, known, seeds = list(self._episodes), dict(self._known), held_out_seeds(1, self.seed)
+        before, known = list(self._episodes), dict(self._known)
+        seeds = [episode_seed(self.seed, self.split or HELD_OUT, 0, 0)]
         start = time.perf_counter()
         mask = np.full(self.num_envs, self.observations is None)  # all have to begin before one can begin again
         mask[0] = True
@@ -772,6 +775,25 @@ def held_out_seeds(count: int, seed: int = 0) -> list[int]:
         seed: The run's.
     """
     return [episode_seed(seed, HELD_OUT, 0, episode) for episode in range(count)]
+
+
+def validation_seeds(count: int, seed: int = 0) -> list[int]:
+    """Returns the episode seeds by which a policy is selected: none is a training episode's, and none a test's.
+
+    No training episode of any run has one of them. Of tests, the first `TEST_SEEDS` of the same run are left out; those
+    of another run's seed are drawn apart, from 2^30 numbers.
+
+    Args:
+        count: How many, all different.
+        seed: The run's.
+    """
+    tests, seeds, episode = set(held_out_seeds(TEST_SEEDS, seed)), dict[int, None](), 0
+    while len(seeds) < count:
+        drawn = episode_seed(seed, VALIDATION, 0, episode)
+        if drawn not in tests:
+            seeds[drawn] = None
+        episode += 1
+    return list(seeds)
 
 
 def training_seeds(count: int, seed: int = 0, group_size: int = 1, part: int = 0) -> list[int]:

@@ -55,6 +55,7 @@ def main() -> int:
     with starting(line) as start:
         show("run", start.in_words())
         command = start.command
+        check_evaluated(command)
         if command.sft.stage == "instruct":  # before it the architecture may say what learns
             command = with_trainable(command)
         show_loading()
@@ -78,6 +79,7 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[SFTCommand]
         raise UsageError("--dataset is missing: give the folder of trajectories that experiments/collect.py wrote.")
     if sft.stage != "instruct" and sft.dataset is not None:
         raise UsageError(f"--dataset is for --stage instruct: {sft.stage} makes its captions from the environment.")
+    check_evaluated(command)
     if sft.stage != "instruct" and sft.loss == "actions":
         raise UsageError("--loss actions is for --stage instruct: captions are no actions, leave it out.")
     if command.policy.next_frame_coef and (sft.stage, sft.loss) != ("instruct", "actions"):
@@ -86,6 +88,19 @@ def read_line(arguments: Sequence[str] | None = None) -> CommandLine[SFTCommand]
             "what follows an action: expected 0 here, leave it out."
         )
     return line
+
+
+def check_evaluated(command: SFTCommand) -> None:
+    """Raises where a policy is to be evaluated while it does not learn to act.
+
+    Raises:
+        UsageError: at another stage than instruct.
+    """
+    if command.run.eval_every and command.sft.stage != "instruct":
+        raise UsageError(
+            f"--eval_every {command.run.eval_every} is for --stage instruct, which teaches to act: at "
+            f"{command.sft.stage} expected 0, leave it out."
+        )
 
 
 if __name__ == "__main__":

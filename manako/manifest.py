@@ -6,6 +6,7 @@
 that is read is compared with it as a whole: files that are missing, cut short or changed are faults, and so are files
 that it does not name, since a library would read them, too. Hidden files, pictures and texts for people are nobody's
 input (what the Hub's client and a desktop put beside a download), and folders of which it names no file are others'.
+A README.md is left out of it, so that it can be completed and edited.
 Nothing outside the folder is opened, whatever a manifest or a link says; only the Hub's own cache, whose files are
 links, is followed to where it keeps them.
 
@@ -25,6 +26,7 @@ from typing import Any
 from manako.errors import first_line
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # of a model: for people alone, written again when it is known how good the model is
 FORMAT = 1
 FOR_PEOPLE = (".md", ".png", ".gif", ".jpg")  # files that nothing of ours and no library reads
 READ_IN_FOLDER = "additional_chat_templates"  # the one folder in a model's that a library looks into
@@ -61,6 +63,8 @@ def write_manifest(folder: Path, trusted: bool = False, deep: bool = True) -> li
     entries = {}
     for path in files:
         name, about = path.relative_to(folder).as_posix(), path.stat()
+        if name == CARD:
+            continue
         believed = known.get(name, {}).get("bytes") == about.st_size and about.st_mtime_ns <= since
         entries[name] = known[name] if believed else {"sha256": sha256(path), "bytes": about.st_size}
     temporary = file.with_name(f".{MANIFEST}.tmp")
@@ -83,6 +87,14 @@ def is_manifest(folder: Path) -> bool:
     """Says whether there is a manifest.json in this form; other programs have files of that name."""
     try:
         return bool(_read(folder))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def is_sealed(folder: Path, name: str) -> bool:
+    """Says whether a folder's manifest holds the sum of that file, so that it may not change."""
+    try:
+        return name in _read(folder)
     except (OSError, ValueError, RecursionError):
         return False
 

@@ -177,6 +177,7 @@ RUN = {
         f"{PPO} --output_dir runs/spell"
     ),
     "python experiments/run_ppo.py --frames 4 --history 2": f"{PPO} --output_dir runs/past",
+    "python experiments/run_ppo.py --eval_every 10000": f"{PPO} --validation_episodes 4 --output_dir runs/validated",
     "python experiments/run_ppo.py --env manako/Pendulum-v0": (
         f"{PPO} --env_kwargs '{{\"max_episode_steps\": 8}}' --output_dir runs/pendulum"
     ),
@@ -315,6 +316,7 @@ def test_commands_run(folder, monkeypatch, capfd):
     assert runs == {
         "...",
         "past",
+        "validated",
         "pendulum",
         "text",
         "spell",

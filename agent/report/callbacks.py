@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,11 +27,14 @@ from manako.agent.rescue import LastIterations
 from manako.bounded import BadText, json_object
 
 METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+VALIDATION = "validation/"  # what the numbers of an evaluation while a run trains are called in its row
 SAVING_SHARE = 0.05  # of a run's time, at most, goes into checkpoints by the clock
 
 
 class MetricsCallback(TrainerCallback):
     """Appends each iteration to metrics.jsonl and to TensorBoard; a value that is not finite is written as null.
+
+    An evaluation while it trains is a row of its own, behind that of its iteration.
 
     TensorBoard forgets what an earlier start wrote past the last row of metrics.jsonl (see `cut_metrics`).
 
@@ -48,11 +51,14 @@ class MetricsCallback(TrainerCallback):
         """Appends one iteration's metrics."""
         if not logs or "iteration" not in logs:
             return
-        row = {key: _finite(value) for key, value in logs.items() if key != "epoch"}
+        self.append({key: finite(value) for key, value in logs.items() if key != "epoch"})
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Appends a row; to TensorBoard those of its values that are numbers."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():
-            if value is not None and key not in ("iteration", "env_steps"):
+            if isinstance(value, int | float) and key not in ("iteration", "env_steps"):
                 self.board.add_scalar(key, value, row["env_steps"])
         self.board.flush()
 
@@ -61,7 +67,8 @@ class MetricsCallback(TrainerCallback):
         self.board.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Returns a value, None in place of a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -81,10 +88,15 @@ def read_metrics(run_dir: Path, numbers: Sequence[str] = ("iteration", "env_step
     return rows
 
 
+def is_validation(row: dict[str, Any]) -> bool:
+    """Says whether a row is of an evaluation, and not of an iteration or step."""
+    return any(key.startswith(VALIDATION) for key in row)
+
+
 def cut_metrics(run_dir: Path, iteration: int) -> None:
     """Drops the rows past `iteration`: a resumed run writes them again. Says where some before it are lost."""
     rows = [row for row in read_metrics(run_dir) if row.get("iteration", iteration + 1) <= iteration]
-    lost = sorted({*range(1, iteration + 1)} - {row["iteration"] for row in rows})
+    lost = sorted({*range(1, iteration + 1)} - {row["iteration"] for row in rows if not is_validation(row)})
     if lost:
         print(
             f"warning: {METRICS_FILE} has lost the rows of {len(lost)} iterations, such as {lost[0]}: the learning "
@@ -161,6 +173,7 @@ class Checkpoints(TrainerCallback):
 
     Attributes:
         interrupted: whether a signal came.
+        also: says of a number whether a checkpoint is written there in any case.
     """
 
     until = "step"  # what a first signal waits for the end of
@@ -168,6 +181,7 @@ class Checkpoints(TrainerCallback):
     def __init__(self, trainer: Any, run_dir: Path, keep: int, minutes: float) -> None:
         self.trainer, self.run_dir, self.keep = trainer, run_dir, keep
         self.interrupted = False
+        self.also: Callable[[int], bool] = lambda number: False
         self.clock, self._began = Clock(minutes), 0.0
         self._handlers: dict[int, Any] = {}
 
@@ -255,7 +269,7 @@ class CheckpointCallback(Checkpoints):
         if self.trainer.failure is not None:
             control.should_save = self.trainer.iteration > 0 and not self.path().exists()
             return
-        by_number = last or self.trainer.iteration % self.every == 0
+        by_number = last or self.trainer.iteration % self.every == 0 or self.also(self.trainer.iteration)
         control.should_save = self.interrupted or by_number or self.clock.due()
         control.should_training_stop = control.should_training_stop or self.interrupted
 

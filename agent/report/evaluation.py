@@ -276,6 +276,7 @@ def evaluate_all(
     done: Callable[[Condition, Evaluation], None] | None = None,
     most_steps: int | None = None,
     kept: Unfinished | None = None,
+    conditions: Sequence[Condition] = CONDITIONS,
 ) -> dict[Condition, Evaluation]:
     """Evaluates the policy, a random policy and the two controls on the same episodes.
 
@@ -287,10 +288,11 @@ def evaluate_all(
         done: hears of each row.
         most_steps: budget of env steps for all rows together; what it allows to the first row, all rows play.
         kept: as of `evaluate`; rows that are done are not played again.
+        conditions: those of these rows that are played.
     """
     evaluations: dict[Condition, Evaluation] = {}
-    asked, budget = len(seeds), None if most_steps is None else most_steps // len(CONDITIONS)
-    for condition in CONDITIONS:
+    asked, budget = len(seeds), None if most_steps is None else most_steps // len(conditions)
+    for condition in conditions:
         row = None if kept is None else kept.rows.get(condition)
         if row is not None:
             episodes = [Episode(*episode) for episode in row["episodes"]]

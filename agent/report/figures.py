@@ -55,6 +55,8 @@ COLORS = {
     "explained_variance": "#4a90a4",
     "approx_kl": "#c8553d",
 }
+_VALIDATION = {"success": "validation/success", "return": "validation/return_mean"}  # panel -> what is marked in it
+_VALIDATION_COLOR = "#c2185b"
 _BASELINE_COLORS = ("#6b6b6b", "#b58a2b", "#a03f6f")
 _SMOOTH_FROM = 40  # points; a longer series gets a running mean
 
@@ -69,8 +71,9 @@ def learning_curve(
 
     Args:
         rows: with `env_steps` and any of `success_rate` (in [0, 1]), `episode_return`, `entropy` (nats), `approx_kl`
-            (nats), `explained_variance`. A number that is missing, None or NaN leaves no point. A panel without a
-            single point is left out, except the first.
+            (nats), `explained_variance`, and of evaluations while it trained `validation/success` and
+            `validation/return_mean`, greedy on episodes of their own: marks beside the training's line. A number that
+            is missing, None or NaN leaves no point. A panel without a single point is left out, except the first.
         path: the PNG to write; its parents are made.
         title: above the panels.
         baselines: name -> (success rate, (low, high)) of other policies, such as the random one: a line and a band.
@@ -115,6 +118,10 @@ def learning_curve(
     if has_return:
         axes["return"].set_ylabel("mean episode return (reward units)")
         draw_series(axes["return"], rows, "episode_return", "policy")
+    for panel, key in _VALIDATION.items():
+        x, y = _series(rows, key)
+        if x and panel in axes:
+            axes[panel].plot(x, y, "D--", color=_VALIDATION_COLOR, markersize=4, linewidth=0.8, label="validation")
     ax = axes[panels[0]]  # the measure
     for index, (name, (rate, (low, high))) in enumerate((baselines or {}).items()):
         color = _BASELINE_COLORS[index % len(_BASELINE_COLORS)]

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from manako.agent.checkpoint import filled
 from manako.agent.errors import NotFiniteError
-from manako.agent.report.callbacks import Checkpoints, read_metrics, rewrite_metrics
+from manako.agent.report.callbacks import Checkpoints, is_validation, read_metrics, rewrite_metrics
 from manako.policies.interface import Policy
 
 
@@ -24,7 +26,8 @@ class StepCheckpoints(Checkpoints):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decides whether this step is saved."""
         self._whole, self._step = True, state.global_step
-        if self.interrupted or self.clock.due() or state.global_step >= state.max_steps:
+        last = state.global_step >= state.max_steps
+        if self.interrupted or self.clock.due() or last or self.also(state.global_step):
             self._began, control.should_save = time.monotonic(), True
         control.should_training_stop = control.should_training_stop or self.interrupted
 
@@ -64,16 +67,23 @@ class SavesPolicy:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes none beside a checkpoint."""
 
-    def fit(self, saver: StepCheckpoints, checkpoint: Path | None) -> None:
+    def fit(self, saver: StepCheckpoints, checkpoint: Path | None, *others: TrainerCallback) -> None:
         """Trains, from a checkpoint or from the start; whatever ends it, what was learned is kept.
+
+        Args:
+            saver: of the checkpoints.
+            checkpoint: where it goes on from.
+            others: called after the saver.
 
         Raises:
             KeyboardInterrupt: a signal came.
         """
         trainer: Any = self
         step = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
-        self.rows += cut_steps(saver.run_dir, step, saver.rows_before)
-        trainer.add_callback(saver)
+        kept = cut_steps(saver.run_dir, step, saver.rows_before)
+        self.rows += [row for row in kept if not is_validation(row)]
+        for callback in (saver, *others):
+            trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         saver.restore_signals()
         if saver.interrupted:

@@ -5,13 +5,15 @@ loss that is not finite. What the model is given the policy says (`collators.py`
 model's own forward.
 """
 
+import contextlib
 import copy
 import functools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from manako.agent.data.pasts import NO_ROW, frames_of, picture
 from manako.agent.errors import NotFiniteError, TrainingError
+from manako.agent.report.callbacks import METRICS_FILE
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
 from manako.agent.tuning.one_frame_together import OneFrameTogether
 from manako.agent.tuning.parameter_groups import GroupsOfPolicy
@@ -37,6 +40,7 @@ SHARES = {
 }
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+FORWARDS = ("forward", "_original_forward")
 
 
 class StepMetricsCallback(TrainerCallback):
@@ -48,7 +52,7 @@ class StepMetricsCallback(TrainerCallback):
     """
 
     def __init__(self, run_dir: Path, rows: list[dict[str, Any]]) -> None:
-        self.path, self.rows = run_dir / "metrics.jsonl", rows
+        self.path, self.rows = run_dir / METRICS_FILE, rows
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Appends one optimizer step."""
@@ -61,11 +65,29 @@ class StepMetricsCallback(TrainerCallback):
                 "learning_rate."
             )
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.append(row)
         if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
             shares = "".join(f"  {name} {row[key]:.1%}" for key, name in SHARES.items() if key in row)
             print(f"step {state.global_step:5d}/{state.max_steps}  loss {row['loss']:.4f}{shares}", flush=True)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Appends a row to the file."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class _Tokens(NamedTuple):
+    """Special tokens of a model, which the Trainer sets to the tokenizer's."""
+
+    ids: dict[str, Any]
+    generation: Any  # its GenerationConfig; None of one that does not generate
+
+
+class _Trained(NamedTuple):
+    """What a model has while it is trained."""
+
+    tokens: _Tokens
+    forwards: list[tuple[Any, str, Any]]  # model, name, what stands in the place of its own: TRL's and accelerate's
 
 
 class _OfPolicy(SavesPolicy, GroupsOfPolicy):
@@ -80,7 +102,8 @@ class _OfPolicy(SavesPolicy, GroupsOfPolicy):
         others: further arguments of TRL's trainer.
 
     Attributes:
-        rows: of metrics.jsonl.
+        rows: of metrics.jsonl, those of optimizer steps.
+        metrics: writes them.
     """
 
     def __init__(
@@ -100,29 +123,47 @@ class _OfPolicy(SavesPolicy, GroupsOfPolicy):
         if others.get("ref_model") is not None:
             score_labels_only(others["ref_model"])
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(StepMetricsCallback(run_dir, self.rows))
+        self.metrics = StepMetricsCallback(run_dir, self.rows)
+        trainer.add_callback(self.metrics)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, and leaves the model as the policy wants it: in evaluation mode."""
         trainer: Any = super()
-        plain = plain_model(self.policy)
-        ends = {name: getattr(plain.config, name, None) for name in SPECIAL_IDS}
-        generation = copy.deepcopy(plain.generation_config) if plain.can_generate() else None
+        self._tokens = tokens_of(plain_model(self.policy))
         try:
             return trainer.train(*args, **kwargs)
         except BaseException as error:
             self.keep_last(error)
             raise
         finally:
-            self.policy.model.eval()
-            if generation is not None:
-                plain.generation_config = generation  # which the Trainer sets to the tokenizer's tokens
-            for name, value in ends.items():
-                setattr(plain.config, name, value)
-            for model in (self.policy.model, plain_model(self.policy)):  # TRL's head and accelerate's autocast end here
-                for name in ("forward", "_original_forward"):
-                    model.__dict__.pop(name, None)
+            self._as_it_acts()
             shutil.rmtree(self.args.output_dir, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[None]:
+        """Makes the policy for a block what it is once it is trained: what it does there is what it will do."""
+        modes = {module: module.training for module in self.policy.modules()}
+        trained = self._as_it_acts()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            give_tokens(plain_model(self.policy), trained.tokens)
+            for model, name, forward in trained.forwards:
+                setattr(model, name, forward)
+
+    def _as_it_acts(self) -> "_Trained":
+        """Takes back from the model what it has for its training: the mode, the tokens, TRL's head and autocast."""
+        plain = plain_model(self.policy)
+        self.policy.model.eval()
+        tokens, forwards = tokens_of(plain), []
+        give_tokens(plain, self._tokens)
+        for model in (self.policy.model, plain):
+            for name in FORWARDS:
+                if name in model.__dict__:
+                    forwards.append((model, name, model.__dict__.pop(name)))
+        return _Trained(tokens, forwards)
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""
@@ -362,6 +403,20 @@ def _scores(logits: torch.Tensor, labels: torch.Tensor, label_mask: torch.Tensor
 def plain_model(policy: Policy) -> Any:
     """Returns the policy's model without PEFT's wrapper."""
     return policy.model.get_base_model() if hasattr(policy.model, "peft_config") else policy.model
+
+
+def tokens_of(plain: Any) -> _Tokens:
+    """Returns a model's special tokens; see `give_tokens`."""
+    generation = copy.deepcopy(plain.generation_config) if plain.can_generate() else None
+    return _Tokens({name: getattr(plain.config, name, None) for name in SPECIAL_IDS}, generation)
+
+
+def give_tokens(plain: Any, tokens: _Tokens) -> None:
+    """Gives a model the special tokens that it had."""
+    if tokens.generation is not None:
+        plain.generation_config = copy.deepcopy(tokens.generation)
+    for name, value in tokens.ids.items():
+        setattr(plain.config, name, value)
 
 
 def frozen_copy(policy: Policy) -> Any:

@@ -24,13 +24,14 @@ def policy_bytes(policy: Policy) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-def check_disk_room(policy: Policy, run_dir: Path, kept: int) -> None:
+def check_disk_room(policy: Policy, run_dir: Path, kept: int, best: bool = False) -> None:
     """Raises where a run's folder will be larger than what is free.
 
     Args:
         policy: with what learns marked.
         run_dir: the run folder; it need not be there.
         kept: how many checkpoints are kept; one more is there while a new one is written, and final/ beside them.
+        best: best/ is kept as well; there are two of them while a new one is written.
 
     Raises:
         UsageError: how much is needed, and how much there is.
@@ -38,14 +39,15 @@ def check_disk_room(policy: Policy, run_dir: Path, kept: int) -> None:
     there = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.exists())
     checkpoint = checkpoint_bytes(policy)
     held = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file() and not file.is_symlink())
-    needed = (kept + 1) * checkpoint * bool(kept) + policy_bytes(policy) + REST - held
+    needed = (kept + 1) * checkpoint * bool(kept) + (3 if best else 1) * policy_bytes(policy) + REST - held
     free = shutil.disk_usage(there).free
     if needed > free:
         checkpoints = f"{kept} checkpoints of {_size(checkpoint)}, one more while it is written, and " if kept else ""
+        beside = ", best/ and one more while it is written" if best else ""
         fewer = ", or run: keep_checkpoints: 1 in a --config file" if kept > 1 else ""
         raise UsageError(
-            f"The run needs about {_size(needed)} on the disk of {os.fspath(there)!r} ({checkpoints}final/), and "
-            f"{_size(free)} is free: make room, or give another --output_dir{fewer}."
+            f"The run needs about {_size(needed)} on the disk of {os.fspath(there)!r} ({checkpoints}final/{beside}), "
+            f"and {_size(free)} is free: make room, or give another --output_dir{fewer}."
         )
 
 

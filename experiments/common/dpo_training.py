@@ -126,8 +126,8 @@ def _train(start: Start[DPOCommand], started: float, ending: Ending) -> None:
         reports[-1]["evaluation"] = evaluate_run(command, policy, run_dir, environment.num_envs)
         print_table(console, reports[-1]["evaluation"], f"{environment.env}, held-out seeds")
         _end_round(policy, run_dir, reports)
-    write_final(policy, run_dir)
-    write_evaluation(run_dir, reports[-1]["evaluation"])
+    write_final(command, policy, run_dir)
+    write_evaluation(command, policy, run_dir, reports[-1]["evaluation"])
     after = measure_retention(policy)
     report = {
         "stage": dpo.method,

@@ -23,13 +23,17 @@ def make_vector_env(
     seed_lists: Sequence[Sequence[int]] | None = None,
     on_fault: OnFault = "replay",
     step_timeout: float | None = None,
+    split: int | None = None,
 ) -> EpisodeVectorEnv:
-    """Returns `num_envs` environments of the run, for training, for held-out episodes or for those of given seeds."""
+    """Returns `num_envs` environments of the run, for training, for held-out episodes or for those of given seeds.
+
+    `split` is another one than these two, such as `VALIDATION`.
+    """
     return EpisodeVectorEnv(
         settings.env,
         num_envs,
         seed=seed,
-        split=HELD_OUT if held_out else TRAINING,
+        split=split or (HELD_OUT if held_out else TRAINING),
         first_slot=first_slot,
         group_size=group_size,
         seed_lists=seed_lists,

@@ -11,6 +11,7 @@ from manako.agent.interfaces import SEEDED
 from manako.agent.ppo_trainer import PPOTrainer
 from manako.agent.report.callbacks import CheckpointCallback, MetricsCallback, cut_metrics, read_metrics, set_aside
 from manako.agent.report.figures import learning_curve
+from manako.agent.report.validation import Place
 from manako.experiments.common.building import (
     check_learns_by_acting,
     connected,
@@ -28,6 +29,7 @@ from manako.experiments.common.results import evaluate_run, write_evaluation, wr
 from manako.experiments.common.resuming import Start, in_words, keep_changes, keep_the_end
 from manako.experiments.common.run_folder import write_description
 from manako.experiments.common.settings import PPOCommand
+from manako.experiments.common.validating import keep_best
 from manako.policies import VLMPolicy
 from manako.policies.room import check_training_room
 from manako.policies.sensitivity import sensitivity
@@ -60,7 +62,7 @@ def _train(start: Start[PPOCommand], started: float, ending: Ending) -> None:
     )
     check_learns_by_acting(policy, command.policy.trainable)
     check_training_room(policy, command.policy.trainable, policy.device)
-    check_disk_room(policy, run_dir, run.keep_checkpoints)
+    check_disk_room(policy, run_dir, run.keep_checkpoints, best=run.eval_every > 0)
     compared = f"and --advantage {ppo.advantage} compares episodes of one seed: {SEEDED}"
     unseeded = ignored_seeds(environment, run.seed, needed_for=None if ppo.advantage == "gae" else compared)
     staging = run_dir / STAGING
@@ -100,8 +102,8 @@ def _train(start: Start[PPOCommand], started: float, ending: Ending) -> None:
         metrics = MetricsCallback(run_dir)
         saver = CheckpointCallback(trainer, run_dir, run.save_every, run.keep_checkpoints, run.save_minutes)
         progress = Progress(run_dir, command, policy, args.num_iterations, trainer.num_samples, started)
-        for callback in (metrics, saver, progress):
-            trainer.add_callback(callback)
+        trainer.add_callback(metrics)
+        trainer.add_callback(saver)
         seen = None if checkpoint else sights(environment, run.seed)
         progress.header(env, None if seen is None else sensitivity(policy, *seen), unseeded)
         if changes:
@@ -109,6 +111,12 @@ def _train(start: Start[PPOCommand], started: float, ending: Ending) -> None:
         warn_of(None if seen is None else dead_frames(environment, *seen))
         if checkpoint is None:
             write_gif(environment, policy, run.seed, run.gif_episodes, run_dir / "before.gif")
+        if run.eval_every:
+            place = Place("iteration", "env_steps", lambda number: number * trainer.num_samples)
+            num_envs, last = environment.num_envs, args.num_iterations
+            told = saver, place, lambda: last, metrics.append, progress.console
+            trainer.add_callback(keep_best(command, policy, num_envs, run_dir, *told))
+        trainer.add_callback(progress)
         ending.kept = lambda: _kept(saver, args.num_iterations)
         try:
             _fit(trainer, saver, checkpoint)
@@ -152,12 +160,12 @@ def _finish(
     command: PPOCommand, policy: VLMPolicy, run_dir: Path, rows: list[dict[str, Any]], progress: Progress
 ) -> None:
     """The final policy folder, evaluation with controls, learning curve, after.gif; evaluation.json ends the run."""
-    write_final(policy, run_dir)  # unless a former start wrote it and was stopped in what follows
+    write_final(command, policy, run_dir)  # unless a former start wrote it and was stopped in what follows
     summary = evaluate_run(command, policy, run_dir, command.environment.num_envs)
     random = summary["random"]
     measure = "return_mean" if any(row["success"] is None for row in summary.values()) else "success"
     if measure == "return_mean":  # of the episodes that were judged, no rate is drawn
-        rows = [{**row, "success_rate": None} for row in rows]
+        rows = [{**row, "success_rate": None, "validation/success": None} for row in rows]
     interval = random["return_ci95" if measure == "return_mean" else "success_ci95"]
     with only_warned("learning_curve.png"):
         learning_curve(
@@ -166,5 +174,5 @@ def _finish(
             f"{command.policy.policy} on {command.environment.env}, seed {command.run.seed}",
             baselines={"random policy": (random[measure], tuple(interval))},
         )
-    write_evaluation(run_dir, summary)
+    write_evaluation(command, policy, run_dir, summary)
     progress.print_evaluation(summary)

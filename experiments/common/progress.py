@@ -25,6 +25,8 @@ from manako.policies import VLMPolicy, parameter_table
 from manako.policies.sensitivity import Sensitivity
 from manako.spaces import actions_in_words
 
+PLACES = ("iteration", "env_steps", "step", "examples")  # of a training
+
 
 class PlainConsole(Console):
     """A console for which no text holds control characters."""
@@ -243,11 +245,36 @@ def print_table(console: Console, summary: Mapping[Any, dict[str, Any]], title: 
     console.print(table)
     if not first.get("fixed_by_seed", True):
         console.print(f"{NOT_FIXED}: no two rows are of the same ones, and none is held out")
+    if "best" in summary:
+        console.print(best_in_words(summary["best"]))
     for warning in warnings_of(summary):
         console.print(warning)
     for name, row in summary.items():
         if "outcomes" in row:
             console.print(f"answers of {name.replace('_', ' ')}: {outcomes_in_words(row['outcomes'])}")
+
+
+def best_in_words(row: Mapping[str, Any]) -> str:
+    """Returns where in its training a run's best policy stood, and how it differs from the final one."""
+    where = ", ".join(f"{name.replace('_', ' ')} {row[name]:,}" for name in PLACES if name in row)
+    if row["same_weights_as_policy"]:
+        return f"best: {where}, which is the final policy"
+    found = row["against_policy"]
+    difference = difference_in_words(found)
+    p = (
+        f"p {found['p']:.2g} by {found['test']}"
+        if found["p"] is not None
+        else "no test, since the episodes are no pairs"
+    )
+    return (
+        f"best: {where}, chosen on validation episodes; {found['measure']} {difference} from the final policy's on the "
+        f"same episodes, {p}"
+    )
+
+
+def difference_in_words(found: Mapping[str, Any]) -> str:
+    """Returns how a policy's success or mean return differs from another's."""
+    return f"{found['difference']:+.1%}" if found["measure"] == "success" else f"{found['difference']:+.2f}"
 
 
 def outcomes_in_words(outcomes: Mapping[str, int]) -> str:

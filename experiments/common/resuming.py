@@ -11,7 +11,8 @@ total_steps
         schedule that decays is that of the new length from here on: the learning rate jumps to where it would be, and
         the first part was learned with the shorter one's.
 evaluation, figures, checkpoints
-        change nothing that is learned.
+        change nothing that is learned. With another eval_every the best policy so far stays the one to beat; how many
+        validation episodes there are stays as it was, since it was chosen by them.
 the machine
         workers, threads: nothing is learned otherwise but for rounding (see `rollout_batch_size`).
 
@@ -20,8 +21,10 @@ Everything else makes another run. Light to import.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -29,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from manako.agent.checkpoint import OF_A_RUN, OF_A_TUNING, latest_checkpoint
+from manako.agent.checkpoint import BEST, OF_A_RUN, OF_A_TUNING, latest_checkpoint, write_folder
 from manako.experiments.common.command_line import (
     CommandLine,
     UsageError,
@@ -52,7 +55,7 @@ from manako.experiments.common.settings import OF_THE_MACHINE, DPOCommand, PPOCo
 Command = TypeVar("Command", PPOCommand, SFTCommand, DPOCommand)
 
 RATES = ("learning_rate", "adapter_learning_rate", "lr_scheduler_type")
-EVALUATION = ("eval_episodes", "eval_steps", "gif_episodes")
+EVALUATION = ("eval_episodes", "eval_steps", "eval_every", "gif_episodes")
 SAVING = ("save_every", "save_minutes", "keep_checkpoints")
 CHANGEABLE = (*RATES, "total_steps", *EVALUATION, *SAVING, "torch_threads")
 CHANGES = "changes.jsonl"
@@ -255,6 +258,13 @@ def keep_the_end(run_dir: Path, env_steps: int) -> None:
         path = run_dir / name
         if path.exists():
             path.rename(path.with_name(f"{path.stem}-{env_steps}{path.suffix}"))
+    best, copy = run_dir / BEST, run_dir / f"{BEST}-{env_steps}"
+    if best.is_dir() and not copy.exists():  # it stays the one to beat
+        write_folder(copy, functools.partial(_copy, best))
+
+
+def _copy(folder: Path, to: Path) -> None:
+    shutil.copytree(folder, to, dirs_exist_ok=True)
 
 
 def keep_changes(command: PPOCommand | SFTCommand | DPOCommand, run_dir: Path, changes: Changes, done: int) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 import yaml
 
 from manako.agent.locks import LOCK, held_beside, held_folder, new_folder, refuse_held
+from manako.bounded import BadText, json_object, read_text
 from manako.experiments.common import stopping
 from manako.experiments.common.command_line import UsageError, as_sections, read_yaml
 from manako.experiments.common.settings import TrainCommand
+from manako.manifest import MANIFEST, sha256
 from manako.policies.remote.settings import REMOTE
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
@@ -129,7 +131,26 @@ def write_description(run_dir: Path, command: TrainCommand) -> None:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+    part = getattr(command, "sft", None) or getattr(command, "dpo", None)
+    if part is not None and part.dataset is not None:
+        description["dataset"] = describe_dataset(Path(part.dataset))
     write_text(run_dir / "run.json", json.dumps(description, indent=2))
+
+
+def describe_dataset(folder: Path) -> dict[str, Any]:
+    """Returns what a run says of the dataset that it learns from: its name, its digest, what it says of itself.
+
+    The digest is the sum of its manifest, which holds the sums of all files; a dataset without one has none.
+    """
+    manifest, info = folder / MANIFEST, folder / "dataset_info.json"
+    about = {}
+    with contextlib.suppress(OSError, BadText):
+        about = json_object(str(json_object(read_text(info))["description"]))
+    return {
+        "folder": folder.resolve().name,
+        "manifest_sha256": sha256(manifest) if manifest.is_file() else None,
+        "about": about,
+    }
 
 
 def write_config(run_dir: Path, command: TrainCommand) -> None:

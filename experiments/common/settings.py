@@ -34,6 +34,13 @@ OF_PRESETS = ("vision_encoder", "adapter", "language_model", "image_size", "patc
 
 EVAL_STEPS = 200_000
 EVAL_STEPS_HELP = "env steps of an evaluation's rows together: fewer whole episodes are played where they are long"
+EVAL_EVERY_HELP = (
+    "{samples} between two evaluations while it trains, on validation episodes, whose seeds are neither training's nor "
+    "the final evaluation's; best/ keeps the policy with the highest success there (the highest mean return where not "
+    "all episodes are judged; of equal ones the higher mean return, then the earlier), and the final evaluation has "
+    "its row; 0 for none"
+)
+VALIDATION_EPISODES_HELP = "validation episodes of each of them"
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class PPORunSettings(RunSettings):
 
     total_steps: int = setting(100_000, "env steps to collect, rounded up to whole rollouts", ge=1)
     save_every: int = setting(20, "iterations between checkpoints", ge=1)
+    eval_every: int = setting(0, EVAL_EVERY_HELP.format(samples="env steps"), ge=0)
+    validation_episodes: int = setting(100, VALIDATION_EPISODES_HELP, ge=1)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class SFTRunSettings(RunSettings):
     """A run of run_sft.py."""
 
     eval_episodes: int = setting(200, "held-out episodes of each evaluation row, 0 for none", ge=0)
+    eval_every: int = setting(0, EVAL_EVERY_HELP.format(samples="with --stage instruct: examples"), ge=0)
+    validation_episodes: int = setting(100, VALIDATION_EPISODES_HELP, ge=1)
 
 
 @dataclass(frozen=True)

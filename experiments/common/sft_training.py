@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from trl import SFTConfig
 
 from manako.agent.data.trajectories import load_trajectories, with_the_experts_actions, without_masks
 from manako.agent.report.callbacks import checkpoints, set_aside
+from manako.agent.report.validation import Place
 from manako.agent.tuning.forgetting import measure_retention
 from manako.agent.tuning.pretraining import PretrainingTrainer
 from manako.agent.tuning.saving import StepCheckpoints
@@ -36,6 +38,7 @@ from manako.experiments.common.results import evaluate_run, write_evaluation, wr
 from manako.experiments.common.resuming import Start, in_words, keep_changes
 from manako.experiments.common.run_folder import write_description, write_text
 from manako.experiments.common.settings import DPOCommand, SFTCommand
+from manako.experiments.common.validating import keep_best
 from manako.experiments.common.what_learns import trainable_of
 from manako.policies import VLMPolicy
 from manako.policies.architectures.pretraining import Pretraining
@@ -76,7 +79,7 @@ def _train(start: Start[SFTCommand], started: float, ending: Ending) -> None:
         check_learns_text(policy)
     policy.value_head.requires_grad_(False)  # nothing here asks for values
     check_training_room(policy, command.policy.trainable, policy.device)
-    check_disk_room(policy, run_dir, run.keep_checkpoints)
+    check_disk_room(policy, run_dir, run.keep_checkpoints, best=run.eval_every > 0)
     data, frames = training_data(command, policy)
     console = plain_console()
     console.print(f"data         {len(data):,} examples, {sft.stage}")
@@ -95,9 +98,14 @@ def _train(start: Start[SFTCommand], started: float, ending: Ending) -> None:
     args = make_tuning_args(SFTConfig, sft, run.seed, run_dir, warmup_steps=sft.warmup_steps, max_length=None)
     kind = PolicyCloningTrainer if sft.loss == "actions" else PolicySFTTrainer
     trainer = kind(policy, args, data, run_dir, sft.adapter_learning_rate)
-    trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), start.checkpoint)
+    saver, others = StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), []
+    if run.eval_every:
+        place = Place("step", "examples", functools.partial(examples_of, len(trainer.train_dataset), sft.batch_size))
+        told = saver, place, lambda: trainer.state.max_steps, trainer.metrics.append, console, trainer.acting
+        others.append(keep_best(command, policy, SIDE_BY_SIDE, run_dir, *told))
+    trainer.fit(saver, start.checkpoint, *others)
     seconds = time.perf_counter() - started
-    write_final(policy, run_dir)
+    write_final(command, policy, run_dir)
     after = measure_retention(policy)
     report: dict[str, Any] = {
         "stage": sft.stage,
@@ -110,10 +118,16 @@ def _train(start: Start[SFTCommand], started: float, ending: Ending) -> None:
     print_retention(console, before, after)
     if run.eval_episodes and sft.stage == "instruct":
         summary = evaluate_run(command, policy, run_dir, SIDE_BY_SIDE)
-        write_evaluation(run_dir, summary)
+        write_evaluation(command, policy, run_dir, summary)
         print_table(console, summary, f"{environment.env}, held-out seeds")
     write_text(run_dir / "report.json", json.dumps(report, indent=2))  # which ends the run
     console.print(f"{seconds:.0f} s of training, {time.perf_counter() - started:.0f} s in all; written to {run_dir}")
+
+
+def examples_of(count: int, batch_size: int, step: int) -> int:
+    """Returns how many examples the first `step` steps have seen, of `count` in a pass, whose last batch is smaller."""
+    passes, rest = divmod(step, math.ceil(count / batch_size))
+    return passes * count + min(count, rest * batch_size)
 
 
 def describe_start(start: Start[SFTCommand] | Start[DPOCommand]) -> None:
@@ -188,7 +202,7 @@ def _pretrain(
     trainer = PretrainingTrainer(policy, pretraining, args, frames, texts, run_dir, sft.adapter_learning_rate)
     trainer.fit(StepCheckpoints(trainer, run_dir, run.keep_checkpoints, run.save_minutes), start.checkpoint)
     seconds = time.perf_counter() - started
-    write_final(policy, run_dir)
+    write_final(command, policy, run_dir)
     after = pretraining.measure(*unseen)
     report = {
         "stage": sft.stage,

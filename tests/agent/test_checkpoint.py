@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from manako.agent.checkpoint import MANIFEST, finalize_folder, latest_checkpoint, verify_folder, write_folder
+from manako.agent.checkpoint import (
+    MANIFEST,
+    finalize_folder,
+    latest_checkpoint,
+    recover_folder,
+    replace_folder,
+    verify_folder,
+    write_folder,
+)
 from manako.agent.errors import TrainingError
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +187,59 @@ def test_killed_half_way(tmp_path, moment):
     write_folder(checkpoints / "checkpoint-2", fill)
     assert names(checkpoints) == ["checkpoint-1", "checkpoint-2"]
     assert latest_checkpoint(tmp_path) == checkpoints / "checkpoint-2"
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_killed_while_a_folder_is_replaced(tmp_path, moment):
+    """At each change of a name or removal: one whole folder is there, the older one until the new one is whole."""
+    best = tmp_path / "best"
+    replace_folder(best, lambda folder: (folder / "age").write_text("older"))
+    script = textwrap.dedent(
+        f"""
+        import os, shutil, signal
+        from pathlib import Path
+        from manako.agent import checkpoint
+
+        calls, remove = [], shutil.rmtree
+
+        def counted(call):
+            def counting(*arguments, **options):
+                if len(calls) == {moment}:
+                    if call is remove and Path(arguments[0]).is_dir():
+                        os.unlink(Path(arguments[0]) / "age")  # half-way
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls.append(call)
+                return call(*arguments, **options)
+            return counting
+
+        os.replace, os.fsync, shutil.rmtree = map(counted, (os.replace, os.fsync, shutil.rmtree))
+        checkpoint.replace_folder(Path({str(best)!r}), lambda folder: (folder / "age").write_text("newer"))
+        raise SystemExit(len(calls))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False).returncode
+    whole = [path for path in (best, tmp_path / ".next-best") if path.exists()]
+    for path in whole:
+        verify_folder(path)
+    ages = {(path / "age").read_text() for path in whole}
+    assert done == -signal.SIGKILL and ages and ("newer" in ages) >= (not best.exists())
+    recover_folder(best)
+    verify_folder(best)
+    assert (best / "age").read_text() == ("newer" if "newer" in ages else "older")
+    replace_folder(best, fill)
+    assert names(tmp_path) == ["best"]
+    verify_folder(best)
+
+
+def test_a_disk_that_is_full_leaves_the_older_folder(tmp_path):
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    replace_folder(tmp_path / "best", fill)
+    with pytest.raises(TrainingError, match="could not be written"):
+        replace_folder(tmp_path / "best", full)
+    verify_folder(tmp_path / "best")
+    assert names(tmp_path) == ["best"] and (tmp_path / "best/state.json").read_bytes() == b"{}"
 
 
 def test_the_latest_is_the_highest_whole_one(tmp_path):

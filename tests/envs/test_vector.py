@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from manako import envs
-from manako.envs import HELD_OUT, TRAINING, EpisodeVectorEnv, episode_seed
+from manako.envs import HELD_OUT, TRAINING, EpisodeVectorEnv, episode_seed, held_out_seeds, validation_seeds
 
 GOTO = "manako/GoTo-v0"
 
@@ -99,6 +99,21 @@ def test_episode_seeds_differ_in_every_argument_and_keep_held_out_apart():
     assert all(seed % 2 == 0 for seed in training) and all(seed % 2 == 1 for seed in held_out)
     assert all(0 <= seed < 2**31 for seed in training | held_out)
     assert max(training) > 2**30
+
+
+def test_validation_has_no_seed_of_training_or_of_the_test(monkeypatch):
+    for seed in (0, 7):
+        chosen = validation_seeds(2_000, seed)
+        tests = held_out_seeds(envs.vector.TEST_SEEDS, seed)
+        assert len(set(chosen)) == 2_000 and not set(chosen) & set(tests)
+        assert all(each % 2 == 1 and each < 2**31 for each in chosen)  # those of training are even
+        assert chosen[:5] == validation_seeds(5, seed)
+    assert validation_seeds(5, 0) != validation_seeds(5, 1)
+    # of 40 numbers that can be drawn 12 are the test's: chance alone would take them, and take some twice
+    monkeypatch.setattr(envs.vector, "TEST_SEEDS", 12)
+    monkeypatch.setattr(envs.vector, "episode_seed", lambda *key: int(np.random.default_rng(key).integers(40)))
+    few = validation_seeds(25, 0)
+    assert len(set(few)) == 25 and not set(few) & set(held_out_seeds(12, 0))
 
 
 def test_slots_play_the_same_episodes_under_any_split():

@@ -71,6 +71,17 @@ def test_every_series_is_drawn(tmp_path):
         assert colored(path, color) > colored(tmp_path / "one_point.png", color) + 200, key
 
 
+def test_evaluations_while_it_trained_are_marks(tmp_path):
+    """Of success and of returns, each in its panel; where there are none, there is no such colour."""
+    marked = [{"env_steps": row["env_steps"], "validation/success": 0.5} for row in rows()[::3]]
+    learning_curve(rows(), tmp_path / "none.png", "GoTo")
+    learning_curve([*rows(), *marked], tmp_path / "one.png", "GoTo")
+    both = [{**row, "validation/return_mean": 0.1} for row in marked]
+    learning_curve([*rows(), *both], tmp_path / "both.png", "GoTo")
+    found = [colored(tmp_path / f"{name}.png", figures._VALIDATION_COLOR) for name in ("none", "one", "both")]
+    assert found[0] == 0 < 100 < found[1] and found[2] > 1.5 * found[1]
+
+
 def test_panels_without_a_number_are_left_out(tmp_path):
     learning_curve(rows(), tmp_path / "three.png", "GoTo")
     learning_curve(

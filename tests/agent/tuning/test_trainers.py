@@ -6,7 +6,7 @@ import torch
 from datasets import load_from_disk
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from manako.agent.errors import TrainingError
@@ -122,6 +122,39 @@ def test_after_training_in_bf16_the_model_is_itself_again(loss, trajectories, tm
         logits = policy.vlm(input_ids=ids).logits
         hidden = policy.vlm.model(input_ids=ids).last_hidden_state
         assert torch.equal(logits, policy.vlm.lm_head(hidden))  # no autocast is left around it
+
+
+@pytest.mark.parametrize(("loss", "trainable"), [("tokens", "lora"), ("tokens", "full"), ("actions", "lora")])
+def test_in_mid_training_it_acts_as_from_its_folder_and_goes_on_as_it_was(loss, trainable, trajectories, tmp_path):
+    """In bfloat16: without autocast, TRL's head, dropout; then all of that again."""
+    images, instructions = np.stack(list(map(np.asarray, trajectories["image"][:4]))), trajectories["instruction"][:4]
+    heard = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            before = [module.training for module in policy.modules()], dict(policy.vlm.__dict__)
+            with trainer.acting(), torch.no_grad():
+                heard.append(policy.distribution(policy.prepare(images, instructions))[0])
+            (tmp_path / str(state.global_step)).mkdir()
+            save_policy(policy, tmp_path / str(state.global_step))
+            assert before == ([module.training for module in policy.modules()], dict(policy.vlm.__dict__))
+
+    def to_train(folder):
+        torch.manual_seed(0)  # of LoRA
+        made = make_policy(trainable)
+        return made, sft_trainer(loss, made, trajectories, folder, bf16=True)
+
+    policy, trainer = to_train(tmp_path)
+    trainer.add_callback(Looks())
+    trainer.train()
+    assert len(heard) == 3 and (heard[0] - heard[2]).abs().max() > 1e-4
+    for step, said in enumerate(heard, 1):
+        again = make_policy(trainable, tmp_path / str(step))
+        with torch.no_grad():
+            assert torch.equal(again.distribution(again.prepare(images, instructions))[0], said)
+    alone, other = to_train(tmp_path / "alone")
+    other.train()
+    assert difference(weights(alone), weights(policy)) == 0
 
 
 def test_a_few_steps_make_the_demonstrations_likelier(trajectories, tmp_path):

@@ -256,6 +256,14 @@ def test_an_expert_goes_on_from_what_others_wrote():
     assert env.unwrapped.solution() is None
 
 
+def test_a_policy_is_selected_on_deals_of_training_alone():
+    """Validation has seeds of its own and the run's own deals: those that are held out stay unseen."""
+    env = make("Points24", deals="train")
+    for seed in envs.validation_seeds(60):
+        env.reset(seed=seed)
+        assert not is_held_out(tuple(sorted(env.unwrapped.values)))
+
+
 def test_deals_of_training_and_held_out_are_apart():
     seen = {}
     for deals in ("train", "held_out"):
