@@ -331,7 +331,7 @@ def print_report(result: dict[str, Any], file: Path) -> None:
             "-" if row["probes"] is None else f"{row['probes']:.0%}",
         )
     console.print(table)
-    if result["evaluations"]:
+    if result.get("evaluations"):
         console.print(_further_table(result))
     if rows[0]["starts"] > 1 or result["sampled_actions"]:  # else the episodes are no sample that could be tested
         pairs = result["comparisons"]
