@@ -33,6 +33,7 @@ from manako.envs.vector import (
 
 CARD_STEPS = 300  # as Gym Cards has it
 for _id, _entry_point, _limit in (
+    ("manako/BabyAI-v0", "manako.envs.babyai:BabyAI", None),
     ("manako/Blackjack-v0", "manako.envs.cards.blackjack:Blackjack", CARD_STEPS),
     ("manako/ColorMatch-v0", "manako.envs.color_match:ColorMatch", None),
     ("manako/EZPoints-v0", "manako.envs.cards.points:EZPoints", CARD_STEPS),
