@@ -217,7 +217,9 @@ class BabyAI(gym.Env[dict[str, Any], Any]):
             self._bot = BabyAIBot(self._level)
             return self._replanned(None)
         except Exception as error:
-            raise EnvError(f"the bot of {self.level} has no plan for {self.instruction!r}: {type_and_text(error)}") from error
+            raise EnvError(
+                f"the bot of {self.level} has no plan for {self.instruction!r}: {type_and_text(error)}"
+            ) from error
 
     def _replanned(self, before: int | None) -> int:
         action = int(self._bot.replan(before))
