@@ -8,7 +8,7 @@ open               two rooms, a locked door between them, its key in the agent's
 putnext            one room; "put the red ball next to the blue key"
 pick_up_seq_go_to  one room; "pick up the red ball, then go to the blue key", or "go to ... after you pick up ..."
 
-There are as many objects as the task names, and `num_dists` more (0 in BALROG, 8 in the fork's level). All of them can be
+There are as many objects as the task names, and `num_dists` more (0 in BALROG, 8 in its fork). All of them can be
 reached; doors are yellow, green, blue or purple. BALROG names no held-out pair: that is `missions: train` of
 `manako/BabyAI-v0`. The limit is BabyAI's: 64 steps, and 128 in the last three. `task: all` draws one in every episode.
 """
