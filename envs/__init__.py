@@ -35,10 +35,12 @@ from manako.envs.vector import (
 
 CARD_STEPS = 300  # as Gym Cards has it
 for _id, _entry_point, _limit in (
+    ("manako/BabyAI-v0", "manako.envs.babyai:BabyAI", None),
     ("manako/Blackjack-v0", "manako.envs.cards.blackjack:Blackjack", CARD_STEPS),
     ("manako/ColorMatch-v0", "manako.envs.color_match:ColorMatch", None),
     ("manako/EZPoints-v0", "manako.envs.cards.points:EZPoints", CARD_STEPS),
     ("manako/GoTo-v0", "manako.envs.goto:GoTo", None),
+    ("manako/MixedLocal-v0", "manako.envs.babyai_mixed:MixedLocal", None),
     ("manako/NumberLine-v0", "manako.envs.cards.number_line:NumberLine", CARD_STEPS),
     ("manako/Pendulum-v0", "manako.envs.pendulum:Pendulum", 200),
     ("manako/Points24-v0", "manako.envs.cards.points:Points24", CARD_STEPS),
