@@ -194,7 +194,7 @@ def test_a_damaged_file_of_the_run_is_a_warning_and_the_older_card_stays(file, w
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / file).write_text('{"a')
     before, found = (whole / "final" / CARD).read_text(), read(whole / "evaluation.json")
-    found["random"]["success"] = 0  # so that the policy may be better, which episodes.json says
+    found["policy"]["success"] = 1  # so that it may be better than a control, which episodes.json says
     write_card(*made, tmp_path / "run", tmp_path / "run/final", found)
     assert re.search(r"^warning: the model card .*final/README.md failed and is left out: ", capfd.readouterr().err)
     assert (tmp_path / "run/final" / CARD).read_text() == before and not list((tmp_path / "run").rglob(".*.tmp"))
