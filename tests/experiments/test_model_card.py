@@ -127,6 +127,7 @@ def test_names_and_instructions_break_neither_markdown_nor_html(name, whole):
 def test_a_text_as_code_is_one_span_of_code(text):
     tokens = MarkdownIt("commonmark").parseInline(f"- {code(text)} end")[0].children
     assert [token.type for token in tokens] == ["text", "code_inline", "text"]
+    assert (tokens[0].content, tokens[2].content) == ("- ", " end")
     assert len(tokens[1].content) <= 90 and "\x1b" not in tokens[1].content
     blocks = MarkdownIt("commonmark").parse(f"a\n\n{fenced(text)}\n\nend")
     assert [token.type for token in blocks if token.type == "fence"] == ["fence"] and blocks[-2].content == "end"
