@@ -12,8 +12,7 @@ UNSEEN = ("Cf", "Co", "Zl", "Zp")  # Unicode's categories of what is not seen, o
 
 def code(text: str) -> str:
     """Returns a text as a code span of one line; a long one is cut."""
-    shown = "".join(char if unicodedata.category(char) not in UNSEEN else f"\\u{ord(char):04x}" for char in text)
-    plain = " ".join(printable(shown).split())
+    plain = " ".join(_seen(text).split())
     if len(plain) > LONGEST:
         plain = plain[:LONGEST] + "..."
     fence = "`" * (1 + _longest_run(plain))
@@ -24,7 +23,7 @@ def code(text: str) -> str:
 def fenced(text: str, language: str = "") -> str:
     """Returns a text as a code block that nothing in it ends."""
     fence = "`" * max(3, 1 + _longest_run(text))
-    return f"{fence}{language}\n{printable(text).rstrip()}\n{fence}"
+    return f"{fence}{language}\n{_seen(text).rstrip()}\n{fence}"
 
 
 def bullets(lines: Sequence[str]) -> str:
@@ -36,6 +35,12 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns cells of Markdown as a table."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (headings, ["---"] * len(headings), *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _seen(text: str) -> str:
+    """Returns a text with the characters written out that are not seen, or are obeyed."""
+    shown = "".join(char if unicodedata.category(char) not in UNSEEN else f"\\u{ord(char):04x}" for char in text)
+    return printable(shown)
 
 
 def _longest_run(text: str) -> int:

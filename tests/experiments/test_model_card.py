@@ -127,6 +127,7 @@ def test_names_and_instructions_break_neither_markdown_nor_html(name, whole):
 def test_a_text_as_code_is_one_span_of_code(text):
     tokens = MarkdownIt("commonmark").parseInline(f"- {code(text)} end")[0].children
     assert [token.type for token in tokens] == ["text", "code_inline", "text"]
+    assert (tokens[0].content, tokens[2].content) == ("- ", " end")
     assert len(tokens[1].content) <= 90 and "\x1b" not in tokens[1].content
     blocks = MarkdownIt("commonmark").parse(f"a\n\n{fenced(text)}\n\nend")
     assert [token.type for token in blocks if token.type == "fence"] == ["fence"] and blocks[-2].content == "end"
@@ -194,7 +195,7 @@ def test_a_damaged_file_of_the_run_is_a_warning_and_the_older_card_stays(file, w
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / file).write_text('{"a')
     before, found = (whole / "final" / CARD).read_text(), read(whole / "evaluation.json")
-    found["random"]["success"] = 0  # so that the policy may be better, which episodes.json says
+    found["policy"]["success"] = 1  # so that it may be better than a control, which episodes.json says
     write_card(*made, tmp_path / "run", tmp_path / "run/final", found)
     assert re.search(r"^warning: the model card .*final/README.md failed and is left out: ", capfd.readouterr().err)
     assert (tmp_path / "run/final" / CARD).read_text() == before and not list((tmp_path / "run").rglob(".*.tmp"))
