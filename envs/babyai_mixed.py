@@ -36,6 +36,8 @@ NAMED = {"goto": 1, "pickup": 1, "open": 0, "putnext": 2, "pick_up_seq_go_to": 2
 class MixedLocal(RoomGridLevel):
     """One of five tasks in a room, or in two where a door has to be opened."""
 
+    instrs: Any  # one of the package's instructions
+
     def __init__(self, task: str = "all", num_dists: int = 0, room_size: int = 8, **kwargs: Any) -> None:
         """Makes the level.
 
