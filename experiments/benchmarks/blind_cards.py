@@ -12,6 +12,8 @@ large.
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -27,14 +29,25 @@ if not __package__:  # run as a file: `manako` is this checkout
 from manako.envs.cards.blackjack import CHANCES, DEALER_STANDS, MOST  # noqa: E402
 from manako.envs.cards.formulas import value_of, worth_of_rank  # noqa: E402
 from manako.envs.cards.points import END, EZPoints  # noqa: E402
-from manako.experiments.common.command_line import run_main  # noqa: E402
+from manako.experiments.common.command_line import parse, run_main  # noqa: E402
 
 Deals = tuple[tuple[tuple[int, int], Fraction], ...]  # values in ascending order, how likely
 GRID = [number / 100 for number in range(101)]
 
 
+@dataclass(frozen=True)
+class BlindCommand:
+    """Nothing can be set."""
+
+
+def read_line(arguments: Sequence[str] | None = None) -> BlindCommand:
+    """Reads these words, by default this program's command line."""
+    return parse(BlindCommand, "Computes what the text alone gives in the card games; takes no settings.", arguments)
+
+
 def main() -> int:
     """Prints a line a game."""
+    read_line()
     line, chance = max((number_line(chance), chance) for chance in GRID)
     print(f"NumberLine  {line:.1%}, by + with probability {chance:g}; always +: {number_line(1.0):.1%}")
     for strict in (False, True):
