@@ -282,12 +282,14 @@ class CentralRollouts(RolloutCollector):
         Raises:
             WorkersError: see `Supervisor.finish`, or environments that do not replay were lost again and again.
         """
+        given_up = self.env.given_up
         for _ in range(MAX_FAILURES):
             try:
                 rollout = super().collect(iteration)
                 self._state = self.env.state_dict()
                 return rollout
             except ReplayDiffersError:
+                self.env.given_up = given_up  # of an attempt that nobody has seen, nothing was lost
                 log.warning("a lost environment did not replay: the rollout of iteration %d starts again", iteration)
                 if self._state is None:
                     self._shown = None
