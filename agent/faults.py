@@ -67,7 +67,7 @@ class FaultLog:
         if broke >= LEAST and broke > self.max_rate * max(played, JUDGED_STEPS):
             raise WorkersError(
                 f"Environments broke {broke} times in the last {played:,} steps, more often than --max_fault_rate "
-                f"{self.max_rate:g} allows, the last time so: {faults[-1].sentence if faults else 'see errors.jsonl'}; "
+                f"{self.max_rate:g} allows, the last time so: {_last_of(faults)}; "
                 f"repair the environment, or allow more, and go on with --resume."
             )
 
@@ -81,9 +81,12 @@ def few_steps(rollout: Rollout, parts: int) -> WorkersError | None:
     """
     if rollout.failed is None or (taken := int((~rollout.failed).sum())) >= parts:
         return None
-    last = rollout.faults[-1].sentence if rollout.faults else f"see {ERRORS}"
     return WorkersError(
         f"Environments broke in {rollout.failed.numel() - taken} of the {rollout.failed.numel()} steps of a rollout, "
-        f"which leaves too few for its {parts} minibatches, the last time so: {last}; repair the environment, and go "
-        "on with --resume."
+        f"which leaves too few for its {parts} minibatches, the last time so: {_last_of(rollout.faults)}; "
+        "repair the environment, and go on with --resume."
     )
+
+
+def _last_of(faults: Sequence[Fault]) -> str:
+    return faults[-1].sentence if faults else f"see {ERRORS}"

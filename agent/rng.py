@@ -16,6 +16,7 @@ from manako.policies.interface import Draws
 
 # What a generator is for; 0 and 1 are the seeds of training and held-out episodes, in envs/.
 ACTIONS, SHUFFLES, RANDOM_ACTIONS = 11, 12, 13
+LEAST_GROUPS = 16  # of a batch, at least, where samples of a group are learned from together
 
 
 def make_rng(seed: int, *key: int) -> np.random.Generator:
@@ -52,9 +53,6 @@ def chance_kept() -> Iterator[None]:
         yield
     finally:
         set_chance(before)
-
-
-LEAST_GROUPS = 16  # of a batch, at least, where samples of a group are learned from together
 
 
 def shuffled(count: int, groups: Tensor | None, batch: int, rng: np.random.Generator) -> np.ndarray:

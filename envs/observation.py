@@ -594,6 +594,8 @@ class VLMObservation(gym.Wrapper):
         return shown
 
     def _frame(self, observation: Any, shape: tuple[int, int, int] | None) -> np.ndarray:
+        if shape is not None and self.image_from.startswith(BLANK):
+            return np.zeros(shape, np.uint8)  # nothing is drawn for it
         try:
             picture = read_picture(self.env, observation, self.image_from)
         except BaseException as error:

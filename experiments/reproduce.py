@@ -94,8 +94,7 @@ def reproduce(name: str, row: Mapping[str, Any], seed: int, folder: Path) -> boo
     """
     place = folder / f"{name}-seed{seed}"
     words = command(row, seed, place)
-    minutes = f", some {row['minutes']} min" if "minutes" in row else ""
-    print(f"{name}: {row['what']}, seed {seed}{minutes}\n  python {shlex.join(words)}", flush=True)
+    print(f"{name}: {row['what']}, seed {seed}, some {row['minutes']} min\n  python {shlex.join(words)}", flush=True)
     if not (place / results_file(row)).is_file():
         code = call([str(ROOT / words[0]), *words[1:]])
         if code == stopping.STOPPED:

@@ -6,8 +6,9 @@ episode, which takes the luck of the seeds out of the difference. NumPy only, so
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -138,3 +139,10 @@ def paired_permutation(one: Sequence[float], other: Sequence[float], resamples: 
     sums = np.abs((2 * ways - 1) @ differences)
     least = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()  # equal but for rounding counts as equal
     return float((came + (sums >= least).sum()) / (came + len(ways)))
+
+
+# measure -> the test of two policies on the same episodes, in words and as a function
+TESTS: dict[str, tuple[str, Callable[[Sequence[Any], Sequence[Any]], float]]] = {
+    "success": ("McNemar's exact test, two-sided", mcnemar),
+    "return": ("sign-flip permutation test, two-sided", paired_permutation),
+}

@@ -154,23 +154,12 @@ def mean_of(results: dict[str, dict[str, dict[str, Any]]], row: str) -> dict[str
 
 def _policy(command: EvaluateCommand) -> "Policy":
     from manako.experiments.common.building import policy_of_run
-    from manako.experiments.common.environments import make_vector_env
-    from manako.experiments.common.progress import plain_console
-    from manako.experiments.common.remote import make_remote_policy
-    from manako.policies.remote.ledger import DOLLAR
+    from manako.experiments.common.evaluating import remote_of
 
     first, run = environment_of(next(iter(LIMITS)), command.environment), command.run
-    if command.policy.policy != REMOTE:
-        return policy_of_run(first, command.policy, run.seed, run.torch_threads)[0]
-    with contextlib.closing(make_vector_env(first, 1, run.seed, held_out=True)) as env:
-        shown = env.action_names, env.frame_shape, env.action_space
-        policy = make_remote_policy(command.policy, command.remote, first, *shown)
-    for heading, text in policy.describe():
-        plain_console().print(f"{heading:<13}{text}")
-    most = run.episodes * sum(LIMITS.values())
-    cost = policy.most_cost() * most / DOLLAR
-    plain_console().print(f"estimate     {most:,} requests at most" + (f", ${cost:,.2f} at most" if cost else ""))
-    return policy
+    if command.policy.policy == REMOTE:
+        return remote_of(command, first, run.episodes * sum(LIMITS.values()))
+    return policy_of_run(first, command.policy, run.seed, run.torch_threads)[0]
 
 
 def _print(summary: dict[str, Any], sample: bool) -> None:

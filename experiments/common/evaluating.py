@@ -6,6 +6,7 @@ from pathlib import Path
 
 from manako.agent.report.evaluation import CONDITIONS, evaluate_all
 from manako.envs import held_out_seeds
+from manako.envs.settings import EnvSettings
 from manako.experiments.common import stopping
 from manako.experiments.common.building import policy_of_run
 from manako.experiments.common.command_line import UsageError
@@ -94,19 +95,32 @@ def set_sampling(run: EvaluateSettings, policy: Policy) -> None:
 
 
 def make_remote(command: EvaluateCommand) -> RemotePolicy:
-    """Returns the policy of the server that the settings name; says what it may cost before it is asked."""
-    environment, run, console = command.environment, command.run, plain_console()
-    with contextlib.closing(make_vector_env(environment, 1, run.seed, held_out=True)) as env:
+    """Returns the policy of the server that the settings name; says what all rows may cost before it is asked."""
+    asking = [row for row in CONDITIONS if row != "random"]
+    most = command.run.eval_steps // len(CONDITIONS) * len(asking)
+    asked = f"{len(asking)} rows ask, once for each step that shows something new: "
+    return remote_of(command, command.environment, most, asked, "; fewer --episodes or --eval_steps ask less")
+
+
+def remote_of(
+    command: EvaluateCommand, environment: EnvSettings, most: int, asked: str = "", fewer: str = ""
+) -> RemotePolicy:
+    """Returns the policy of the server that the settings name; says what it may cost before it is asked.
+
+    Args:
+        command: the settings.
+        environment: what is played.
+        most: requests.
+        asked: why so many, in words before them.
+        fewer: what asks less, in words behind them.
+    """
+    console = plain_console()
+    with contextlib.closing(make_vector_env(environment, 1, command.run.seed, held_out=True)) as env:
         shown = env.action_names, env.frame_shape, env.action_space
         policy = make_remote_policy(command.policy, command.remote, environment, *shown)
     for heading, text in policy.describe():
         console.print(f"{heading:<13}{text}")
-    asking = [row for row in CONDITIONS if row != "random"]
-    most = run.eval_steps // len(CONDITIONS) * len(asking)
     cost = policy.most_cost() * most / DOLLAR
-    console.print(
-        f"estimate     {len(asking)} rows ask, once for each step that shows something new: {most:,} requests at most"
-        + (f", ${cost:,.2f} at most" if cost else "")
-        + "; fewer --episodes or --eval_steps ask less"
-    )
+    dollars = f", ${cost:,.2f} at most" if cost else ""
+    console.print(f"estimate     {asked}{most:,} requests at most{dollars}{fewer}")
     return policy

@@ -19,7 +19,7 @@ from manako.agent.data.trajectories import episode_returns, episode_success, loa
 from manako.agent.interfaces import NOT_FIXED
 from manako.agent.report.evaluation import Condition, Evaluation, evaluate, expert_agreement
 from manako.agent.report.figures import success_chart
-from manako.agent.report.statistics import mcnemar, paired_permutation
+from manako.agent.report.statistics import TESTS
 from manako.agent.rollout import success_rate
 from manako.agent.tuning.forgetting import measure_retention
 from manako.envs import held_out_seeds
@@ -77,16 +77,12 @@ def evaluate_ladder(
             learns = read_description(final)[0].trainable
             of_folder: dict[str, Any] = {"policy": str(final), "trainable": learns, **dict.fromkeys(OF_PRESETS)}
             source = dataclasses.replace(start.policy, **of_folder)
-        environment = start.environment
-        if name != START:
-            own = trained[name]["settings"].get("environment", {}).get("image_source", environment.image_source)
-            environment = dataclasses.replace(environment, image_source=own)
+        settings_of_step = {} if name == START else trained[name]["settings"]
+        environment = as_trained(start.environment, settings_of_step)
         policy, _ = policy_of_run(environment, source, seed, start.run.torch_threads)
         evaluation = _play(environment, policy, seeds, seed, sample)
         further = {
-            other: _play(
-                dataclasses.replace(settings, image_source=environment.image_source), policy, seeds, seed, sample
-            ).summary()
+            other: _play(as_trained(settings, settings_of_step), policy, seeds, seed, sample).summary()
             for other, settings in others.items()
         }
         if name == START:
@@ -152,6 +148,12 @@ def evaluate_ladder(
         )
     if table:
         TABLE.write(Path(table), table_rows(result))
+
+
+def as_trained(environment: EnvSettings, step: Mapping[str, Any]) -> EnvSettings:
+    """Returns an environment that shows what a step was trained on, where it says so itself, such as black frames."""
+    own = step.get("environment", {}).get("image_source", environment.image_source)
+    return dataclasses.replace(environment, image_source=own)
 
 
 def _environment(section: dict[str, Any]) -> EnvSettings:
@@ -271,7 +273,7 @@ def compare_steps(
         None where the episodes are no pairs.
     """
     names = list(outcomes)
-    test = mcnemar if measure == "success" else paired_permutation
+    _, test = TESTS[measure]
     return [
         {
             "step": name,

@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from manako.agent.report.callbacks import is_validation, read_metrics
-from manako.agent.report.statistics import mcnemar, paired_permutation
+from manako.agent.report.statistics import TESTS
 from manako.agent.report.validation import BEST_FILE, RULE
 from manako.envs.settings import EnvSettings
 from manako.experiments.common.command_line import as_sections, read_json
@@ -428,14 +428,12 @@ def _told_apart(evaluation: Mapping[str, Mapping[str, Any]], row: str, control: 
         return False
     if not (one["fixed_by_seed"] and other["fixed_by_seed"]):
         return bool(one[f"{measure}_ci95"][0] > other[f"{measure}_ci95"][1])
-    episodes = read_json(run_dir / "episodes.json")
-    if measure == "success":
-        return mcnemar(*([bool(each) for each in episodes["success"][name]] for name in (row, control))) < LEVEL
-    lost = {
-        at for name in (row, control) for at in episodes.get("failed", {}).get(name, [])
-    }  # whose returns nobody knows
-    returns = [[each for at, each in enumerate(episodes["returns"][name]) if at not in lost] for name in (row, control)]
-    return paired_permutation(returns[0], returns[1]) < LEVEL
+    episodes, rows = read_json(run_dir / "episodes.json"), (row, control)
+    kind, failed = ("success", {}) if measure == "success" else ("returns", episodes.get("failed", {}))
+    lost = {at for name in rows for at in failed.get(name, [])}  # whose returns nobody knows
+    values = [[each for at, each in enumerate(episodes[kind][name]) if at not in lost] for name in rows]
+    _, test = TESTS[measure]
+    return test(values[0], values[1]) < LEVEL
 
 
 def _illegal(found: Mapping[str, Any]) -> list[tuple[str, float]]:

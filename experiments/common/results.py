@@ -9,7 +9,7 @@ from typing import Any
 
 from manako.agent.checkpoint import BEST, write_folder
 from manako.agent.report import evaluation, figures
-from manako.agent.report.statistics import mcnemar, paired_permutation
+from manako.agent.report.statistics import TESTS
 from manako.agent.report.unfinished import Unfinished, policy_digest
 from manako.agent.report.validation import find_best
 from manako.envs import EpisodeVectorEnv, held_out_seeds
@@ -129,14 +129,17 @@ def against(
         `measure`, the `difference` of the one from the other, and `p` by `test`; None where the episodes are no pairs.
     """
     measure = measure_of(summary)
-    if measure == "success":
-        values: list[list[Any]] = [[bool(episode.success) for episode in row.episodes] for row in (one, other)]
-        name, test = "McNemar's exact test, two-sided", mcnemar
-    else:
-        lost = {*one.failed, *other.failed}  # whose returns nobody knows
-        pairs = [pair for at, pair in enumerate(zip(one.episodes, other.episodes, strict=True)) if at not in lost]
-        values = [[episode.episode_return for episode in row] for row in zip(*pairs, strict=True)]
-        name, test = "sign-flip permutation test, two-sided", paired_permutation
+    name, test = TESTS[measure]
+    of_success = measure == "success"
+    lost = set() if of_success else {*one.failed, *other.failed}  # whose returns nobody knows
+    values: list[list[Any]] = [
+        [
+            bool(each.success) if of_success else each.episode_return
+            for at, each in enumerate(row.episodes)
+            if at not in lost
+        ]
+        for row in (one, other)
+    ]
     means = [sum(row) / len(row) for row in values]
     paired = one.fixed_by_seed and other.fixed_by_seed
     return {

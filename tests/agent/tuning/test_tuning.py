@@ -9,10 +9,11 @@ import pytest
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.trajectories import save_trajectories
+from manako.envs.settings import EnvSettings
 from manako.experiments import collect, run_dpo, run_ladder, run_sft
 from manako.experiments.common.collecting import play_to_the_end
 from manako.experiments.common.command_line import UsageError, run_main
-from manako.experiments.common.ladder_report import compare_steps, print_report
+from manako.experiments.common.ladder_report import as_trained, compare_steps, print_report
 from manako.experiments.common.ladder_table import TABLE
 from tests.helpers.small_envs import tiny_policy
 from tests.helpers.small_runs import GOTO, corridor_env, expert_trajectories
@@ -126,6 +127,14 @@ def test_evaluations_that_are_none(evaluations, message):
     ladder = {"common": {}, "evaluations": evaluations, "steps": [{"name": "one", "runner": "ppo"}]}
     with pytest.raises(UsageError, match=message):
         run_ladder.check_ladder(ladder, "ladder.yaml")
+
+
+def test_a_step_is_shown_what_it_was_trained_on_and_else_what_the_evaluation_says():
+    seen, black = EnvSettings("E-v0"), EnvSettings("E-v0", image_source="blank", num_envs=4)
+    blind, rendered = ({"environment": {"image_source": source}} for source in ("blank", "render"))
+    assert as_trained(seen, {}) == seen and as_trained(black, {"environment": {"num_envs": 8}}) == black
+    assert as_trained(seen, blind).image_source == as_trained(black, blind).image_source == "blank"
+    assert as_trained(black, rendered) == EnvSettings("E-v0", image_source="render", num_envs=4)
 
 
 def test_an_evaluation_changes_what_it_names_alone():
