@@ -78,11 +78,13 @@ def evaluate_ladder(
             of_folder: dict[str, Any] = {"policy": str(final), "trainable": learns, **dict.fromkeys(OF_PRESETS)}
             source = dataclasses.replace(start.policy, **of_folder)
         settings_of_step = {} if name == START else trained[name]["settings"]
-        environment = as_trained(start.environment, settings_of_step)
+        environment = as_trained(start.environment, settings_of_step, start.environment)
         policy, _ = policy_of_run(environment, source, seed, start.run.torch_threads)
         evaluation = _play(environment, policy, seeds, seed, sample)
         further = {
-            other: _play(as_trained(settings, settings_of_step), policy, seeds, seed, sample).summary()
+            other: _play(
+                as_trained(settings, settings_of_step, start.environment), policy, seeds, seed, sample
+            ).summary()
             for other, settings in others.items()
         }
         if name == START:
@@ -150,10 +152,16 @@ def evaluate_ladder(
         TABLE.write(Path(table), table_rows(result))
 
 
-def as_trained(environment: EnvSettings, step: Mapping[str, Any]) -> EnvSettings:
-    """Returns an environment that shows what a step was trained on, where it says so itself, such as black frames."""
-    own = step.get("environment", {}).get("image_source", environment.image_source)
-    return dataclasses.replace(environment, image_source=own)
+def as_trained(environment: EnvSettings, step: Mapping[str, Any], common: EnvSettings) -> EnvSettings:
+    """Returns an environment that shows what a step was trained on, where that is its own, such as black frames.
+
+    Args:
+        environment: of an evaluation.
+        step: its settings, those of all steps among them.
+        common: the environment of all steps.
+    """
+    own = step.get("environment", {}).get("image_source", common.image_source)
+    return environment if own == common.image_source else dataclasses.replace(environment, image_source=own)
 
 
 def _environment(section: dict[str, Any]) -> EnvSettings:

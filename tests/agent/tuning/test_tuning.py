@@ -131,10 +131,13 @@ def test_evaluations_that_are_none(evaluations, message):
 
 def test_a_step_is_shown_what_it_was_trained_on_and_else_what_the_evaluation_says():
     seen, black = EnvSettings("E-v0"), EnvSettings("E-v0", image_source="blank", num_envs=4)
-    blind, rendered = ({"environment": {"image_source": source}} for source in ("blank", "render"))
-    assert as_trained(seen, {}) == seen and as_trained(black, {"environment": {"num_envs": 8}}) == black
-    assert as_trained(seen, blind).image_source == as_trained(black, blind).image_source == "blank"
-    assert as_trained(black, rendered) == EnvSettings("E-v0", image_source="render", num_envs=4)
+    blind, rendered, no_word = (
+        {"environment": given} for given in ({"image_source": "blank"}, {"image_source": "render"}, {"num_envs": 8})
+    )
+    assert as_trained(seen, {}, seen) == seen and as_trained(black, no_word, seen) == black
+    assert as_trained(seen, blind, seen).image_source == as_trained(black, blind, seen).image_source == "blank"
+    assert as_trained(black, rendered, seen) == EnvSettings("E-v0", image_source="render", num_envs=4)
+    assert as_trained(black, rendered, EnvSettings("E-v0", image_source="render")) == black  # said for all steps
 
 
 def test_an_evaluation_changes_what_it_names_alone():
