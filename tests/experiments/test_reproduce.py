@@ -15,7 +15,7 @@ from manako.experiments.run_ladder import COMMANDS, check_ladder, own_sections, 
 
 ROOT = Path(__file__).parents[2]
 ROWS = read_yaml(reproduce.ROWS)
-STATED = (ROOT / "docs/results.md").read_text() + (ROOT / "docs/gym_cards.md").read_text()
+STATED = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("results", "gym_cards", "babyai"))
 
 
 def main(monkeypatch, capsys, *words):
