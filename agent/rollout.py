@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manako.agent.errors import TrainingError
+from manako.agent.png import Png, packed, pixels_of, png_of
 from manako.policies.interface import Rows
 
 if TYPE_CHECKING:
@@ -53,9 +55,9 @@ class Record(NamedTuple):
     success: Tensor  # (T, N) int8, see `Stepped`
     rewards: Tensor  # (T, N) float32, what the environments paid
     instructions: list[str]  # T * N, as the env gave them
-    images: np.ndarray  # (T * N, H, W, 3) uint8, the env's own frames
+    images: np.ndarray | list[Png]  # (T * N, H, W, 3) uint8, the env's own frames; T * N files once packed
     expert_actions: Tensor | None  # (T, N) int64, what the env's expert would have done
-    last_images: Mapping[tuple[int, int], np.ndarray] = {}  # (t, slot) of a step that ended its episode -> (H, W, 3)
+    last_images: Mapping[tuple[int, int], np.ndarray | Png] = {}  # (t, slot) of a step that ended its episode
     action_masks: Tensor | None = None  # (T, N, A) bool, what was allowed; None where the env does not say
     thoughts: list[str] | None = None  # T * N, what the player said it thought
     expert_thoughts: list[str] | None = None  # T * N, what the env's expert thinks
@@ -96,6 +98,23 @@ class Rollout(NamedTuple):
             return self.truncated
         before = torch.cat([self.failed[1:], torch.zeros_like(self.failed[:1])])
         return self.truncated | self.failed | (before & ~self.terminated)
+
+
+def without_inputs(rollout: Rollout) -> Rollout:
+    """Returns a recorded rollout with what a data set needs of it alone, and its frames as PNG.
+
+    Raises:
+        TrainingError: it keeps no record.
+    """
+    record, nothing = rollout.record, Rows({"": torch.zeros(0)})
+    if record is None:
+        raise TrainingError("These rollouts keep no record: expected a collector made with record=True.")
+    if isinstance(record.images, np.ndarray):
+        files = packed(record.images, rollout.rewards.shape[1])
+        lasts = {place: png_of(frame) for place, frame in record.last_images.items()}
+        record = record._replace(images=files, last_images=lasts)
+    empty = torch.zeros(0, 2, dtype=torch.long)
+    return rollout._replace(inputs=nothing, reference=None, bootstrap=nothing, bootstrap_at=empty, record=record)
 
 
 def pad_answers(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -195,7 +214,7 @@ def _merge_records(records: Sequence[Record], rows: Tensor, firsts: Sequence[int
         success=torch.cat([record.success for record in records], dim=1),
         rewards=torch.cat([record.rewards for record in records], dim=1),
         instructions=[texts[row] for row in rows.tolist()],
-        images=np.concatenate([record.images for record in records])[rows.numpy()],
+        images=np.concatenate([pixels_of(record.images) for record in records])[rows.numpy()],
         expert_actions=torch.cat(advice, dim=1) if advice else None,
         last_images={
             (t, first + slot): image

@@ -6,7 +6,6 @@ frames. `datasets.load_from_disk` opens the folder anywhere; what holds for all 
 `dataset.info.description`.
 """
 
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
-from PIL import Image as Picture
 
 from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
+from manako.agent.png import png_of
 from manako.agent.rollout import Record, Rollout, verdict
 from manako.bounded import json_object, read_text, shown
 from manako.errors import full_text
@@ -175,7 +174,7 @@ def _row(
         expert = record.expert_actions[t, slot].tolist()
     mask = None if record.action_masks is None else record.action_masks[t, slot].tolist()
     return {
-        "image": {"bytes": _png(record.images[flat]), "path": None},
+        "image": {"bytes": png_of(record.images[flat]), "path": None},
         "instruction": record.instructions[flat],
         "prompt": policy.prompt(record.instructions[flat], turns),
         "action": action,
@@ -189,7 +188,7 @@ def _row(
         "expert_action": -1 if expert is None and not vector else expert,
         "seed": int(record.seeds[t, slot]),
         "step": int(record.steps[t, slot]),
-        "last_image": None if last is None else {"bytes": _png(last), "path": None},
+        "last_image": None if last is None else {"bytes": png_of(last), "path": None},
         "action_mask": mask,
         "thought": None if record.thoughts is None else record.thoughts[flat],
         "expert_thought": None if record.expert_thoughts is None else record.expert_thoughts[flat],
@@ -204,12 +203,6 @@ def _named(action: Any, policy: Policy, is_vector: bool) -> str:
     if is_vector:
         return ", ".join(map(short_number, action))
     return policy.spec.action_names[action] if action >= 0 else ""
-
-
-def _png(frame: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Picture.fromarray(frame).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def episode_success(dataset: Dataset) -> list[bool | None]:

@@ -13,7 +13,6 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from manako.agent.checkpoint import disk_refused
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import ToldFault
+from manako.agent.png import Png, png_of
 from manako.agent.rollout import Episode, Record, Rollout
 from manako.errors import full_text
 from manako.manifest import sha256
@@ -143,10 +143,15 @@ def _packed(rollout: Rollout) -> dict[str, Any]:
     arrays |= {f"record.{name}": of.numpy() for name in OF_RECORD if (of := getattr(record, name)) is not None}
     if rollout.failed is not None:
         arrays["failed"] = rollout.failed.numpy()
-    arrays |= {"record.to_env": record.to_env, "record.images": record.images}
     last = sorted(record.last_images)
-    if last:
-        arrays["record.last_images"] = np.stack([record.last_images[place] for place in last])
+    files = [*map(png_of, record.images), *(png_of(record.last_images[place]) for place in last)]
+    distinct = {file: number for number, file in enumerate(dict.fromkeys(files))}
+    arrays |= {
+        "record.to_env": record.to_env,
+        "frames": np.frombuffer(b"".join(distinct), np.uint8),
+        "frames.sizes": np.array([len(file) for file in distinct]),
+        "frames.numbers": np.array([distinct[file] for file in files]),
+    }
     said = {
         "texts": {name: getattr(record, name) for name in TEXTS},
         "last": last,
@@ -164,14 +169,17 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Rollout:
     said = json.loads(arrays["said"].tobytes())
     columns = {name[8:]: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("actions.")}
     tensors = {name: torch.from_numpy(arrays[name]) for name in TENSORS}
-    frames: Sequence[np.ndarray] = arrays.get("record.last_images", ())  # type: ignore[assignment]
+    ends = arrays["frames.sizes"].cumsum()[:-1]
+    distinct = [Png(part.tobytes()) for part in np.split(arrays["frames"], ends)]
+    files = [distinct[number] for number in arrays["frames.numbers"].tolist()]
+    shown = len(files) - len(said["last"])
     of_record: dict[str, Any] = {
         name: torch.from_numpy(arrays[f"record.{name}"]) if f"record.{name}" in arrays else None for name in OF_RECORD
     }
     record = Record(
         to_env=arrays["record.to_env"],
-        images=arrays["record.images"],
-        last_images={(t, slot): frame for (t, slot), frame in zip(said["last"], frames, strict=True)},
+        images=files[:shown],
+        last_images={(t, slot): file for (t, slot), file in zip(said["last"], files[shown:], strict=True)},
         **of_record,
         **said["texts"],
     )

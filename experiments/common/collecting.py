@@ -22,8 +22,9 @@ from manako.agent.data.under_way import UnderWay
 from manako.agent.errors import TrainingError
 from manako.agent.faults import FaultLog
 from manako.agent.interfaces import NOT_FIXED, Rollouts
+from manako.agent.png import pixels_of
 from manako.agent.report.unfinished import policy_digest
-from manako.agent.rollout import Rollout
+from manako.agent.rollout import Rollout, without_inputs
 from manako.envs import training_seeds
 from manako.experiments.common import stopping
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run
@@ -80,7 +81,7 @@ def _collect(
         kept.end()
     first = rollouts[0].record
     assert first is not None, "it was asked for"
-    warn_of(dead_frames(environment, first.images, first.instructions))
+    warn_of(dead_frames(environment, pixels_of(first.images), first.instructions))
     success = episode_success(dataset)
     faults = [fault for rollout in rollouts for fault in rollout.faults]
     lost = sum(0 if rollout.failed is None else int(rollout.failed.sum()) for rollout in rollouts)
@@ -236,7 +237,8 @@ def _replay(
     env = make_vector_env(environment, len(player.queues), run.seed, seed_lists=player.seed_lists)
     collector = RolloutCollector(env, player, run.num_steps, run.seed, record=True, ask_expert=has_expert)
     with contextlib.closing(collector):
-        rollouts = [collector.collect(number) for number in range(math.ceil(player.num_steps / run.num_steps))]
+        numbers = range(math.ceil(player.num_steps / run.num_steps))
+        rollouts = [without_inputs(collector.collect(number)) for number in numbers]
     return rollouts, player.quota
 
 
@@ -297,7 +299,7 @@ def play_to_the_end(
         _count(rollout, left)
     while (left > 0).any():
         playing = int((left > 0).sum())
-        rollouts.append(source.collect(first + len(rollouts)))
+        rollouts.append(without_inputs(source.collect(first + len(rollouts))))
         if kept is not None:
             kept.add(rollouts[-1], source.state_dict())
         log.add(rollouts[-1].faults, playing * source.num_steps, first + len(rollouts))
