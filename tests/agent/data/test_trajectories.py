@@ -1,5 +1,6 @@
 """Recorded trajectories: whole episodes that replay to the same frames, and a folder that anybody opens."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
+from PIL import Image
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
 from manako.agent.data.trajectories import FEATURES, load_trajectories, save_trajectories, to_dataset
 from manako.agent.errors import TrainingError
+from manako.agent.rollout import without_inputs
 from manako.envs import EpisodeVectorEnv
 from manako.manifest import write_manifest
 from tests.helpers.rollout_equality import same_bits
@@ -180,6 +183,25 @@ def test_recording_changes_no_rollout(policy):
     (kept,) = record(EpisodeVectorEnv(GOTO, 4, seed=5), policy, iterations=1, num_steps=6, ask_expert=True)
     same_bits(plain, kept._replace(record=None))
     assert kept.record.images.shape == (24, 24, 24, 3) and kept.record.expert_actions.shape == (6, 4)
+
+
+def test_a_packed_rollout_makes_the_same_dataset_and_holds_no_pixels_twice(rollouts, policy, dataset):
+    small = [without_inputs(rollout) for rollout in rollouts]
+    again = to_dataset(small, policy, GOTO, "expert, wrong 30%", {"env_kwargs": None})
+    assert again.to_dict() == dataset.to_dict()
+    assert all(len(rollout.inputs.columns[""]) == 0 for rollout in small)
+
+    env = EpisodeVectorEnv("manako/EZPoints-v0", 3, seed=5, env_kwargs={"size": 60})  # a frame for a whole deal
+    collector = RolloutCollector(env, ScriptedPlayer(tiny_policy(env).spec, 0.0), 8, seed=5, record=True, ask_expert=True)
+    raw = collector.collect(0)
+    files = without_inputs(raw).record.images
+    shown = raw.record.images
+    for at, file in enumerate(files):
+        picture = np.array(Image.open(io.BytesIO(file)))
+        assert np.array_equal(picture, shown[at])
+        if at >= 3:
+            assert (file is files[at - 3]) == np.array_equal(shown[at], shown[at - 3])
+    assert len({id(file) for file in files}) < len(files) / 2
 
 
 def test_load_from_disk_gives_one_dataset(dataset, tmp_path):
