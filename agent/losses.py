@@ -24,8 +24,28 @@ class LossSettings(Protocol):
     kl_coef: float
 
 
+class EntropySchedule(Protocol):
+    """The settings that say how the entropy bonus goes down."""
+
+    ent_coef: float
+    ent_coef_end: float | None
+    num_iterations: int
+
+
+def ent_coef_at(settings: EntropySchedule, iteration: int) -> float:
+    """Returns the weight of the entropy bonus in an iteration, counted from 0.
+
+    It goes from `ent_coef` in the first to `ent_coef_end` in the last by the same factor each time, and stays where
+    there is no such end.
+    """
+    if settings.ent_coef_end is None or settings.num_iterations < 2:
+        return settings.ent_coef
+    done = min(1.0, iteration / (settings.num_iterations - 1))
+    return settings.ent_coef * (settings.ent_coef_end / settings.ent_coef) ** done
+
+
 def ppo_loss(
-    evaluated: Evaluated, samples: Samples, settings: LossSettings
+    evaluated: Evaluated, samples: Samples, settings: LossSettings, ent_coef: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Returns clipped surrogate - ent_coef x entropy + vf_coef x value loss + kl_coef x KL(policy || reference).
 
@@ -35,6 +55,7 @@ def ppo_loss(
         evaluated: what the policy being trained says of the samples.
         samples: B samples.
         settings: coefficients.
+        ent_coef: weight of the entropy bonus, where it is another than the settings'.
 
     Returns:
         The loss, (); its parts and diagnostics by name, (); the ratio of the sampled tokens, flat.
@@ -45,7 +66,7 @@ def ppo_loss(
         mask = mask.any(-1, keepdim=True)
     actor, ratio = policy_loss(new, old, mask, samples.advantages, settings.clip_range, samples.importance)
     bonus = step_means(entropies, mask).mean()
-    loss = actor - settings.ent_coef * bonus
+    loss = actor - (settings.ent_coef if ent_coef is None else ent_coef) * bonus
     sampled = ratio[mask]
     parts = {
         "policy_loss": actor,

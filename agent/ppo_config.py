@@ -34,5 +34,9 @@ class PPOConfig(PPOSettings, _BaseConfig):
                 f"minibatch_size {self.minibatch_size} is no multiple of gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}: expected equal micro-batches."
             )
+        if self.ent_coef_end is not None and not self.ent_coef:
+            raise TrainingError(
+                f"ent_coef_end is {self.ent_coef_end} and ent_coef 0: expected an ent_coef above 0 to come from."
+            )
         self.per_device_train_batch_size = self.minibatch_size // self.gradient_accumulation_steps
         super().__post_init__()

@@ -19,7 +19,7 @@ from torch import Tensor
 from manako.agent.episodes import EpisodeCount, means
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import RolloutSource
-from manako.agent.losses import ppo_loss
+from manako.agent.losses import ent_coef_at, ppo_loss
 from manako.agent.return_scale import ReturnScale
 from manako.agent.rng import SHUFFLES, make_rng, shuffled
 from manako.agent.rollout import Rollout
@@ -62,11 +62,12 @@ def train_ppo(policy: Policy, rollouts: RolloutSource, settings: "PPOConfig") ->
     for iteration in range(settings.num_iterations):
         rollout = rollouts.collect(iteration)
         samples = samples_of(rollout, policy, settings, scale, lag=iteration - rollout.version)
+        ent_coef = ent_coef_at(settings, iteration)
         measured: list[dict[str, Tensor]] = []
         for minibatch in minibatches(samples, settings, iteration, num_minibatches, policy):
             minibatch = minibatch.to(policy.device)
             evaluated = policy.evaluate_actions(minibatch.inputs, minibatch.actions)
-            loss, parts, ratio = ppo_loss(evaluated, minibatch, settings)
+            loss, parts, ratio = ppo_loss(evaluated, minibatch, settings, ent_coef)
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"The loss is {loss.item()} in iteration {iteration}: expected a number, so lower learning_rate."

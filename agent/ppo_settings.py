@@ -52,6 +52,11 @@ class PPOSettings:
     )
     vf_coef: float = setting(0.1, "weight of the value loss", only_in_file=True, ge=0)
     ent_coef: float = setting(0.01, "weight of the entropy bonus", ge=0)
+    ent_coef_end: float | None = setting(
+        None,
+        "what --ent_coef has become in the last rollout, by the same factor from each to the next: to explore first",
+        gt=0,
+    )
     kl_coef: float = setting(0.0, "weight of KL(policy || start); needs --trainable lora", ge=0)
     target_kl: float | None = setting(None, "an update stops beyond 1.5 times this KL", gt=0)
     bf16: bool = setting(False, "bfloat16 autocast in rollouts and updates")

@@ -30,7 +30,7 @@ from manako.agent.errors import NotFiniteError, TrainingError, WorkersError
 from manako.agent.faults import FaultLog, few_steps
 from manako.agent.group_advantages import METHODS, whole_groups
 from manako.agent.interfaces import NOT_FIXED, SEEDED, EvaluationEnv, Rollouts
-from manako.agent.losses import explained_variance, ppo_loss
+from manako.agent.losses import ent_coef_at, explained_variance, ppo_loss
 from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_loop import minibatches, return_scale, samples_of
 from manako.agent.rollout import Rollout
@@ -190,7 +190,7 @@ class PPOTrainer(GroupsOfPolicy, _BaseTrainer):
         """Returns the loss of `manako.agent.losses.ppo_loss`."""
         samples = Samples(**inputs).to(self.policy.device)  # the Trainer moves tensors, and no rows
         evaluated = model(samples.inputs, samples.actions)
-        loss, measured, ratio = ppo_loss(evaluated, samples, self.args)
+        loss, measured, ratio = ppo_loss(evaluated, samples, self.args, ent_coef_at(self.args, self.iteration))
         self._check_and_keep({name: value.detach() for name, value in measured.items()}, ratio.detach())
         return (loss, evaluated) if return_outputs else loss
 

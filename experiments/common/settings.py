@@ -334,6 +334,10 @@ def check_together(command: PPOCommand) -> None:
             "--async_rollouts needs workers that act by themselves, and --rollout_backend is "
             f"{workers.rollout_backend}: expected ray-replica."
         )
+    if ppo.ent_coef_end is not None and not ppo.ent_coef:
+        raise UsageError(
+            f"--ent_coef_end is {ppo.ent_coef_end}, and --ent_coef 0: expected an --ent_coef above 0 to come from."
+        )
     if ppo.kl_coef and command.policy.trainable != AUTO and "lora" not in command.policy.trainable.split("+"):
         raise UsageError(
             f"--kl_coef is {ppo.kl_coef}, and --trainable {command.policy.trainable} keeps no reference policy to stay "

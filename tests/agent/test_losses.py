@@ -5,16 +5,19 @@ import math
 import pytest
 import torch
 
+from manako.agent.errors import TrainingError
 from manako.agent.losses import (
     approx_kl,
     categorical_kl,
     clip_fraction,
+    ent_coef_at,
     explained_variance,
     policy_loss,
     ppo_loss,
     reference_kl,
     value_loss,
 )
+from manako.agent.ppo_config import PPOConfig
 from manako.agent.ppo_settings import PPOSettings
 from manako.agent.samples import Samples
 from manako.policies.interface import Evaluated, Rows, entropy
@@ -200,6 +203,20 @@ def test_two_tokens_by_hand():
     close(loss, -0.65 - 0.1 * 0.45 + 0.25 * 1.0)
     assert parts.keys() == {"policy_loss", "entropy", "approx_kl", "clip_fraction", "value_loss", "loss"}
     close(parts["loss"], -0.445)
+
+
+def test_the_entropy_bonus_falls_by_the_same_factor_from_each_rollout_to_the_next():
+    """2, 0.2, 0.02 over three rollouts; the loss takes the weight that it is told: -0.65 - 2 · 0.45 + 0.25."""
+    falling = PPOConfig("unused", ent_coef=2.0, ent_coef_end=0.02, num_iterations=3, report_to="none")
+    close(torch.tensor([ent_coef_at(falling, number) for number in range(4)]), [2.0, 0.2, 0.02, 0.02])
+    steady = PPOConfig("unused", ent_coef=2.0, num_iterations=3, report_to="none")
+    assert [ent_coef_at(steady, number) for number in range(3)] == [2.0] * 3
+    alone = PPOConfig("unused", ent_coef=2.0, ent_coef_end=0.02, num_iterations=1, report_to="none")
+    assert ent_coef_at(alone, 0) == 2.0
+    settings = PPOSettings(clip_range=0.2, clip_range_vf=None, vf_coef=0.25, ent_coef=0.1)
+    close(ppo_loss(*two_tokens(), settings, ent_coef=2.0)[0], -0.65 - 2.0 * 0.45 + 0.25 * 1.0)
+    with pytest.raises(TrainingError, match="ent_coef_end is 0.1 and ent_coef 0: expected an ent_coef above 0"):
+        PPOConfig("unused", ent_coef=0.0, ent_coef_end=0.1, report_to="none")
 
 
 def test_two_tokens_are_weighed_by_the_importance_of_their_step():

@@ -17,6 +17,7 @@ SMALL = {"num_iterations": 2, "num_steps": 8, "num_ppo_epochs": 3, "minibatch_si
 CASES = {
     "gae": {},
     "clipped values": {"clip_range_vf": 0.1, "ent_coef": 0.05, "gamma": 0.9, "gae_lambda": 0.8},
+    "less entropy each time": {"ent_coef": 1.0, "ent_coef_end": 0.01, "learning_rate": 1e-3},
     "a stop at the target KL": {"target_kl": 0.002, "learning_rate": 3e-3},
     "the adapter's own rate": {"adapter_learning_rate": 5e-3},
     "gigpo": {"advantage": "gigpo", "group_size": 4, "num_steps": 12, "minibatch_size": 64},

@@ -117,6 +117,7 @@ FLAGS = {
     "rate infinite": (["--learning_rate", "inf"], "learning_rate is inf: expected a number"),
     "rate negative": (["--learning_rate=-1"], "learning_rate is -1.0: expected a number above 0"),
     "rate zero": (["--learning_rate", "0"], "learning_rate is 0.0: expected a number above 0"),
+    "an end of no entropy bonus": (["--ent_coef", "0", "--ent_coef_end", "0.1"], "expected an --ent_coef above 0"),
     "gamma above 1": (["--gamma", "1.5"], "gamma is 1.5"),
     "seed too large": (["--seed", "2147483648"], "seed is 2147483648"),
     "no episodes": (["--eval_episodes", "0"], "eval_episodes is 0"),

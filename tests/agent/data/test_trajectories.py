@@ -192,7 +192,9 @@ def test_a_packed_rollout_makes_the_same_dataset_and_holds_no_pixels_twice(rollo
     assert all(len(rollout.inputs.columns[""]) == 0 for rollout in small)
 
     env = EpisodeVectorEnv("manako/EZPoints-v0", 3, seed=5, env_kwargs={"size": 60})  # a frame for a whole deal
-    collector = RolloutCollector(env, ScriptedPlayer(tiny_policy(env).spec, 0.0), 8, seed=5, record=True, ask_expert=True)
+    collector = RolloutCollector(
+        env, ScriptedPlayer(tiny_policy(env).spec, 0.0), 8, seed=5, record=True, ask_expert=True
+    )
     raw = collector.collect(0)
     files = without_inputs(raw).record.images
     shown = raw.record.images
