@@ -20,11 +20,14 @@ def png_of(frame: np.ndarray | Png) -> Png:
     return Png(buffer.getvalue())
 
 
+def picture(png: bytes) -> np.ndarray:
+    """Returns the frame (H, W, 3) uint8 of a PNG file's bytes."""
+    return np.asarray(Picture.open(io.BytesIO(png)).convert("RGB"))
+
+
 def pixels_of(frames: np.ndarray | Sequence[Png]) -> np.ndarray:
     """Returns frames as (B, H, W, 3) uint8."""
-    if isinstance(frames, np.ndarray):
-        return frames
-    return np.stack([np.asarray(Picture.open(io.BytesIO(frame)).convert("RGB")) for frame in frames])
+    return frames if isinstance(frames, np.ndarray) else np.stack([picture(frame) for frame in frames])
 
 
 def packed(frames: np.ndarray, slots: int) -> list[Png]:

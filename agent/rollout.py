@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manako.agent.errors import TrainingError
-from manako.agent.png import Png, packed, pixels_of, png_of
+from manako.agent.png import Png, pixels_of
 from manako.policies.interface import Rows
 
 if TYPE_CHECKING:
@@ -98,23 +97,6 @@ class Rollout(NamedTuple):
             return self.truncated
         before = torch.cat([self.failed[1:], torch.zeros_like(self.failed[:1])])
         return self.truncated | self.failed | (before & ~self.terminated)
-
-
-def without_inputs(rollout: Rollout) -> Rollout:
-    """Returns a recorded rollout with what a data set needs of it alone, and its frames as PNG.
-
-    Raises:
-        TrainingError: it keeps no record.
-    """
-    record, nothing = rollout.record, Rows({"": torch.zeros(0)})
-    if record is None:
-        raise TrainingError("These rollouts keep no record: expected a collector made with record=True.")
-    if isinstance(record.images, np.ndarray):
-        files = packed(record.images, rollout.rewards.shape[1])
-        lasts = {place: png_of(frame) for place, frame in record.last_images.items()}
-        record = record._replace(images=files, last_images=lasts)
-    empty = torch.zeros(0, 2, dtype=torch.long)
-    return rollout._replace(inputs=nothing, reference=None, bootstrap=nothing, bootstrap_at=empty, record=record)
 
 
 def pad_answers(parts: Sequence[Tensor]) -> list[Tensor]:

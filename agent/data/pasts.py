@@ -4,16 +4,15 @@ A data set stores every frame once, in the order of its episode; the past of a s
 its episode reaches. Where an episode had not begun there is no row, which is a black frame.
 """
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Image
-from PIL import Image as Picture
 
 from manako.agent.data.trajectories import TAKEN
 from manako.agent.errors import TrainingError
+from manako.agent.png import picture, png_of
 from manako.memory import turns_before
 
 NO_ROW = -1
@@ -62,14 +61,7 @@ def frames_of(pngs: Sequence[bytes | None], shape: tuple[int, ...]) -> np.ndarra
 def black_png(trajectories: Dataset) -> dict[str, Any]:
     """Returns a black frame of the size of the first one, as a data set stores it."""
     first = trajectories.cast_column("image", Image(decode=False))[0]["image"]["bytes"]
-    buffer = io.BytesIO()
-    Picture.fromarray(np.zeros_like(picture(first))).save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def picture(png: bytes) -> np.ndarray:
-    """Returns the frame (H, W, 3) uint8 of a PNG file's bytes."""
-    return np.asarray(Picture.open(io.BytesIO(png)).convert("RGB"))
+    return {"bytes": png_of(np.zeros_like(picture(first))), "path": None}
 
 
 def _steps_in_order(trajectories: Dataset) -> list[int]:

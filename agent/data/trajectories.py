@@ -14,17 +14,18 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 
 from manako.agent.checkpoint import write_folder
 from manako.agent.errors import TrainingError
-from manako.agent.png import png_of
+from manako.agent.png import packed, pixels_of, png_of
 from manako.agent.rollout import Record, Rollout, verdict
 from manako.bounded import json_object, read_text, shown
 from manako.errors import full_text
 from manako.manifest import MANIFEST, fault, seal_command
 from manako.memory import turns_before
-from manako.policies.interface import Policy
+from manako.policies.interface import Policy, Rows
 from manako.spaces import TextCodes, is_vector, short_number, space_to_json
 
 FORMAT = 1
@@ -62,6 +63,27 @@ VECTORS = {  # in place of the indices, where actions are vectors
 TAKEN = "taken"  # column: what was done, where `action` is what the expert would have done
 LATER = ("last_image", "outcome", "thought", "expert_thought")  # columns that older datasets lack
 MASKS = {"action_mask": List(Value("bool"))}  # of A actions, which were allowed; only of an env that says it
+
+
+NO_INPUTS = Rows({"": torch.zeros(0)})
+
+
+def without_inputs(rollout: Rollout) -> Rollout:
+    """Returns a recorded rollout with what a data set needs of it alone, and its frames as PNG.
+
+    Raises:
+        TrainingError: it keeps no record.
+    """
+    record = _record(rollout)
+    files = packed(pixels_of(record.images), rollout.rewards.shape[1])
+    lasts = {place: png_of(frame) for place, frame in record.last_images.items()}
+    return rollout._replace(
+        inputs=NO_INPUTS,
+        reference=None,
+        bootstrap=NO_INPUTS,
+        bootstrap_at=torch.zeros(0, 2, dtype=torch.long),
+        record=record._replace(images=files, last_images=lasts),
+    )
 
 
 def to_dataset(

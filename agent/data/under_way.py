@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from manako.agent.checkpoint import disk_refused
+from manako.agent.data.trajectories import NO_INPUTS
 from manako.agent.errors import TrainingError
 from manako.agent.interfaces import ToldFault
 from manako.agent.png import Png, png_of
@@ -183,12 +184,11 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Rollout:
         **of_record,
         **said["texts"],
     )
-    nothing = Rows({"": torch.zeros(0)})
     return Rollout(
-        inputs=nothing,
+        inputs=NO_INPUTS,
         actions=Rows(columns, said["fillers"]),
         reference=None,
-        bootstrap=nothing,
+        bootstrap=NO_INPUTS,
         bootstrap_at=torch.zeros(0, 2, dtype=torch.long),
         episodes=[Episode(**episode) for episode in said["episodes"]],
         failed=torch.from_numpy(arrays["failed"]) if "failed" in arrays else None,

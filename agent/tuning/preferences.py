@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
-from manako.agent.data.pasts import NO_ROW, past_rows, past_turns, picture
+from manako.agent.data.pasts import NO_ROW, past_rows, past_turns
 from manako.agent.data.trajectories import steps_with_actions
 from manako.agent.errors import TrainingError
+from manako.agent.png import picture
 from manako.agent.tuning.supervised import (
     MESSAGES,
     answers_of,

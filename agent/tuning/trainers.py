@@ -23,8 +23,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from manako.agent.data.pasts import NO_ROW, frames_of, picture
+from manako.agent.data.pasts import NO_ROW, frames_of
 from manako.agent.errors import NotFiniteError, TrainingError
+from manako.agent.png import picture
 from manako.agent.report.callbacks import METRICS_FILE
 from manako.agent.tuning.collators import DPOCollator, KTOCollator, SFTCollator
 from manako.agent.tuning.one_frame_together import OneFrameTogether

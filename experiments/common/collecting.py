@@ -17,14 +17,20 @@ from manako.agent.backends import make_rollouts
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, RecordedPlayer, ScriptedPlayer
 from manako.agent.data.recordings import Recording, split_over_slots
-from manako.agent.data.trajectories import episode_returns, episode_success, save_trajectories, to_dataset
+from manako.agent.data.trajectories import (
+    episode_returns,
+    episode_success,
+    save_trajectories,
+    to_dataset,
+    without_inputs,
+)
 from manako.agent.data.under_way import UnderWay
 from manako.agent.errors import TrainingError
 from manako.agent.faults import FaultLog
 from manako.agent.interfaces import NOT_FIXED, Rollouts
 from manako.agent.png import pixels_of
 from manako.agent.report.unfinished import policy_digest
-from manako.agent.rollout import Rollout, without_inputs
+from manako.agent.rollout import Rollout
 from manako.envs import training_seeds
 from manako.experiments.common import stopping
 from manako.experiments.common.building import connected, copy_maker, make_plan, policy_of_run

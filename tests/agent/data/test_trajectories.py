@@ -13,9 +13,8 @@ from PIL import Image
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer, ScriptedPlayer
-from manako.agent.data.trajectories import FEATURES, load_trajectories, save_trajectories, to_dataset
+from manako.agent.data.trajectories import FEATURES, load_trajectories, save_trajectories, to_dataset, without_inputs
 from manako.agent.errors import TrainingError
-from manako.agent.rollout import without_inputs
 from manako.envs import EpisodeVectorEnv
 from manako.manifest import write_manifest
 from tests.helpers.rollout_equality import same_bits
@@ -192,10 +191,7 @@ def test_a_packed_rollout_makes_the_same_dataset_and_holds_no_pixels_twice(rollo
     assert all(len(rollout.inputs.columns[""]) == 0 for rollout in small)
 
     env = EpisodeVectorEnv("manako/EZPoints-v0", 3, seed=5, env_kwargs={"size": 60})  # a frame for a whole deal
-    collector = RolloutCollector(
-        env, ScriptedPlayer(tiny_policy(env).spec, 0.0), 8, seed=5, record=True, ask_expert=True
-    )
-    raw = collector.collect(0)
+    (raw,) = record(env, ScriptedPlayer(tiny_policy(env).spec, 0.0), iterations=1, num_steps=8, ask_expert=True)
     files = without_inputs(raw).record.images
     shown = raw.record.images
     for at, file in enumerate(files):

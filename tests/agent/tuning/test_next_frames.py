@@ -7,8 +7,8 @@ from trl import SFTConfig
 
 from manako.agent.collector import RolloutCollector
 from manako.agent.data.demonstrators import RandomPlayer
-from manako.agent.data.pasts import picture
 from manako.agent.data.trajectories import to_dataset
+from manako.agent.png import picture
 from manako.agent.tuning.supervised import demonstrated_actions
 from manako.agent.tuning.trainers import PolicyCloningTrainer
 from manako.envs import EpisodeVectorEnv
