@@ -69,20 +69,18 @@ NO_INPUTS = Rows({"": torch.zeros(0)})
 
 
 def without_inputs(rollout: Rollout) -> Rollout:
-    """Returns a recorded rollout with what a data set needs of it alone, and its frames as PNG.
-
-    Raises:
-        TrainingError: it keeps no record.
-    """
-    record = _record(rollout)
-    files = packed(pixels_of(record.images), rollout.rewards.shape[1])
-    lasts = {place: png_of(frame) for place, frame in record.last_images.items()}
+    """Returns a rollout with what a data set needs of it alone, and the frames of its record, if any, as PNG."""
+    record = rollout.record
+    if record is not None:
+        files = packed(pixels_of(record.images), rollout.rewards.shape[1])
+        lasts = {place: png_of(frame) for place, frame in record.last_images.items()}
+        record = record._replace(images=files, last_images=lasts)
     return rollout._replace(
         inputs=NO_INPUTS,
         reference=None,
         bootstrap=NO_INPUTS,
         bootstrap_at=torch.zeros(0, 2, dtype=torch.long),
-        record=record._replace(images=files, last_images=lasts),
+        record=record,
     )
 
 
